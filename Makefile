@@ -4,6 +4,7 @@
 PYTHON ?= python3
 # auto picks the CPU or the CUDA build of torch for this machine; cpu, cu130 … choose by hand.
 TORCH ?= auto
+PORT ?= 5000
 
 BIN := .venv/bin
 # A folder of local wheels, where this machine's pip has one, is handed on to uv.
@@ -28,3 +29,30 @@ $(BIN)/.run: $(BIN)/.uv pyproject.toml constraints.txt
 $(BIN)/.dev: $(BIN)/.uv pyproject.toml constraints.txt
 	UV_FIND_LINKS="$(LINKS)" $(BIN)/uv pip install -q --python $(BIN)/python $(TORCH_BACKEND) -c constraints.txt -e ".[dev]"
 	@touch $@ $(BIN)/.run
+
+run: $(BIN)/.run  ## images to a reviewed run in six minutes on two cores (IMAGES=folder for your own)
+	$(BIN)/beit quickstart --config jobs/configs/quickstart.yaml $(if $(IMAGES),--prepare.source "$(IMAGES)" --output "work/$(notdir $(abspath $(IMAGES)))") $(ARGS)
+
+demo: $(BIN)/.run  ## the same chain, long enough that the features beat raw pixels (under an hour)
+	$(BIN)/beit quickstart --config jobs/configs/demo.yaml $(ARGS)
+
+ui: $(BIN)/.run  ## the MLflow pages of everything run here
+	@echo "Open http://127.0.0.1:$(PORT)/?workflowType=machine_learning (Ctrl-C ends the server)"
+	@MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server \
+	  --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port $(PORT) --workers 1
+
+test: $(BIN)/.dev lint  ## lint, types, import rules and all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(BIN)/.dev  ## lint, types and import rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(BIN)/.dev  ## formats the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## removes everything that runs here have made (not the environment)
+	rm -rf work mlflow.db mlartifacts

@@ -1,0 +1,16 @@
+"""`beit audit`: re-reads and re-hashes a table."""
+
+import sys
+from collections.abc import Sequence
+
+from jobs.command import stage_main
+from pipelines.config.audit import AuditConfig
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the stage and returns its exit code."""
+    return stage_main("audit", AuditConfig, "pipelines.audit", argv, needs_ray=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

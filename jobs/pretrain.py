@@ -1,0 +1,16 @@
+"""`beit pretrain`: an image table and token tables to a pretrained BEiT."""
+
+import sys
+from collections.abc import Sequence
+
+from jobs.command import stage_main
+from pipelines.config.pretrain import PretrainConfig
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the stage and returns its exit code."""
+    return stage_main("pretrain", PretrainConfig, "pipelines.pretrain", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
