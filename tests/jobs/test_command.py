@@ -1,0 +1,121 @@
+"""Flags, recipes, exit codes: what a user meets before any work starts."""
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from jobs import cli
+from jobs.command import exit_code, parse
+from pipelines.errors import InputError, StageFailed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """Optimiser."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Toy:
+    """A toy stage."""
+
+    output: str
+    """Where to."""
+    tokens: list[str] = field(default_factory=list)
+    """Token tables."""
+    optim: Optim = field(default_factory=Optim)
+    """Optimiser."""
+
+    def __post_init__(self) -> None:
+        if not self.output:
+            raise ValueError("output: '' is no directory; give a path or URI")
+
+
+def test_recipe_then_dotted_override(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("output: here\noptim:\n  lr: 1e-4\n")
+    assert parse(Toy, ["--config", str(recipe)], stage="toy").optim.lr == 1e-4
+    overridden = parse(Toy, ["--config", str(recipe), "--optim.lr", "2e-4"], stage="toy")
+    assert overridden == Toy(output="here", optim=Optim(lr=2e-4))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--tokens", "a,b"], ["--tokens=a,b"], ["--tokens", "[a, b]"], ["--tokens+=a", "--tokens+=b"]],
+)
+def test_lists_are_written_as_users_write_them(flags: list[str]) -> None:
+    assert parse(Toy, ["--output", "o", *flags], stage="toy").tokens == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [(["--outptu", "x"], "outptu"), (["--output", "o", "--optim.lr", "fast"], "optim.lr")],
+)
+def test_unknown_keys_and_wrong_types_exit_2_and_are_named(
+    flags: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse(Toy, flags, stage="toy")
+    assert stopped.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+def test_unknown_key_in_a_recipe_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("output: here\noptim:\n  learning_rate: 1e-4\n")
+    with pytest.raises(SystemExit):
+        parse(Toy, ["--config", str(recipe)], stage="toy")
+    assert "learning_rate" in capsys.readouterr().err
+
+
+def test_a_value_the_configuration_refuses_is_bad_input() -> None:
+    with pytest.raises(InputError, match="output: '' is no directory"):
+        parse(Toy, ["--output", ""], stage="toy")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(InputError("images: 'x'"), 2), (StageFailed("collapsed"), 1), (KeyboardInterrupt(), 130)],
+)
+def test_expected_failures_become_a_message_and_a_code(
+    error: BaseException, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def action() -> None:
+        raise error
+
+    assert exit_code(action) == code
+    assert str(error) in capsys.readouterr().err
+
+
+def test_programming_errors_keep_their_traceback() -> None:
+    def action() -> None:
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError):
+        exit_code(action)
+
+
+def test_unknown_stage_is_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["pretrian"]) == 2
+    assert "pretrian" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", sorted(cli.STAGES))
+def test_help_is_instant_because_nothing_heavy_is_imported(stage: str) -> None:
+    code = (
+        "import sys\nfrom jobs import cli\n"
+        f"try:\n    cli.main(['{stage}', '--help'])\n"
+        "except SystemExit as stopped:\n    assert stopped.code == 0\n"
+        "heavy = {'torch', 'ray', 'mlflow', 'pyarrow', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--config" in done.stdout
