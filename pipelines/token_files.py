@@ -1,0 +1,201 @@
+"""The files of a token table: one for a contiguous row range of one image part.
+
+Every file carries the identity of its table in its Parquet metadata; equal arguments give equal
+bytes, so that a unit of work done twice does no harm.
+"""
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipelines import storage
+from pipelines.errors import InputError
+
+# Rows of one Parquet row group: a reader of a short run fetches little more than it needs.
+ROW_GROUP_ROWS = 256
+STAMP = b"beit.token_table"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """Everything the tokens depend on. Two tables of equal identity hold equal tokens."""
+
+    image_fingerprint: str
+    num_rows: int
+    """Rows of the image table."""
+    tokenizer_fingerprint: str
+    vocab_size: int
+    grid_size: tuple[int, int]
+    image_size: int
+    """Side of the tokenizer's view in pixels."""
+    interpolation: str
+    """Filter that renders the tokenizer's view."""
+    policy: dict[str, Any]
+    """`ViewPolicy.to_dict()`, with its seed and version."""
+    views: tuple[int, int]
+    """First view and the one after the last."""
+    precision: str
+    batch_size: int
+    """Views in one call of the encoder; every call has exactly this many."""
+
+    @property
+    def num_views(self) -> int:
+        return self.views[1] - self.views[0]
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid_size[0] * self.grid_size[1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; equal identities give equal dicts."""
+        return asdict(self) | {"grid_size": list(self.grid_size), "views": list(self.views)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Identity":
+        """The inverse of `to_dict`; further keys are ignored. Raises KeyError by name."""
+        picked = {field.name: values[field.name] for field in fields(cls)}
+        return cls(
+            **picked | {"grid_size": tuple(picked["grid_size"]), "views": tuple(picked["views"])}
+        )
+
+
+def schema(identity: Identity) -> pa.Schema:
+    """The Parquet schema, with the identity in its metadata."""
+    length = identity.num_views * identity.num_patches
+    stamp = json.dumps(identity.to_dict(), sort_keys=True).encode()
+    return pa.schema(
+        [
+            pa.field("key", pa.string(), nullable=False),
+            pa.field("token_ids", pa.list_(pa.uint16(), length), nullable=False),
+        ],
+        metadata={STAMP: stamp},
+    )
+
+
+def file_name(part: str, start: int, stop: int) -> str:
+    """Name of the file of rows [start, stop) of the image part named `part`."""
+    return f"{part.removesuffix('.parquet')}-{start:08d}-{stop:08d}.parquet"
+
+
+def encode_file(
+    keys: Sequence[str] | pa.Array, token_ids: NDArray[np.uint16], identity: Identity
+) -> bytes:
+    """The bytes of one file. `token_ids` is (rows, V, N).
+
+    The bytes depend on the arguments and on the version of pyarrow only. Tokens are split into
+    byte planes and packed (zstd): Parquet has no 16-bit type and would spend 4 bytes on each.
+    """
+    rows = len(keys)
+    expected = (rows, identity.num_views, identity.num_patches)
+    if token_ids.shape != expected or token_ids.dtype != np.uint16:
+        raise ValueError(f"token_ids: {token_ids.dtype} {token_ids.shape} is not uint16 {expected}")
+    flat = pa.array(np.ascontiguousarray(token_ids).reshape(-1))
+    length = identity.num_views * identity.num_patches
+    table = pa.Table.from_arrays(
+        [
+            keys if isinstance(keys, pa.Array) else pa.array(keys, pa.string()),
+            pa.FixedSizeListArray.from_arrays(flat, length),
+        ],
+        schema=schema(identity),
+    )
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table,
+        sink,
+        row_group_size=ROW_GROUP_ROWS,
+        compression="zstd",
+        use_dictionary=False,
+        write_statistics=False,
+        column_encoding={"key": "PLAIN", "token_ids.list.element": "BYTE_STREAM_SPLIT"},
+    )
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenFile:
+    """One file of the table."""
+
+    part: int
+    """Index of the image part."""
+    start: int
+    """First row, counted inside the part."""
+    stop: int
+    size: int
+    """Bytes."""
+    hash: str
+    """BLAKE2b-128 of the bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RejectedUnit:
+    """A row range without tokens and the reason why."""
+
+    part: int
+    start: int
+    stop: int
+    reason: str
+
+
+@functools.lru_cache(maxsize=4096)
+def read_metadata(uri: str) -> pq.FileMetaData:
+    """The footer of a Parquet file, remembered."""
+    with storage.open_input(uri) as file:
+        return pq.read_metadata(file)
+
+
+def read_stamp(uri: str) -> dict[str, Any]:
+    """The identity stored in a token file.
+
+    Raises:
+        InputError: the file is no token file.
+    """
+    try:
+        metadata = read_metadata(uri).metadata or {}
+        stamp: dict[str, Any] = json.loads(metadata[STAMP])
+    except (KeyError, ValueError, pa.ArrowInvalid) as error:
+        raise InputError(f"{uri}: not a file of a token table ({error})") from error
+    return stamp
+
+
+def differing_field(expected: dict[str, Any], found: dict[str, Any]) -> str | None:
+    """`name: expected != found` of the first differing field, or None."""
+    for name in sorted(expected.keys() | found.keys()):
+        left, right = expected.get(name), found.get(name)
+        if left == right:
+            continue
+        if isinstance(left, dict) and isinstance(right, dict):
+            return f"{name}.{differing_field(left, right)}"
+        return f"{name}: {left!r} != {right!r}"
+    return None
+
+
+def read_rows(
+    uri: str, identity: Identity, start: int, stop: int
+) -> tuple[list[str], NDArray[np.uint16]]:
+    """Keys and token ids (stop - start, V, N) of rows [start, stop), counted inside the file."""
+    metadata = read_metadata(uri)
+    first_group = start // ROW_GROUP_ROWS
+    groups = list(range(first_group, (stop - 1) // ROW_GROUP_ROWS + 1))
+    with storage.open_input(uri) as file:
+        reader = pq.ParquetFile(file, metadata=metadata, pre_buffer=True)
+        table = reader.read_row_groups(groups, use_threads=False)
+    table = table.slice(start - first_group * ROW_GROUP_ROWS, stop - start)
+    return split_columns(table, identity)
+
+
+def split_columns(table: pa.Table, identity: Identity) -> tuple[list[str], NDArray[np.uint16]]:
+    """Keys and token ids (rows, V, N) of a table in the schema of the token files."""
+    ids = table.column("token_ids").combine_chunks()
+    if isinstance(ids, pa.ChunkedArray):
+        ids = pa.concat_arrays(ids.chunks)
+    flat = ids.flatten().to_numpy(zero_copy_only=True)
+    shape = (table.num_rows, identity.num_views, identity.num_patches)
+    return table.column("key").to_pylist(), flat.reshape(shape)

@@ -1,0 +1,296 @@
+"""The token table: visual tokens of the views of every image, as a sidecar of an image table.
+
+A directory at any URI:
+
+- `part-00003-00000512-00001024.parquet`: rows 512 to 1023 of the image table's
+  `part-00003.parquet`, in the same order. Columns: `key` (checked against the image table, not
+  trusted) and `token_ids`, a fixed-size list of uint16 of length V * N: view-major, and inside a
+  view the row-major grid.
+- `manifest.json`, written last: without it there is no table. It says of which image table,
+  tokenizer, view policy, views and precision the tokens are, and lists the files column by column
+  (250,000 files, enough for 10^9 images, are a 21 MB manifest).
+
+Every file carries the identity of its table in the Parquet metadata, and the manifest its own
+hash, so that a field changed afterwards is found and named.
+"""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from beit.views import ViewPolicy
+from pipelines import storage
+from pipelines.errors import InputError
+from pipelines.token_files import (
+    Identity,
+    RejectedUnit,
+    TokenFile,
+    differing_field,
+    file_name,
+    read_rows,
+    read_stamp,
+)
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+# In `token_ids` where a quarantined unit left rows without tokens; no vocabulary reaches it.
+MISSING = np.uint16(65535)
+MAX_VOCAB_SIZE = 65535
+
+
+class Images(Protocol):
+    """What the checks need to know of an image table."""
+
+    @property
+    def uri(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def num_rows(self) -> int: ...
+
+
+def build_manifest(
+    *,
+    identity: Identity,
+    part_names: Sequence[str],
+    part_rows: Sequence[int],
+    files: Iterable[TokenFile],
+    rejected: Sequence[RejectedUnit],
+    rows_per_unit: int,
+    libraries: dict[str, str],
+) -> dict[str, Any]:
+    """The manifest of a finished table. The order of `files` does not matter."""
+    ordered = sorted(files, key=lambda file: (file.part, file.start))
+    manifest: dict[str, Any] = {
+        "kind": "token_table",
+        "schema_version": SCHEMA_VERSION,
+        **identity.to_dict(),
+        "rows_per_unit": rows_per_unit,
+        "libraries": libraries,
+        "parts": {"name": list(part_names), "rows": [int(rows) for rows in part_rows]},
+        # Columns instead of one object a file: a fifth of the memory where files are many.
+        "files": {
+            column: [getattr(file, column) for file in ordered]
+            for column in ("part", "start", "stop", "size", "hash")
+        },
+        "rejected": [
+            asdict(unit) for unit in sorted(rejected, key=lambda unit: (unit.part, unit.start))
+        ],
+    }
+    return manifest | {"fingerprint": storage.fingerprint(manifest)}
+
+
+class TokenTable:
+    """Reader of a token table. Safe to use from several threads."""
+
+    def __init__(self, uri: str, manifest: dict[str, Any]) -> None:
+        self.uri = uri
+        self.manifest = manifest
+        self.identity = Identity.from_dict(manifest)
+        self.fingerprint: str = manifest["fingerprint"]
+        self.num_rows = self.identity.num_rows
+        self.views = range(*self.identity.views)
+        self.policy = ViewPolicy.from_dict(self.identity.policy)
+        self.part_names: list[str] = manifest["parts"]["name"]
+        self.part_starts: NDArray[np.int64] = np.concatenate(
+            [[0], np.cumsum(manifest["parts"]["rows"], dtype=np.int64)]
+        )
+        files = manifest["files"]
+        self._part = np.asarray(files["part"], np.int64)
+        self._start = np.asarray(files["start"], np.int64)
+        self._stop = np.asarray(files["stop"], np.int64)
+        # First row of each file and the row after its last, counted over the whole table.
+        self._first = self.part_starts[self._part] + self._start
+        self._last = self.part_starts[self._part] + self._stop
+        self.num_missing = self.num_rows - int((self._last - self._first).sum())
+
+    @classmethod
+    def open(cls, uri: str) -> "TokenTable":
+        """Opens the table and checks the manifest against itself and against its first file.
+
+        Raises:
+            InputError: there is no table, or a field was changed after it was written; the
+                message names the field and both values.
+        """
+        path = storage.join(uri, MANIFEST)
+        try:
+            manifest = storage.read_json(path)
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{path}: not found; this is no finished token table: run `beit tokenize` with "
+                "this output, the same command again goes on where it stopped"
+            ) from error
+        if not isinstance(manifest, dict) or manifest.get("kind") != "token_table":
+            raise InputError(f"{path}: kind is not 'token_table'; give the URI of a token table")
+        if manifest.get("schema_version") != SCHEMA_VERSION:
+            raise InputError(
+                f"{path}: schema_version {manifest.get('schema_version')!r} is not "
+                f"{SCHEMA_VERSION}; tokenize again with this release"
+            )
+        try:
+            table = cls(uri, manifest)
+        except KeyError as error:
+            raise InputError(f"{path}: field {error} is missing; tokenize again") from error
+        table._check_untouched(path)
+        return table
+
+    def _check_untouched(self, path: str) -> None:
+        if self.num_files:
+            stamp = read_stamp(storage.join(self.uri, self.file_name(0)))
+            difference = differing_field(self.identity.to_dict(), stamp)
+            if difference:
+                raise InputError(
+                    f"{path}: {difference} (manifest != what {self.file_name(0)} was written "
+                    "with); the table was altered: tokenize again"
+                )
+        content = {name: value for name, value in self.manifest.items() if name != "fingerprint"}
+        actual = storage.fingerprint(content)
+        if actual != self.fingerprint:
+            raise InputError(
+                f"{path}: fingerprint {self.fingerprint!r} != {actual!r}, the hash of the other "
+                "fields; the manifest was altered: tokenize again"
+            )
+
+    @property
+    def num_files(self) -> int:
+        return len(self._part)
+
+    @property
+    def image_fingerprint(self) -> str:
+        return self.identity.image_fingerprint
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        return self.identity.tokenizer_fingerprint
+
+    @property
+    def vocab_size(self) -> int:
+        return self.identity.vocab_size
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        return self.identity.grid_size
+
+    @property
+    def precision(self) -> str:
+        return self.identity.precision
+
+    def file_name(self, index: int) -> str:
+        """Name of the file number `index` in row order."""
+        part = self.part_names[self._part[index]]
+        return file_name(part, int(self._start[index]), int(self._stop[index]))
+
+    def file_rows(self, index: int) -> range:
+        """Rows of the table that file number `index` holds."""
+        return range(int(self._first[index]), int(self._last[index]))
+
+    def missing_rows(self) -> list[range]:
+        """Row ranges of quarantined units."""
+        starts = (int(self.part_starts[unit["part"]]) for unit in self.manifest["rejected"])
+        return [
+            range(base + unit["start"], base + unit["stop"])
+            for base, unit in zip(starts, self.manifest["rejected"], strict=True)
+        ]
+
+    def read_file(self, index: int) -> tuple[list[str], NDArray[np.uint16]]:
+        """Keys and token ids (rows, V, N) of one file."""
+        rows = self.file_rows(index)
+        return self._read(index, rows.start, rows.stop)
+
+    def read_rows(self, start: int, stop: int) -> tuple[list[str], NDArray[np.uint16]]:
+        """Keys and token ids (stop - start, V, N) of rows [start, stop) of the image table.
+
+        Rows of quarantined units come with the key "" and with `MISSING` for every token.
+
+        Raises:
+            IndexError: the range does not lie inside the table.
+        """
+        if not 0 <= start <= stop <= self.num_rows:
+            raise IndexError(f"rows [{start}, {stop}) of a table of {self.num_rows} rows")
+        keys = [""] * (stop - start)
+        shape = (stop - start, self.identity.num_views, self.identity.num_patches)
+        token_ids = np.full(shape, MISSING, np.uint16)
+        index = int(np.searchsorted(self._last, start, side="right"))
+        while index < self.num_files and self._first[index] < stop:
+            first = max(start, int(self._first[index]))
+            last = min(stop, int(self._last[index]))
+            found, ids = self._read(index, first, last)
+            keys[first - start : last - start] = found
+            token_ids[first - start : last - start] = ids
+            index += 1
+        return keys, token_ids
+
+    def _read(self, index: int, start: int, stop: int) -> tuple[list[str], NDArray[np.uint16]]:
+        uri = storage.join(self.uri, self.file_name(index))
+        base = int(self._first[index])
+        return read_rows(uri, self.identity, start - base, stop - base)
+
+    def check_compatible(
+        self,
+        images: Images,
+        *,
+        grid_size: tuple[int, int] | None = None,
+        vocab_size: int | None = None,
+        tokenizer_fingerprint: str | None = None,
+        policy: ViewPolicy | None = None,
+        allow_missing: bool = False,
+    ) -> None:
+        """Checks that the tokens are those of `images` and of what else is given.
+
+        Raises:
+            InputError: naming the field and both values.
+        """
+        expected: dict[str, Any] = {
+            "image_fingerprint": images.fingerprint,
+            "num_rows": images.num_rows,
+        }
+        if grid_size is not None:
+            expected["grid_size"] = list(grid_size)
+        if vocab_size is not None:
+            expected["vocab_size"] = vocab_size
+        if tokenizer_fingerprint is not None:
+            expected["tokenizer_fingerprint"] = tokenizer_fingerprint
+        if policy is not None:
+            expected["policy"] = policy.to_dict()
+        found = self.identity.to_dict()
+        difference = differing_field({name: found[name] for name in expected}, expected)
+        if difference:
+            raise InputError(
+                f"{self.uri}: {difference} (token table != what is wanted, image table "
+                f"{images.uri}); tokenize these images with this tokenizer and policy"
+            )
+        if self.num_missing and not allow_missing:
+            raise InputError(
+                f"{self.uri}: rejected: {self.num_missing} of {self.num_rows} rows have no tokens "
+                "(0 wanted); see 'rejected' in the manifest for the reasons, then run "
+                "`beit tokenize` again with --retry_rejected true"
+            )
+
+
+def check_together(tables: Sequence[TokenTable]) -> None:
+    """Checks that token tables can be used side by side: same tokens, different views.
+
+    Raises:
+        InputError: naming the field and both values.
+    """
+    for left, right in itertools.pairwise(tables):
+        apart = {"views": None, "batch_size": None}
+        difference = differing_field(
+            left.identity.to_dict() | apart, right.identity.to_dict() | apart
+        )
+        if difference:
+            raise InputError(
+                f"{difference} ({left.uri} != {right.uri}); token tables used together must be "
+                "of the same images, tokenizer, policy and precision"
+            )
+    ranges = sorted((table.views.start, table.views.stop, table.uri) for table in tables)
+    for (_, stop, left_uri), (start, _, right_uri) in itertools.pairwise(ranges):
+        if start < stop:
+            raise InputError(
+                f"views: view {start} is in both {left_uri} and {right_uri}; tokenize further "
+                "views with --first_view"
+            )
