@@ -1,0 +1,120 @@
+"""Image tokenizers: pictures to visual tokens and back.
+
+`save_tokenizer` and `load_tokenizer` work on a local directory with `tokenizer.safetensors` (all
+weights, float32) and `config.json`; no pickle is involved.
+"""
+
+import json
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from beit.tokenizers.base import DiscreteVae, Precision
+from beit.tokenizers.dalle import DalleTokenizer
+from beit.tokenizers.dvae import DvaeTokenizer
+
+__all__ = [
+    "ARCHITECTURES",
+    "CONFIG_FILE",
+    "WEIGHTS_FILE",
+    "DalleTokenizer",
+    "DiscreteVae",
+    "DvaeTokenizer",
+    "ImageTokenizer",
+    "Precision",
+    "load_tokenizer",
+    "save_tokenizer",
+]
+
+WEIGHTS_FILE = "tokenizer.safetensors"
+CONFIG_FILE = "config.json"
+ARCHITECTURES: dict[str, type[DiscreteVae]] = {"dalle": DalleTokenizer, "dvae": DvaeTokenizer}
+
+
+@runtime_checkable
+class ImageTokenizer(Protocol):
+    """What the pipelines ask of a tokenizer."""
+
+    vocab_size: int
+    image_size: int
+    """Side in pixels of the view the tokenizer looks at (112 for DALL-E's 14 x 14 tokens)."""
+    interpolation: str
+    """Filter that makes this view from the source pixels."""
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of the token grid."""
+        ...
+
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 (B,3,H,W) -> token_ids int64 (B,N), row-major."""
+        ...
+
+    def decode(self, token_ids: Tensor) -> Tensor:
+        """token_ids (B,N) -> uint8 (B,3,H,W)."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Identity of weights and configuration."""
+        ...
+
+
+def save_tokenizer(tokenizer: DiscreteVae, directory: str | Path) -> str:
+    """Write weights and configuration into a local directory; returns the fingerprint."""
+    if tokenizer.precision != "float32":
+        raise ValueError("a float16 tokenizer has lost its float32 weights: save before rounding")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tokenizer.state_dict().items()}
+    save_file(tensors, directory / WEIGHTS_FILE, metadata={"architecture": tokenizer.architecture})
+    text = json.dumps(tokenizer.config(), indent=2, sort_keys=True)
+    (directory / CONFIG_FILE).write_text(text + "\n")
+    return tokenizer.fingerprint()
+
+
+def load_tokenizer(
+    directory: str | Path, *, device: str | torch.device = "cpu", precision: Precision = "float32"
+) -> DiscreteVae:
+    """Read what `save_tokenizer` wrote, for inference, on `device`.
+
+    Raises ValueError that names the file for a missing, foreign or damaged directory, and for
+    weights that do not fit the configuration.
+    """
+    directory = Path(directory)
+    config_path, weights_path = directory / CONFIG_FILE, directory / WEIGHTS_FILE
+    for path in (config_path, weights_path):
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: {directory} holds no tokenizer")
+    try:
+        config = json.loads(config_path.read_text())
+        with torch.device("meta"):  # every weight comes from the file
+            tokenizer = ARCHITECTURES[config["architecture"]](**config["model"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{config_path} does not describe a tokenizer of {sorted(ARCHITECTURES)}: {error!r}"
+        ) from error
+    rebuilt = tokenizer.config()
+    wrong = [name for name in {*config, *rebuilt} if config.get(name) != rebuilt.get(name)]
+    if wrong:
+        raise ValueError(f"{config_path}: fields {sorted(wrong)} contradict field model")
+    try:
+        tensors = load_file(weights_path)
+    except Exception as error:  # safetensors raises its own, undocumented, types
+        raise ValueError(f"{weights_path} is not a readable safetensors file: {error}") from error
+    try:
+        tokenizer.load_state_dict(tensors, strict=True, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{weights_path} does not fit {config_path}: {error}") from error
+    tokenizer.requires_grad_(requires_grad=False)
+    tokenizer.eval()
+    for name, parameter in tokenizer.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise ValueError(f"{weights_path}: {name} is {parameter.dtype}, float32 expected")
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    tokenizer.fingerprint()  # while the weights are those of the file
+    tokenizer.set_precision(precision)
+    return tokenizer.to(device)

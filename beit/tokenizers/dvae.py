@@ -1,0 +1,252 @@
+"""Our own discrete VAE: small enough for two CPU cores, and trained like DALL-E's.
+
+A space-to-depth stem turns patches into channels at once, so that every convolution runs on the
+token grid. Residual branches start at zero and stem and head are orthogonal maps: the untrained
+network is exactly a Gaussian mixture over patches, and `initialise_from` can start it at k-means
+centres of real patches. That is what keeps the codebook in use (an encoder that starts from noise
+collapses to a handful of codes within a hundred steps on little data).
+
+Relaxation, KL term and logit-Laplace likelihood are those of the DALL-E paper (arXiv 2102.12092,
+appendix A); they are pure functions of tensors, and the noise is an argument.
+"""
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from beit.tokenizers.base import PIXEL_MARGIN, DiscreteVae, map_pixels
+
+
+def _zero(conv: nn.Conv2d) -> None:
+    for parameter in conv.parameters():
+        nn.init.zeros_(parameter)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv1x1(ReLU(conv3x3(ReLU(x)))); the last convolution starts at zero."""
+
+    def __init__(self, dim: int, kernel_size: int = 3) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2)
+        self.proj = nn.Conv2d(dim, dim, 1)
+        _zero(self.proj)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.proj(F.relu(self.conv(F.relu(x))))
+        return out
+
+
+def _orthogonal(conv: nn.Conv2d) -> nn.Conv2d:
+    nn.init.orthogonal_(conv.weight.view(conv.weight.shape[0], -1))
+    assert conv.bias is not None
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
+class PatchEncoder(nn.Module):
+    """images (B,3,H,W) in [0.1, 0.9] -> logits (B, vocab_size, H/patch, W/patch)."""
+
+    def __init__(self, *, patch_size: int, dim: int, num_blocks: int, vocab_size: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.stem = _orthogonal(nn.Conv2d(3 * patch_size**2, dim, 1))
+        self.blocks = nn.Sequential(*[ResidualBlock(dim) for _ in range(num_blocks)])
+        self.head = nn.Conv2d(dim, vocab_size, 1)
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, dim, h, w): what the head sees."""
+        patches = F.pixel_unshuffle(images - 0.5, self.patch_size)
+        x = self.stem(patches.to(self.stem.weight.dtype))
+        out: Tensor = self.blocks(x)
+        return out
+
+    def half_trunk(self) -> None:
+        """float16 in all but the head."""
+        self.stem.to(torch.float16)
+        self.blocks.to(torch.float16)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.features(images).to(self.head.weight.dtype))
+        return logits
+
+
+class PatchDecoder(nn.Module):
+    """z (B, vocab_size, h, w), one-hot or soft -> (B, 6, H, W): mu and ln b of logit-Laplace."""
+
+    def __init__(self, *, patch_size: int, dim: int, num_blocks: int, vocab_size: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.codebook = nn.Conv2d(vocab_size, dim, 1, bias=False)
+        self.blocks = nn.Sequential(*[ResidualBlock(dim) for _ in range(num_blocks)])
+        self.mu = _orthogonal(nn.Conv2d(dim, 3 * patch_size**2, 1))
+        self.log_scale = nn.Conv2d(dim, 3 * patch_size**2, 1)
+        _zero(self.log_scale)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.blocks(self.codebook(z))
+        maps = [F.pixel_shuffle(head(x), self.patch_size) for head in (self.mu, self.log_scale)]
+        return torch.cat(maps, dim=1)
+
+
+class DvaeTokenizer(DiscreteVae):
+    """A discrete VAE on `patch_size` patches: grid = image_size / patch_size."""
+
+    architecture: ClassVar[str] = "dvae"
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        patch_size: int,
+        dim: int,
+        vocab_size: int,
+        encoder_blocks: int = 2,
+        decoder_blocks: int = 3,
+    ) -> None:
+        for name, value in {"patch_size": patch_size, "dim": dim, "vocab_size": vocab_size}.items():
+            if value < 1:
+                raise ValueError(f"{name} {value} must be at least 1")
+        super().__init__(
+            PatchEncoder(
+                patch_size=patch_size, dim=dim, num_blocks=encoder_blocks, vocab_size=vocab_size
+            ),
+            PatchDecoder(
+                patch_size=patch_size, dim=dim, num_blocks=decoder_blocks, vocab_size=vocab_size
+            ),
+            image_size=image_size,
+            stride=patch_size,
+            vocab_size=vocab_size,
+        )
+        self._model_config = {
+            "image_size": image_size,
+            "patch_size": patch_size,
+            "dim": dim,
+            "vocab_size": vocab_size,
+            "encoder_blocks": encoder_blocks,
+            "decoder_blocks": decoder_blocks,
+        }
+
+    def model_config(self) -> dict[str, Any]:
+        return dict(self._model_config)
+
+    @torch.no_grad()
+    def initialise_from(
+        self, images: Tensor, *, generator: torch.Generator, num_iterations: int = 12
+    ) -> None:
+        """Start the codebook at k-means centres of the patches of `images` (uint8 (B,3,H,W)).
+
+        The encoder's head becomes the log posterior of a Gaussian mixture with these centres and
+        their mean squared distance as variance, the decoder's codebook the centres in logit space.
+        Raises ValueError for fewer patches than codes.
+        """
+        encoder, decoder = self.encoder, self.decoder
+        assert isinstance(encoder, PatchEncoder)
+        assert isinstance(decoder, PatchDecoder)
+        assert encoder.head.bias is not None
+        assert decoder.log_scale.bias is not None
+        pixels = map_pixels(images)
+        patches = F.pixel_unshuffle(pixels, self.stride).movedim(1, -1).flatten(0, 2)
+        centres, error = kmeans(
+            patches, self.vocab_size, generator=generator, num_iterations=num_iterations
+        )
+        stem = encoder.stem.weight.flatten(1)
+        projected = (centres - 0.5) @ stem.T
+        precision = 1 / (2 * max(error / patches.shape[1], 1e-4))
+        encoder.head.weight.copy_((2 * precision * projected)[:, :, None, None])
+        encoder.head.bias.copy_(-precision * projected.square().sum(1))
+        # The mu head is a (pseudo-)isometry, so its pseudo-inverse maps pixels back to channels.
+        low = PIXEL_MARGIN / 2
+        inverse = torch.linalg.pinv(decoder.mu.weight.flatten(1))
+        codes = torch.logit(centres.clamp(low, 1 - low)) @ inverse.T
+        decoder.codebook.weight.copy_(codes.T[:, :, None, None])
+        decoder.log_scale.bias.fill_(math.log(max(math.sqrt(error / patches.shape[1]) * 4, 1e-2)))
+        self._fingerprint = None
+
+
+def kmeans(
+    points: Tensor, num_centres: int, *, generator: torch.Generator, num_iterations: int
+) -> tuple[Tensor, float]:
+    """Lloyd's algorithm from k-means++-like seeds -> centres (num_centres, D), mean squared error.
+
+    Seeds are drawn in rounds with probability proportional to the squared distance to the seeds so
+    far (k-means||), so that a corner full of equal white patches gets one centre and not half of
+    them. A centre that loses all its points moves to the worst-represented point.
+    """
+    if len(points) < num_centres:
+        raise ValueError(
+            f"{len(points)} patches are too few to place {num_centres} codes: give more images "
+            f"or lower vocab_size"
+        )
+    first = torch.randint(len(points), (1,), generator=generator)
+    centres = points[first]
+    nearest = (points - centres).square().sum(1)
+    while len(centres) < num_centres:
+        count = min(num_centres - len(centres), max(1, num_centres // 8))
+        # A small floor keeps the draw possible when fewer distinct patches exist than centres.
+        weights = nearest + 1e-8
+        chosen = torch.multinomial(weights, count, generator=generator)
+        centres = torch.cat([centres, points[chosen]])
+        nearest = torch.minimum(nearest, torch.cdist(points, points[chosen]).square().amin(1))
+    for _ in range(num_iterations):
+        distance, assigned = _nearest(points, centres)
+        counts = torch.bincount(assigned, minlength=num_centres)
+        sums = torch.zeros_like(centres).index_add_(0, assigned, points)
+        centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centres)
+        empty = (counts == 0).nonzero().flatten()
+        if len(empty):
+            centres[empty] = points[distance.topk(len(empty)).indices]
+    distance, _ = _nearest(points, centres)
+    return centres, float(distance.mean())
+
+
+def _nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    squared = points.square().sum(1, keepdim=True) - 2 * points @ centres.T
+    distance, assigned = (squared + centres.square().sum(1)).min(dim=1)
+    return distance.clamp(min=0), assigned
+
+
+def gumbel_softmax(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
+    """Relaxed one-hot (B,V,h,w) from logits and `noise` of the same shape, exponential of rate 1.
+
+    Minus the logarithm of such noise is Gumbel-distributed.
+    """
+    gumbel = -torch.log(noise.clamp(min=1e-20))
+    return F.softmax((logits + gumbel) / temperature, dim=1)
+
+
+def logit_laplace_loss(outputs: Tensor, pixels: Tensor, *, min_log_scale: float = -6.0) -> Tensor:
+    """Mean over pixels and channels of the logit-Laplace negative log-likelihood, in nats.
+
+    `outputs` (B,6,H,W) holds mu and ln b, `pixels` (B,3,H,W) lies in (0,1). `min_log_scale` bounds
+    ln b: flat artwork repeats one exact value, where the likelihood would otherwise grow for ever.
+    """
+    mu, log_scale = outputs.float().chunk(2, dim=1)
+    log_scale = log_scale.clamp(min=min_log_scale)
+    error = (torch.logit(pixels) - mu).abs()
+    constant = math.log(2) + torch.log(pixels) + torch.log1p(-pixels)
+    return (error * torch.exp(-log_scale) + log_scale + constant).mean()
+
+
+def mse_loss(outputs: Tensor, pixels: Tensor) -> Tensor:
+    """Mean squared error of the reconstruction in [0.1, 0.9], as a Gaussian with sigma 0.1."""
+    mu, _ = outputs.float().chunk(2, dim=1)
+    return (torch.sigmoid(mu) - pixels).square().mean() / (2 * 0.1**2)
+
+
+def kl_to_uniform(logits: Tensor) -> Tensor:
+    """KL(softmax(logits) || uniform) per token, mean over batch and grid, in nats."""
+    log_probs = F.log_softmax(logits.float(), dim=1)
+    entropy = -(log_probs.exp() * log_probs).sum(1)
+    return math.log(logits.shape[1]) - entropy.mean()
+
+
+def usage_kl(logits: Tensor) -> Tensor:
+    """KL(batch mean of softmax(logits) || uniform), in nats: 0 when all codes share the work.
+
+    Unlike `kl_to_uniform` it does not ask a single token to be undecided.
+    """
+    mean = F.softmax(logits.float(), dim=1).mean(dim=(0, 2, 3))
+    return math.log(logits.shape[1]) + (mean * torch.log(mean.clamp(min=1e-12))).sum()
