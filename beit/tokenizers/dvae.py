@@ -146,24 +146,40 @@ class DvaeTokenizer(DiscreteVae):
         assert isinstance(encoder, PatchEncoder)
         assert isinstance(decoder, PatchDecoder)
         assert encoder.head.bias is not None
+        assert encoder.stem.bias is not None
+        assert decoder.mu.bias is not None
         assert decoder.log_scale.bias is not None
         pixels = map_pixels(images)
         patches = F.pixel_unshuffle(pixels, self.stride).movedim(1, -1).flatten(0, 2)
         centres, error = kmeans(
             patches, self.vocab_size, generator=generator, num_iterations=num_iterations
         )
-        stem = encoder.stem.weight.flatten(1)
-        projected = (centres - 0.5) @ stem.T
+        low = PIXEL_MARGIN / 2
+        targets = torch.logit(centres.clamp(low, 1 - low))
+        if encoder.stem.out_channels < patches.shape[1]:
+            # Too narrow to hold a patch: keep its principal components, not random directions.
+            mean, basis = _principal_components(patches, encoder.stem.out_channels)
+            encoder.stem.weight.copy_(basis[:, :, None, None])
+            encoder.stem.bias.copy_(-basis @ (mean - 0.5))
+            mean, basis = _principal_components(targets, encoder.stem.out_channels)
+            decoder.mu.weight.copy_(basis.T[:, :, None, None])
+            decoder.mu.bias.copy_(mean)
+        projected = (centres - 0.5) @ encoder.stem.weight.flatten(1).T + encoder.stem.bias
         precision = 1 / (2 * max(error / patches.shape[1], 1e-4))
         encoder.head.weight.copy_((2 * precision * projected)[:, :, None, None])
         encoder.head.bias.copy_(-precision * projected.square().sum(1))
-        # The mu head is a (pseudo-)isometry, so its pseudo-inverse maps pixels back to channels.
-        low = PIXEL_MARGIN / 2
-        inverse = torch.linalg.pinv(decoder.mu.weight.flatten(1))
-        codes = torch.logit(centres.clamp(low, 1 - low)) @ inverse.T
+        # The columns of the mu head are orthonormal, or its rows: the transpose is its inverse.
+        codes = (targets - decoder.mu.bias) @ decoder.mu.weight.flatten(1)
         decoder.codebook.weight.copy_(codes.T[:, :, None, None])
         decoder.log_scale.bias.fill_(math.log(max(math.sqrt(error / patches.shape[1]) * 4, 1e-2)))
         self._fingerprint = None
+
+
+def _principal_components(points: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and the `count` leading orthonormal directions (count, D)."""
+    mean = points.mean(0)
+    _, _, directions = torch.linalg.svd((points - mean).T @ (points - mean))
+    return mean, directions[:count]
 
 
 def kmeans(

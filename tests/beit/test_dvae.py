@@ -127,8 +127,8 @@ def test_initialisation_uses_the_codebook_and_reconstructs(dim):
     reconstruction = tokenizer.decode(tokenizer.encode(held_out))
     mse = ((reconstruction.float() - held_out.float()) / 255).square().mean()
     grey = ((held_out.float().mean((0, 2, 3), keepdim=True) - held_out.float()) / 255).square()
-    # 64 centres of discs in random colours; a narrow stem (24 < 48 channels) keeps only averages.
-    assert mse < (0.9 if dim < 48 else 0.3) * grey.mean()
+    # 64 centres for discs in random colours; 24 channels hold principal components of a patch.
+    assert mse < 0.3 * grey.mean()
     # Pure function of images and seed.
     torch.manual_seed(0)
     again = DvaeTokenizer(image_size=16, patch_size=4, dim=dim, vocab_size=64)
