@@ -1,0 +1,1 @@
+"""BEiT as a model library: torch, numpy, Pillow and safetensors; no cluster, no files, no env."""

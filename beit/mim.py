@@ -1,0 +1,176 @@
+"""Masked image modelling with BEiT: encoder, mask token and a head over visual tokens.
+
+Provenance: arXiv 2106.08254; microsoft/unilm at 768a3c8, `beit/modeling_pretrain.py`. The
+`state_dict` has that file's names. What differs: the last block and the head are evaluated only
+where there is something to predict, which changes no output.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from beit.initialisation import init_encoder_
+from beit.vit import BeitEncoder, RelativePositions
+
+#: Width, depth, heads and layer-scale start of the named sizes (base and large: the paper's).
+SIZES: Mapping[str, Mapping[str, Any]] = {
+    "tiny": {"dim": 192, "depth": 12, "num_heads": 3, "layer_scale_init": 0.1},
+    "small": {"dim": 384, "depth": 12, "num_heads": 6, "layer_scale_init": 0.1},
+    "base": {"dim": 768, "depth": 12, "num_heads": 12, "layer_scale_init": 0.1},
+    "large": {"dim": 1024, "depth": 24, "num_heads": 16, "layer_scale_init": 1e-5},
+}
+
+
+def model_config(
+    size: str,
+    *,
+    architecture: Literal["shared_bias", "plain"] = "shared_bias",
+    image_size: int | tuple[int, int] = 224,
+    patch_size: int = 16,
+    vocab_size: int = 8192,
+    drop_path: float = 0.0,
+) -> dict[str, Any]:
+    """Keyword arguments of `BeitMIM` for a named size.
+
+    "shared_bias" is the released code's network (one relative position bias for all blocks,
+    layer scale); "plain" is that of the paper's main tables (absolute positions, neither).
+    """
+    if size not in SIZES:
+        raise ValueError(f"size {size!r} is unknown; use one of {', '.join(SIZES)}")
+    if architecture not in ("shared_bias", "plain"):
+        raise ValueError(f"architecture {architecture!r} is unknown; use shared_bias or plain")
+    plain = architecture == "plain"
+    return {
+        **SIZES[size],
+        **({"layer_scale_init": None} if plain else {}),
+        "absolute_positions": plain,
+        "relative_positions": "none" if plain else "shared",
+        "image_size": image_size,
+        "patch_size": patch_size,
+        "vocab_size": vocab_size,
+        "drop_path": drop_path,
+    }
+
+
+class BeitMIM(BeitEncoder):
+    """The pretraining network.
+
+    Built with fresh weights from torch's default generator; `init_weights(generator)` draws
+    them again from a generator of the caller's. Other arguments: see `BeitEncoder`.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int | tuple[int, int],
+        patch_size: int,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        vocab_size: int,
+        mlp_ratio: float = 4,
+        absolute_positions: bool,
+        relative_positions: RelativePositions,
+        layer_scale_init: float | None,
+        drop_path: float = 0.0,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__(
+            image_size=image_size,
+            patch_size=patch_size,
+            dim=dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            absolute_positions=absolute_positions,
+            relative_positions=relative_positions,
+            layer_scale_init=layer_scale_init,
+            drop_path=drop_path,
+            norm_eps=norm_eps,
+        )
+        self.vocab_size = vocab_size
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.lm_head = nn.Linear(dim, vocab_size)
+        self.init_weights()
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw all weights anew, as the official code does (see `init_encoder_`)."""
+        init_encoder_(self, generator)
+
+    def config(self) -> dict[str, Any]:
+        """JSON values for which `BeitMIM(**config)` is this architecture."""
+        return {**self.encoder_config(), "vocab_size": self.vocab_size}
+
+    def forward(
+        self,
+        pixels: Tensor,
+        mask: Tensor,
+        *,
+        all_tokens: bool = False,
+        num_masked: int | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Logits over visual tokens.
+
+        pixels (B, 3, H, W) normalised; mask (B, N) bool, True = masked, counts may differ
+        between images. Returns (masked in the batch, vocab_size) in row-major order of the
+        mask, the order of `token_ids[mask]`; with all_tokens (B, N, vocab_size).
+
+        num_masked is `mask.sum()` where the caller knows it: on CUDA it saves waiting for the
+        device, and under torch.compile a graph break. noise (B, depth, 2): the draws for
+        drop-path, see `beit.vit.drop_path_noise`.
+        """
+        x = self.embed(pixels, mask, self.mask_token)
+        if all_tokens:
+            out: Tensor = self.lm_head(self.norm(self.run_blocks(x, noise=noise)[:, 1:]))
+            return out
+        rows = masked_rows(mask, num_masked)
+        masked: Tensor = self.lm_head(self.norm(self.run_blocks(x, noise=noise, last_rows=rows)))
+        return masked
+
+    def features(self, pixels: Tensor, *, layer: int | None = None) -> Tensor:
+        """Tokens (B, 1+N, dim) of unmasked images, cls first.
+
+        After block `layer` (from 1), not normalised; None is the last block and the final norm.
+        """
+        if layer is not None and not 1 <= layer <= self.depth:
+            raise ValueError(f"layer {layer} is outside 1..{self.depth}; None is the final norm")
+        x = self.run_blocks(self.embed(pixels, None, None), num_blocks=layer)
+        return x if layer is not None else self.norm(x)
+
+
+def masked_rows(mask: Tensor, num_masked: int | None = None) -> Tensor:
+    """Where masked patches lie in the flattened tokens (B*(1+N)): int64 (masked,), row-major.
+
+    ValueError if num_masked is given, the mask is on the CPU and they disagree.
+    """
+    flat = mask.flatten()
+    if num_masked is None:
+        index = flat.nonzero().squeeze(1)
+    else:
+        if not torch.compiler.is_compiling() and flat.device.type == "cpu":
+            counted = int(flat.sum())
+            if counted != num_masked:
+                raise ValueError(f"num_masked is {num_masked}, but the mask has {counted}")
+        index = torch.nonzero_static(flat, size=num_masked).squeeze(1)
+    # Each image has one cls token in front of its patches.
+    return index + index // mask.shape[1] + 1
+
+
+def mim_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy over masked patches: logits (M, V), targets (M,) int64 -> float32 ().
+
+    Zero, not nan, when nothing is masked; its gradients are zero then too.
+    """
+    total = F.cross_entropy(logits.float(), targets, reduction="sum")
+    return total / max(len(targets), 1)
+
+
+def mim_accuracy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Share of masked patches whose most likely token is the target: float32 (), on the device."""
+    hits = (logits.argmax(dim=-1) == targets).sum(dtype=torch.float32)
+    return hits / max(len(targets), 1)

@@ -1,0 +1,372 @@
+"""The BEiT encoder: a pre-norm vision transformer in the two forms that share the name.
+
+The paper's main tables train the *plain* form (learned absolute positions, no layer scale); the
+released code trains one relative position bias shared by all blocks, with layer scale, and
+fine-tunes with a bias per block. Both are here, with the parameter names of the official code.
+
+Provenance: arXiv 2106.08254; microsoft/unilm at 768a3c8, `beit/modeling_pretrain.py` and
+`beit/modeling_finetune.py`. What differs: attention goes through
+`scaled_dot_product_attention`; the last block can be evaluated for chosen rows only; index
+buffers are not saved; drop-path takes its randomness as an argument.
+"""
+
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+RelativePositions = Literal["none", "shared", "per_block"]
+
+
+def image_hw(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """`image_size` as (height, width) in pixels; ValueError unless both divide by the patch."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if patch_size < 1 or height < patch_size or width < patch_size:
+        raise ValueError(f"image_size {image_size!r} holds no patch of patch_size {patch_size}")
+    if height % patch_size or width % patch_size:
+        raise ValueError(
+            f"image_size {image_size!r} is not divisible by patch_size {patch_size}; "
+            f"use a multiple of {patch_size} for height and width"
+        )
+    return height, width
+
+
+def relative_position_index(grid_size: tuple[int, int]) -> Tensor:
+    """Row of the bias table for each (query, key) pair: int64 (1+H*W, 1+H*W), cls first.
+
+    The table has (2H-1)(2W-1) rows for patch offsets, row-major in (dy, dx), then three for
+    cls -> patch, patch -> cls and cls -> cls.
+    """
+    H, W = grid_size
+    row, col = torch.arange(H * W) // W, torch.arange(H * W) % W
+    dy = row[:, None] - row[None, :] + H - 1
+    dx = col[:, None] - col[None, :] + W - 1
+    num_offsets = (2 * H - 1) * (2 * W - 1)
+    index = torch.empty(H * W + 1, H * W + 1, dtype=torch.int64)
+    index[1:, 1:] = dy * (2 * W - 1) + dx
+    index[0, :] = num_offsets
+    index[:, 0] = num_offsets + 1
+    index[0, 0] = num_offsets + 2
+    return index
+
+
+def bias_table_rows(grid_size: tuple[int, int]) -> int:
+    """Rows of a relative position bias table for this grid (732 for 14 x 14)."""
+    return (2 * grid_size[0] - 1) * (2 * grid_size[1] - 1) + 3
+
+
+def drop_path_noise(*, seed: int, step: int, num_samples: int, depth: int) -> Tensor:
+    """Uniform draws in [0, 1) that decide drop-path: float32 (num_samples, depth, 2), on the CPU.
+
+    A pure function of its arguments (Philox). Draw it for the *global* batch of a step and hand
+    each worker and micro-batch its rows: the same samples then keep the same branches however
+    many workers there are, and a resumed run repeats an uninterrupted one.
+    """
+    generator = np.random.Generator(np.random.Philox(key=[seed % 2**64, step]))
+    return torch.from_numpy(generator.random((num_samples, depth, 2), dtype=np.float32))
+
+
+class PatchEmbed(nn.Module):
+    """Pixels (B, 3, H, W) to patch vectors (B, N, dim), row-major in the grid."""
+
+    def __init__(self, patch_size: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        out: Tensor = self.proj(pixels)
+        return out.flatten(2).transpose(1, 2)
+
+
+class RelativePositionBias(nn.Module):
+    """One table of biases, looked up for every (query, key) pair of tokens."""
+
+    relative_position_bias_table: nn.Parameter
+    relative_position_index: Tensor
+
+    def __init__(self, grid_size: tuple[int, int], num_heads: int) -> None:
+        super().__init__()
+        _add_bias_table(self, grid_size, num_heads)
+
+    def forward(self) -> Tensor:
+        """Bias to add to attention logits: (1, heads, 1+N, 1+N)."""
+        return _look_up(self.relative_position_bias_table, self.relative_position_index)
+
+
+def _add_bias_table(module: nn.Module, grid_size: tuple[int, int], num_heads: int) -> None:
+    table = nn.Parameter(torch.zeros(bias_table_rows(grid_size), num_heads))
+    module.register_parameter("relative_position_bias_table", table)
+    index = relative_position_index(grid_size)
+    module.register_buffer("relative_position_index", index, persistent=False)
+    module.register_load_state_dict_pre_hook(_accept_index_buffer)  # type: ignore[no-untyped-call]
+
+
+def _look_up(table: Tensor, index: Tensor) -> Tensor:
+    flat = F.embedding(index.flatten(), table)
+    return flat.view(*index.shape, -1).permute(2, 0, 1).unsqueeze(0).contiguous()
+
+
+def _accept_index_buffer(
+    module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object
+) -> None:
+    """Official files carry the index as a buffer: take it only where it says what ours says."""
+    name = prefix + "relative_position_index"
+    if name not in state_dict:
+        return
+    ours = cast(Tensor, module.relative_position_index)
+    theirs = state_dict.pop(name)
+    if theirs.shape != ours.shape or not torch.equal(theirs.to(ours), ours):
+        raise ValueError(
+            f"{name}: {tuple(theirs.shape)} is the index of another patch grid than this "
+            f"model's {tuple(ours.shape)}; build the model for that image_size, or resize the "
+            "weights with beit.convert.resize_positions"
+        )
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention whose key projection has no bias."""
+
+    relative_position_bias_table: nn.Parameter | None
+    relative_position_index: Tensor
+
+    def __init__(self, dim: int, num_heads: int, own_bias_grid: tuple[int, int] | None) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(dim))
+        self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.proj = nn.Linear(dim, dim)
+        if own_bias_grid is None:
+            self.register_parameter("relative_position_bias_table", None)
+        else:
+            _add_bias_table(self, own_bias_grid, num_heads)
+
+    def forward(self, x: Tensor, bias: Tensor | None, rows: Tensor | None) -> Tensor:
+        """(B, T, dim) -> (B, T, dim), or (len(rows), dim) for flat indices into B*T."""
+        B, T, D = x.shape
+        qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
+        qkv = F.linear(x, self.qkv.weight, qkv_bias)
+        # (B, T, 3*D) -> 3 x (B, heads, T, D/heads)
+        q, k, v = qkv.view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.relative_position_bias_table is not None:
+            own = _look_up(self.relative_position_bias_table, self.relative_position_index)
+            bias = own if bias is None else bias + own
+        # (B, heads, T, D/heads) -> (B, T, D)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
+        out = out.reshape(B, T, D) if rows is None else out.reshape(B * T, D).index_select(0, rows)
+        projected: Tensor = self.proj(out)
+        return projected
+
+
+class Mlp(nn.Module):
+    """Two linear layers with the exact (erf) GELU between."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with optional layer scale and drop-path."""
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_heads: int,
+        hidden_dim: int,
+        layer_scale_init: float | None,
+        drop_path: float,
+        norm_eps: float,
+        own_bias_grid: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = Attention(dim, num_heads, own_bias_grid)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = Mlp(dim, hidden_dim)
+        self.drop_path = drop_path
+        self.gamma_1: nn.Parameter | None = None
+        self.gamma_2: nn.Parameter | None = None
+        if layer_scale_init is not None:
+            self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale_init))
+            self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale_init))
+
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        noise: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """One block.
+
+        x (B, T, dim); bias broadcastable to (B, heads, T, T); noise (B, 2) uniform draws for
+        drop-path, None to keep every branch; rows, flat indices into B*T, limits the output to
+        those rows, (len(rows), dim): they still attend to all T tokens, so it is exact.
+        """
+        T = x.shape[1]
+        y = self.attn(self.norm1(x), bias, rows)
+        if rows is not None:
+            x = x.flatten(0, 1).index_select(0, rows)
+        keep: Tensor | None = None
+        if noise is not None and self.drop_path > 0:
+            survival = 1 - self.drop_path
+            keep = torch.floor(noise + survival) / survival
+            # (B, 2) -> (B, 2, 1), or one pair per row
+            keep = keep[:, :, None] if rows is None else keep.index_select(0, rows // T)
+        x = _residual(x, y, self.gamma_1, None if keep is None else keep[:, 0, None])
+        y = self.mlp(self.norm2(x))
+        return _residual(x, y, self.gamma_2, None if keep is None else keep[:, 1, None])
+
+
+def _residual(x: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None) -> Tensor:
+    if keep is not None:
+        y = y * keep
+    return x + y if gamma is None else torch.addcmul(x, gamma, y)
+
+
+class BeitEncoder(nn.Module):
+    """Patch embedding, positions, blocks: what the pretraining and fine-tuning nets share.
+
+    `image_size` is pixels, an int or (height, width). `layer_scale_init` None leaves layer
+    scale out. `drop_path` is the rate of the last block; rates rise linearly from 0.
+    Set `activation_checkpointing = True` on an instance to recompute blocks in the backward
+    pass: outputs and gradients stay equal, activation memory falls to one block's.
+    """
+
+    #: 2-D and 3-D parameters that weight decay spares (1-D ones always are).
+    no_weight_decay = frozenset({"pos_embed", "cls_token"})
+
+    def __init__(
+        self,
+        *,
+        image_size: int | tuple[int, int],
+        patch_size: int,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float = 4,
+        absolute_positions: bool,
+        relative_positions: RelativePositions,
+        layer_scale_init: float | None,
+        drop_path: float = 0.0,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
+        if relative_positions not in ("none", "shared", "per_block"):
+            raise ValueError(
+                f"relative_positions {relative_positions!r}: use none, shared or per_block"
+            )
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path {drop_path} is outside [0, 1)")
+        self.image_size = image_hw(image_size, patch_size)
+        self.patch_size = patch_size
+        self.grid_size = (self.image_size[0] // patch_size, self.image_size[1] // patch_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.dim, self.depth, self.num_heads = dim, depth, num_heads
+        self.mlp_ratio, self.norm_eps, self.drop_path = mlp_ratio, norm_eps, drop_path
+        self.relative_positions = relative_positions
+        # The official code builds layer scale only for values above zero.
+        self.layer_scale_init = layer_scale_init or None
+        self.activation_checkpointing = False
+
+        self.patch_embed = PatchEmbed(patch_size, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed: nn.Parameter | None = None
+        if absolute_positions:
+            self.pos_embed = nn.Parameter(torch.zeros(1, self.num_patches + 1, dim))
+        self.rel_pos_bias: RelativePositionBias | None = None
+        if relative_positions == "shared":
+            self.rel_pos_bias = RelativePositionBias(self.grid_size, num_heads)
+        self.blocks = nn.ModuleList(
+            Block(
+                dim=dim,
+                num_heads=num_heads,
+                hidden_dim=int(dim * mlp_ratio),
+                layer_scale_init=self.layer_scale_init,
+                drop_path=drop_path * i / max(depth - 1, 1),
+                norm_eps=norm_eps,
+                own_bias_grid=self.grid_size if relative_positions == "per_block" else None,
+            )
+            for i in range(depth)
+        )
+
+    def encoder_config(self) -> dict[str, Any]:
+        """The keyword arguments that rebuild this encoder (plain JSON values)."""
+        return {
+            "image_size": list(self.image_size),
+            "patch_size": self.patch_size,
+            "dim": self.dim,
+            "depth": self.depth,
+            "num_heads": self.num_heads,
+            "mlp_ratio": self.mlp_ratio,
+            "absolute_positions": self.pos_embed is not None,
+            "relative_positions": self.relative_positions,
+            "layer_scale_init": self.layer_scale_init,
+            "drop_path": self.drop_path,
+            "norm_eps": self.norm_eps,
+        }
+
+    def embed(self, pixels: Tensor, mask: Tensor | None, mask_token: Tensor | None) -> Tensor:
+        """Tokens (B, 1+N, dim) that enter the first block; ValueError for another image size."""
+        if tuple(pixels.shape[-2:]) != self.image_size:
+            raise ValueError(
+                f"pixels are {tuple(pixels.shape[-2:])}, this model is built for "
+                f"{self.image_size}; resize the images, or the weights with "
+                "beit.convert.resize_positions"
+            )
+        x: Tensor = self.patch_embed(pixels)
+        if mask is not None:
+            if tuple(mask.shape) != tuple(x.shape[:2]):
+                raise ValueError(f"mask is {tuple(mask.shape)}, expected {tuple(x.shape[:2])}")
+            if mask_token is None:
+                raise ValueError("this model has no mask_token, so it takes no mask")
+            # Before positions are added: a masked slot still knows where it is.
+            x = torch.where(mask[:, :, None], mask_token, x)
+        x = torch.cat((self.cls_token.to(x.dtype).expand(len(x), -1, -1), x), dim=1)
+        return x if self.pos_embed is None else x + self.pos_embed
+
+    def run_blocks(
+        self,
+        x: Tensor,
+        *,
+        num_blocks: int | None = None,
+        noise: Tensor | None = None,
+        last_rows: Tensor | None = None,
+    ) -> Tensor:
+        """The first `num_blocks` blocks (default all), before the final norm.
+
+        noise (B, depth, 2) are drop-path draws; in training mode with `drop_path` > 0 and no
+        noise given they come from torch's default generator, once per call. last_rows (flat
+        indices into B*(1+N)) limits the output of the last of them to those rows.
+        """
+        blocks = self.blocks if num_blocks is None else self.blocks[:num_blocks]
+        if not self.training or self.drop_path == 0:
+            noise = None
+        elif noise is None:
+            noise = torch.rand(len(x), self.depth, 2, device=x.device)
+        elif tuple(noise.shape) != (len(x), self.depth, 2):
+            raise ValueError(f"noise is {tuple(noise.shape)}, not {(len(x), self.depth, 2)}")
+        bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
+        for i, block in enumerate(blocks):
+            draws = None if noise is None else noise[:, i]
+            rows = last_rows if i == len(blocks) - 1 else None
+            if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+                # Blocks draw nothing themselves, so there is no generator state to preserve.
+                x = checkpoint(
+                    block, x, bias, draws, rows, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x = block(x, bias, draws, rows)
+        return x

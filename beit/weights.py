@@ -1,0 +1,89 @@
+"""Weights of a trained network as a folder: `weights.safetensors` and `config.json`.
+
+Tensors carry the names of the official pretraining code; the configuration rebuilds the network,
+and says how its input pixels were normalised. Reading executes nothing.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from beit.mim import BeitMIM
+
+WEIGHTS_FILE = "weights.safetensors"
+CONFIG_FILE = "config.json"
+FORMAT = "beit-mim"
+
+
+def save_weights(
+    model: BeitMIM, directory: str | Path, *, extra: Mapping[str, Any] | None = None
+) -> None:
+    """Write `model` into `directory` (made if absent), float32 on disk as in memory.
+
+    `extra` is anything JSON that a later user needs and weights cannot tell: by convention
+    `pixel_mean` and `pixel_std` (per channel, of pixels in [0, 1]) and fingerprints.
+    """
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    config = {"format": FORMAT, "version": 1, "model": model.config(), "extra": dict(extra or {})}
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def read_weights_config(directory: str | Path) -> dict[str, Any]:
+    """`config.json` of a weights folder: keys `model` and `extra`; ValueError if it is none."""
+    path = Path(directory) / CONFIG_FILE
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: not a weights folder")
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT or "model" not in config:
+        raise ValueError(f"{path}: format is not {FORMAT!r}; expected what save_weights writes")
+    if config.get("version") != 1:
+        raise ValueError(f"{path}: version {config.get('version')!r} is unknown, expected 1")
+    return config
+
+
+def load_weights(directory: str | Path) -> BeitMIM:
+    """The network of a weights folder, on the CPU, in training mode.
+
+    ValueError names what is missing or does not fit.
+    """
+    config = read_weights_config(directory)
+    path = Path(directory) / WEIGHTS_FILE
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: the folder has a configuration but no weights")
+    with torch.device("meta"):
+        expected = BeitMIM(**config["model"]).state_dict()
+    state = load_file(path)
+    check_state(state, expected, source=str(path))
+    model = BeitMIM(**config["model"])
+    model.load_state_dict(state, strict=True)
+    return model
+
+
+def check_state(
+    state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], *, source: str
+) -> None:
+    """ValueError naming every missing, unknown or misshapen tensor of `state`."""
+    missing = sorted(expected.keys() - state.keys())
+    unknown = sorted(state.keys() - expected.keys())
+    misshapen = [
+        f"{name} is {tuple(state[name].shape)}, expected {tuple(expected[name].shape)}"
+        for name in sorted(expected.keys() & state.keys())
+        if state[name].shape != expected[name].shape
+    ]
+    problems = [
+        f"{label}: {', '.join(names)}"
+        for label, names in (("missing", missing), ("unknown", unknown), ("shape", misshapen))
+        if names
+    ]
+    if problems:
+        raise ValueError(f"{source} does not fit the network; " + "; ".join(problems))
