@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from beit.tokenizers.base import map_pixels
 from beit.tokenizers.dvae import (
     DvaeTokenizer,
+    exponential_noise,
     gumbel_softmax,
     kl_to_uniform,
     kmeans,
@@ -38,7 +39,7 @@ def pictures(count=64, size=16, seed=0):
 
 def test_gumbel_softmax_is_the_relaxation():
     logits = torch.randn(2, 5, 3, 3, generator=seeded())
-    noise = torch.empty(2, 5, 3, 3).exponential_(generator=seeded(1))
+    noise = exponential_noise((2, 5, 3, 3), seeded(1))
     z = gumbel_softmax(logits, noise, 0.7)
     gumbel = -torch.log(noise)
     torch.testing.assert_close(z, F.softmax((logits + gumbel) / 0.7, dim=1))
@@ -47,13 +48,22 @@ def test_gumbel_softmax_is_the_relaxation():
     assert torch.equal(cold.argmax(1), (logits + gumbel).argmax(1))
     assert cold.amax(1).min() > 0.99
     # Extreme noise stays finite.
-    edges = torch.tensor([0.0, 90.0, 0.5, 0.5, 0.5]).view(1, 5, 1, 1).expand(2, 5, 3, 3)
+    edges = torch.tensor([2**-25, 17.4, 0.5, 0.5, 0.5]).view(1, 5, 1, 1).expand(2, 5, 3, 3)
     assert torch.isfinite(gumbel_softmax(logits, edges, 1 / 16)).all()
+
+
+def test_exponential_noise():
+    noise = exponential_noise((500_000,), seeded())
+    assert noise.min() >= 2**-25
+    assert noise.mean().item() == pytest.approx(1, abs=0.01)
+    assert noise.var().item() == pytest.approx(1, abs=0.02)
+    assert (noise > 3).float().mean().item() == pytest.approx(math.exp(-3), rel=0.03)
+    assert torch.equal(noise, exponential_noise((500_000,), seeded()))
 
 
 def test_gumbel_samples_follow_the_posterior():
     logits = torch.tensor([1.0, 0.0, -1.0]).view(1, 3, 1, 1).expand(20_000, 3, 1, 1)
-    noise = torch.empty(logits.shape).exponential_(generator=seeded())
+    noise = exponential_noise(logits.shape, seeded())
     share = torch.bincount(gumbel_softmax(logits, noise, 0.5).argmax(1).flatten()) / 20_000
     torch.testing.assert_close(share, F.softmax(logits[0].flatten(), 0), atol=0.01, rtol=0)
 
@@ -146,7 +156,7 @@ def test_training_step_improves_and_reaches_every_parameter():
     losses = []
     for step in range(20):
         logits = tokenizer.encoder(pixels)
-        noise = torch.empty(logits.shape).exponential_(generator=seeded(step))
+        noise = exponential_noise(logits.shape, seeded(step))
         outputs = tokenizer.decoder(gumbel_softmax(logits, noise, 1.0))
         loss = logit_laplace_loss(outputs, pixels) + 0.1 * kl_to_uniform(logits)
         optimizer.zero_grad()
