@@ -1,0 +1,318 @@
+"""Pictures of what pretraining sees and does: arrays in, Pillow images out.
+
+Image batches are uint8 (B, 3, H, W), arrays or CPU tensors; masks are bool (B, N), row-major over
+the grid of patches. Every picture carries its own title and legend, so that it explains itself in
+a list of artefacts.
+"""
+
+import colorsys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from pipelines.canvas import (
+    CONTOUR,
+    FAINT,
+    FRAME,
+    GAP,
+    INK,
+    MARGIN,
+    MASKED,
+    font,
+    heading_height,
+    new_canvas,
+    shortened,
+)
+from pipelines.plots import codebook_usage, confusion, curve
+
+__all__ = [
+    "codebook_usage",
+    "confusion",
+    "contact_sheet",
+    "curve",
+    "masked_input_grid",
+    "reconstruction_grid",
+    "token_map",
+    "tokenizer_grid",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One column of a grid of tiles."""
+
+    title: str
+    tiles: Sequence[Image.Image]
+
+
+def masked_input_grid(
+    images: Any,
+    mask: Any,
+    *,
+    patch_size: int,
+    title: str = "What the encoder sees",
+    max_images: int = 8,
+) -> Image.Image:
+    """Each image beside itself with its masked patches greyed out.
+
+    Args:
+        images: uint8 (B, 3, H, W).
+        mask: bool (B, N), True = masked.
+        patch_size: pixels.
+        title: heading.
+        max_images: how many of the batch are shown.
+    """
+    arrays = _as_images(images)[:max_images]
+    masks = _as_grid(mask, arrays, patch_size)[:max_images]
+    share = 100 * float(masks.mean()) if len(masks) else 0.0
+    columns = [
+        Column(title="input", tiles=[_tile(array) for array in arrays]),
+        Column(
+            title="masked input",
+            tiles=[
+                _tile(_masked(array, cells)) for array, cells in zip(arrays, masks, strict=True)
+            ],
+        ),
+    ]
+    return _sheet(
+        columns,
+        title=title,
+        note=f"{share:.0f} % of the patches are masked (grey); "
+        "the model predicts their visual tokens",
+        groups=2 if len(arrays) > 3 else 1,
+    )
+
+
+def reconstruction_grid(
+    images: Any,
+    mask: Any,
+    decoded_true: Any,
+    decoded_predicted: Any,
+    *,
+    patch_size: int,
+    accuracy: Sequence[float] | None = None,
+    title: str = "Visual tokens: true and predicted",
+    max_images: int = 6,
+) -> Image.Image:
+    """Input, masked input, the true tokens decoded, and the predicted tokens decoded.
+
+    Args:
+        images: uint8 (B, 3, H, W), the view for the encoder.
+        mask: bool (B, N), True = masked.
+        decoded_true: uint8 (B, 3, h, w), the tokenizer's picture of the true tokens.
+        decoded_predicted: uint8 (B, 3, h, w), its picture of the predicted tokens at masked
+            patches with the true tokens elsewhere.
+        patch_size: pixels, of `images`.
+        accuracy: share of masked tokens predicted exactly, per image.
+        title: heading.
+        max_images: how many of the batch are shown.
+    """
+    arrays = _as_images(images)[:max_images]
+    true = _as_images(decoded_true)[:max_images]
+    predicted = _as_images(decoded_predicted)[:max_images]
+    masks = _as_grid(mask, arrays, patch_size)[:max_images]
+    captions = None
+    if accuracy is not None:
+        captions = [f"{100 * value:.0f} %" for value in list(accuracy)[:max_images]]
+    tiles = [_tile(array) for array in arrays]
+    size = tiles[0].size if tiles else (128, 128)
+    columns = [
+        Column(title="input", tiles=tiles),
+        Column(
+            title="masked input",
+            tiles=[
+                _tile(_masked(array, cells)) for array, cells in zip(arrays, masks, strict=True)
+            ],
+        ),
+        Column(title="true tokens", tiles=[_tile(array, size=size) for array in true]),
+        Column(
+            title="predicted tokens",
+            tiles=[
+                _with_contour(_tile(array, size=size), cells)
+                for array, cells in zip(predicted, masks, strict=True)
+            ],
+        ),
+    ]
+    note = "inside the orange line: predicted from the rest; outside: true tokens"
+    if captions:
+        note += ". Right: masked tokens predicted exactly"
+    return _sheet(columns, title=title, note=note, captions=captions)
+
+
+def tokenizer_grid(
+    images: Any,
+    decoded: Any,
+    *,
+    title: str = "Tokenizer: pictures through the codebook",
+    max_images: int = 16,
+) -> Image.Image:
+    """Pictures beside their reconstruction from visual tokens, both uint8 (B, 3, h, w)."""
+    arrays = _as_images(images)[:max_images]
+    size = _tile(arrays[0]).size if len(arrays) else (128, 128)
+    columns = [
+        Column(title="input", tiles=[_tile(array, size=size) for array in arrays]),
+        Column(
+            title="decoded",
+            tiles=[_tile(array, size=size) for array in _as_images(decoded)[:max_images]],
+        ),
+    ]
+    groups = 4 if len(arrays) >= 8 else 2 if len(arrays) > 3 else 1
+    return _sheet(columns, title=title, note="decoded from token ids alone", groups=groups)
+
+
+def token_map(
+    token_ids: Any,
+    *,
+    grid_size: tuple[int, int],
+    images: Any = None,
+    title: str = "Visual tokens",
+    max_images: int = 8,
+) -> Image.Image:
+    """Token ids as colours: equal colour, equal token. For tokenizers without a decoder.
+
+    Args:
+        token_ids: int (B, N).
+        grid_size: rows and columns of the token grid.
+        images: uint8 (B, 3, H, W) shown beside the tokens.
+        title: heading.
+        max_images: how many of the batch are shown.
+    """
+    ids = np.asarray(token_ids)[:max_images].reshape(-1, *grid_size)
+    palette = {int(value): _token_colour(int(value)) for value in np.unique(ids)}
+    grids = np.zeros((*ids.shape, 3), np.uint8)
+    for value, colour in palette.items():
+        grids[ids == value] = colour
+    columns = []
+    if images is not None:
+        arrays = _as_images(images)[:max_images]
+        columns.append(Column(title="input", tiles=[_tile(array) for array in arrays]))
+    size = columns[0].tiles[0].size if columns and len(ids) else (128, 128)
+    columns.append(Column(title="token ids", tiles=[_tile(grid, size=size) for grid in grids]))
+    note = f"{len(palette)} different tokens; equal colour = equal token"
+    return _sheet(columns, title=title, note=note, groups=2 if len(ids) > 3 else 1)
+
+
+def contact_sheet(
+    images: Any,
+    *,
+    labels: Sequence[str] | None = None,
+    columns: int = 8,
+    title: str = "Images",
+    note: str = "",
+) -> Image.Image:
+    """Pictures in rows, uint8 (B, 3, H, W) or a list of (3, H, W), each with a label below."""
+    tiles = [_tile(array, size=(96, 96)) for image in images for array in _as_images(image[None])]
+    label_height = 18 if labels else 0
+    rows = -(-len(tiles) // columns) if tiles else 0
+    width = 2 * MARGIN + columns * 96 + (columns - 1) * GAP
+    top = heading_height(title, note)
+    canvas, draw = new_canvas(width, top + rows * (96 + label_height + GAP) + MARGIN, title, note)
+    for index, tile in enumerate(tiles):
+        x = MARGIN + index % columns * (96 + GAP)
+        y = top + index // columns * (96 + label_height + GAP)
+        canvas.paste(tile, (x, y))
+        if labels:
+            text = shortened(str(labels[index]), 11, 96)
+            draw.text((x + 48, y + 99), text, fill=FAINT, font=font(11), anchor="ma")
+    return canvas
+
+
+# Tiles and sheets
+
+
+def _as_images(images: Any) -> np.ndarray:
+    array = np.asarray(images)
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1] != 3:
+        raise ValueError(f"images are {array.dtype} {array.shape}; pass uint8 (B, 3, H, W)")
+    return array.transpose(0, 2, 3, 1)
+
+
+def _as_grid(mask: Any, images: np.ndarray, patch_size: int) -> np.ndarray:
+    rows, columns = images.shape[1] // patch_size, images.shape[2] // patch_size
+    array = np.asarray(mask, dtype=np.bool_)
+    if array.size != len(array) * rows * columns:
+        raise ValueError(
+            f"mask has shape {array.shape}; {rows}x{columns} patches of {patch_size} pixels need "
+            f"(B, {rows * columns})"
+        )
+    return array.reshape(-1, rows, columns)
+
+
+def _masked(array: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    height, width = array.shape[0] // cells.shape[0], array.shape[1] // cells.shape[1]
+    hidden = cells.repeat(height, 0).repeat(width, 1)[..., None]
+    return np.where(hidden, np.array(MASKED, np.uint8), array)
+
+
+def _tile(array: np.ndarray, size: tuple[int, int] | None = None) -> Image.Image:
+    image = Image.fromarray(np.ascontiguousarray(array))
+    if size is None:
+        # Whole multiples keep pixels of small pictures square.
+        factor = max(1, 128 // max(image.size))
+        size = (image.width * factor, image.height * factor)
+    if image.size == size:
+        return image
+    enlarged = size[0] >= image.width
+    return image.resize(size, Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS)
+
+
+def _with_contour(tile: Image.Image, cells: np.ndarray) -> Image.Image:
+    draw = ImageDraw.Draw(tile)
+    height, width = tile.height / cells.shape[0], tile.width / cells.shape[1]
+    padded = np.pad(cells, 1)
+    for row in range(cells.shape[0] + 1):
+        for column in range(cells.shape[1] + 1):
+            here = padded[row + 1, column + 1]
+            x, y = round(column * width), round(row * height)
+            if here != padded[row, column + 1]:
+                draw.line((x, y, round((column + 1) * width), y), fill=CONTOUR, width=2)
+            if here != padded[row + 1, column]:
+                draw.line((x, y, x, round((row + 1) * height)), fill=CONTOUR, width=2)
+    return tile
+
+
+def _token_colour(value: int) -> tuple[int, int, int]:
+    # Golden-ratio steps in hue keep neighbouring ids apart; three rings of brightness.
+    hue = value * 0.61803398875 % 1.0
+    red, green, blue = colorsys.hsv_to_rgb(hue, (0.75, 0.45, 0.9)[value % 3], 0.92)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _sheet(
+    columns: Sequence[Column],
+    *,
+    title: str,
+    note: str,
+    captions: Sequence[str] | None = None,
+    groups: int = 1,
+) -> Image.Image:
+    # `groups` sets of the columns stand side by side, so that many rows do not make a tower.
+    count = len(columns[0].tiles)
+    rows = max(1, -(-count // groups))
+    tile_width = max((tile.width for c in columns for tile in c.tiles), default=128)
+    tile_height = max((tile.height for c in columns for tile in c.tiles), default=128)
+    group_width = len(columns) * (tile_width + GAP) + (20 if groups > 1 else 0)
+    caption_width = 56 if captions else 0
+    top = heading_height(title, note)
+    canvas, draw = new_canvas(
+        2 * MARGIN + groups * group_width + caption_width,
+        top + 22 + rows * (tile_height + GAP) + MARGIN - GAP,
+        title,
+        note,
+    )
+    for group in range(min(groups, -(-count // rows)) if count else 0):
+        for column_index, column in enumerate(columns):
+            x = MARGIN + group * group_width + column_index * (tile_width + GAP)
+            draw.text((x, top), shortened(column.title, 13, tile_width), fill=INK, font=font(13))
+            for row, tile in enumerate(column.tiles[group * rows : (group + 1) * rows]):
+                y = top + 22 + row * (tile_height + GAP)
+                canvas.paste(tile, (x, y))
+                draw.rectangle((x, y, x + tile.width - 1, y + tile.height - 1), outline=FRAME)
+    for row, caption in enumerate(captions or ()):
+        y = top + 22 + row * (tile_height + GAP) + tile_height // 2
+        x = MARGIN + len(columns) * (tile_width + GAP) + 4
+        draw.text((x, y), caption, fill=INK, font=font(14), anchor="lm")
+    return canvas
