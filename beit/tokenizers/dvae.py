@@ -19,6 +19,10 @@ from torch.nn import functional as F
 
 from beit.tokenizers.base import PIXEL_MARGIN, DiscreteVae, map_pixels
 
+MAX_POINTS = 32_768
+POINTS_PER_CENTRE = 32
+"""K-means looks at no more patches than the larger of MAX_POINTS and so many per centre."""
+
 
 def _zero(conv: nn.Conv2d) -> None:
     for parameter in conv.parameters():
@@ -185,27 +189,31 @@ def _principal_components(points: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def kmeans(
     points: Tensor, num_centres: int, *, generator: torch.Generator, num_iterations: int
 ) -> tuple[Tensor, float]:
-    """Lloyd's algorithm from k-means++-like seeds -> centres (num_centres, D), mean squared error.
+    """Lloyd's algorithm from spread-out seeds -> centres (num_centres, D), mean squared error.
 
     Seeds are drawn in rounds with probability proportional to the squared distance to the seeds so
     far (k-means||), so that a corner full of equal white patches gets one centre and not half of
-    them. A centre that loses all its points moves to the worst-represented point.
+    them. A centre that loses all its points moves to the worst-represented point. Of very many
+    points a random share is used. Raises ValueError for fewer points than centres.
     """
     if len(points) < num_centres:
         raise ValueError(
             f"{len(points)} patches are too few to place {num_centres} codes: give more images "
             f"or lower vocab_size"
         )
-    first = torch.randint(len(points), (1,), generator=generator)
-    centres = points[first]
-    nearest = (points - centres).square().sum(1)
+    most = max(MAX_POINTS, POINTS_PER_CENTRE * num_centres)
+    if len(points) > most:
+        chosen = torch.randperm(len(points), generator=generator)[:most]
+        points = points[chosen.to(points.device)]
+    centres = points[torch.randint(len(points), (1,), generator=generator)]
+    nearest, _ = _nearest(points, centres)
     while len(centres) < num_centres:
         count = min(num_centres - len(centres), max(1, num_centres // 8))
-        # A small floor keeps the draw possible when fewer distinct patches exist than centres.
-        weights = nearest + 1e-8
-        chosen = torch.multinomial(weights, count, generator=generator)
+        # A small floor keeps the draw possible when fewer distinct points exist than centres.
+        chances = (nearest + 1e-8).cpu()
+        chosen = torch.multinomial(chances, count, generator=generator).to(points.device)
         centres = torch.cat([centres, points[chosen]])
-        nearest = torch.minimum(nearest, torch.cdist(points, points[chosen]).square().amin(1))
+        nearest = torch.minimum(nearest, _nearest(points, points[chosen])[0])
     for _ in range(num_iterations):
         distance, assigned = _nearest(points, centres)
         counts = torch.bincount(assigned, minlength=num_centres)
@@ -219,9 +227,14 @@ def kmeans(
 
 
 def _nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    squared = points.square().sum(1, keepdim=True) - 2 * points @ centres.T
-    distance, assigned = (squared + centres.square().sum(1)).min(dim=1)
-    return distance.clamp(min=0), assigned
+    """Squared distance to, and index of, the nearest centre of each point."""
+    offsets = centres.square().sum(1)
+    found = [
+        (chunk.square().sum(1, keepdim=True) - 2 * chunk @ centres.T + offsets).min(dim=1)
+        for chunk in torch.split(points, 16_384)
+    ]
+    distances = torch.cat([distance for distance, _ in found]).clamp(min=0)
+    return distances, torch.cat([index for _, index in found])
 
 
 def exponential_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
