@@ -59,7 +59,8 @@ class BeitMIM(BeitEncoder):
     """The pretraining network.
 
     Built with fresh weights from torch's default generator; `init_weights(generator)` draws
-    them again from a generator of the caller's. Other arguments: see `BeitEncoder`.
+    them again from a generator of the caller's. `vocab_size` 0 leaves the head out (a published
+    encoder without one): forward then gives normalised states. Others: see `BeitEncoder`.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class BeitMIM(BeitEncoder):
         self.vocab_size = vocab_size
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.norm = nn.LayerNorm(dim, eps=norm_eps)
-        self.lm_head = nn.Linear(dim, vocab_size)
+        self.lm_head: nn.Module = nn.Linear(dim, vocab_size) if vocab_size else nn.Identity()
         self.init_weights()
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -103,7 +104,7 @@ class BeitMIM(BeitEncoder):
 
     def config(self) -> dict[str, Any]:
         """JSON values for which `BeitMIM(**config)` is this architecture."""
-        return {**self.encoder_config(), "vocab_size": self.vocab_size}
+        return {**super().config(), "vocab_size": self.vocab_size}
 
     def forward(
         self,

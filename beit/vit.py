@@ -122,7 +122,7 @@ def _accept_index_buffer(
         raise ValueError(
             f"{name}: {tuple(theirs.shape)} is the index of another patch grid than this "
             f"model's {tuple(ours.shape)}; build the model for that image_size, or resize the "
-            "weights with beit.convert.resize_positions"
+            "weights with beit.positions.resize_positions"
         )
 
 
@@ -302,8 +302,8 @@ class BeitEncoder(nn.Module):
             for i in range(depth)
         )
 
-    def encoder_config(self) -> dict[str, Any]:
-        """The keyword arguments that rebuild this encoder (plain JSON values)."""
+    def config(self) -> dict[str, Any]:
+        """The keyword arguments that rebuild this network, as plain JSON values."""
         return {
             "image_size": list(self.image_size),
             "patch_size": self.patch_size,
@@ -324,7 +324,7 @@ class BeitEncoder(nn.Module):
             raise ValueError(
                 f"pixels are {tuple(pixels.shape[-2:])}, this model is built for "
                 f"{self.image_size}; resize the images, or the weights with "
-                "beit.convert.resize_positions"
+                "beit.positions.resize_positions"
             )
         x: Tensor = self.patch_embed(pixels)
         if mask is not None:

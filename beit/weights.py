@@ -5,7 +5,7 @@ and says how its input pixels were normalised. Reading executes nothing.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +70,20 @@ def load_weights(directory: str | Path) -> BeitMIM:
 
 
 def check_state(
-    state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], *, source: str
+    state: Mapping[str, torch.Tensor],
+    expected: Mapping[str, torch.Tensor],
+    *,
+    source: str,
+    spelling: Callable[[str], str] = str,
 ) -> None:
-    """ValueError naming every missing, unknown or misshapen tensor of `state`."""
-    missing = sorted(expected.keys() - state.keys())
+    """ValueError naming every missing, unknown or misshapen tensor of `state`.
+
+    `spelling` turns an expected name into the one that the reader of the message knows.
+    """
+    missing = sorted({spelling(name) for name in expected.keys() - state.keys()})
     unknown = sorted(state.keys() - expected.keys())
     misshapen = [
-        f"{name} is {tuple(state[name].shape)}, expected {tuple(expected[name].shape)}"
+        f"{spelling(name)} is {tuple(state[name].shape)}, expected {tuple(expected[name].shape)}"
         for name in sorted(expected.keys() & state.keys())
         if state[name].shape != expected[name].shape
     ]
