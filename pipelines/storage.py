@@ -108,14 +108,25 @@ def retry(action: Callable[[], T]) -> T:
         except FileNotFoundError:
             raise
         except OSError as error:
-            message = str(error).lower()
-            final = not any(mark in message for mark in TRANSIENT_MARKS)
-            if final or attempt == NUM_TRIES - 1:
+            if not is_transient(error) or attempt == NUM_TRIES - 1:
                 raise _explained(error) from error
-            # Jitter keeps a thousand workers from coming back at the same moment; it is no
-            # part of any result, hence the one use of an unseeded generator.
-            time.sleep(min(20.0, 0.3 * 2**attempt) * (0.5 + random.random()))
+            time.sleep(pause(attempt))
     raise AssertionError("unreachable")
+
+
+def is_transient(error: OSError) -> bool:
+    """Whether it is worth asking the store again."""
+    message = str(error).lower()
+    return any(mark in message for mark in TRANSIENT_MARKS)
+
+
+def pause(attempt: int) -> float:
+    """Seconds to wait before the next try.
+
+    Jitter keeps a thousand workers from coming back at the same moment; it is no part of any
+    result, hence the one use of an unseeded generator.
+    """
+    return min(20.0, 0.3 * 2.0**attempt) * (0.5 + random.random())
 
 
 def _explained(error: OSError) -> OSError:

@@ -1,0 +1,101 @@
+"""Configuration of the `prepare` stage: every knob, its meaning and its limits."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipelines.config.tracking import TrackingConfig
+from pipelines.errors import InputError
+
+Format = Literal["auto", "folder", "webdataset", "parquet"]
+Labels = Literal["auto", "folder", "field", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Images of any source to an image table."""
+
+    source: str
+    """Folder, glob (`*`, `**`, `[ab]`) or file, local or s3://...: images in a tree, WebDataset
+    tars, or Parquet files with an image column; or `sample:emoji`, the bundled sample."""
+    output: str
+    """Directory or URI that gets the image table."""
+    format: Format = "auto"
+    """What the source holds; auto looks at the file names."""
+
+    labels: Labels = "auto"
+    """Where classes come from: first directory below the source, a field of the sample, nowhere;
+    auto: directories for a folder, the field for the others if it is there."""
+    label_field: str = ""
+    """Parquet column (default `label`), or WebDataset member: `cls` (default), or `json:NAME`."""
+    image_field: str = ""
+    """Parquet column with the encoded images; found by name and type if empty."""
+    key_field: str = ""
+    """Parquet column to name rows by; row numbers if empty."""
+    group_field: str = ""
+    """Parquet column naming what must not be split between training and held-out rows."""
+    group_pattern: str = ""
+    """The same from the key: a regular expression whose first group is the name."""
+
+    max_side: int = 0
+    """Images with a longer side are shrunk to it and stored as JPEG; 0: as they are."""
+    quality: int = 95
+    """JPEG quality of shrunk images (4:4:4, so that colours stay sharp)."""
+    min_side: int = 1
+    """Images with a shorter side, in pixels, are rejected."""
+    max_pixels: int = 89_478_485
+    """Images with more pixels are rejected before they are decoded."""
+    max_image_mb: float = 128
+    """Larger encoded images are rejected unread."""
+    decode_timeout: float = 60
+    """Seconds after which decoding one image is given up."""
+    max_rejected: float = 0.05
+    """Rejected items tolerated: a share if below 1, a number otherwise."""
+
+    part_mb: float = 256
+    """Megabytes of images a part holds at least; also the unit of work and of loss."""
+    row_group_mb: float = 12
+    """Megabytes of images in a row group, the smallest piece that is read later."""
+    num_tasks: int = 0
+    """Units worked on at once; 0: as many as the cluster has CPUs for."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where the run is recorded."""
+
+    def __post_init__(self) -> None:
+        for name in ("source", "output"):
+            self._require(bool(getattr(self, name)), name, "give a path or a URI")
+        self._require(self.max_side == 0 or self.max_side >= 8, "max_side", "give 0 or at least 8")
+        self._require(1 <= self.quality <= 100, "quality", "give 1 to 100")
+        self._require(self.min_side >= 1, "min_side", "give at least 1")
+        self._require(self.max_pixels >= 1, "max_pixels", "give at least 1")
+        self._require(0 < self.max_image_mb <= 1900, "max_image_mb", "give at most 1900")
+        self._require(self.decode_timeout > 0, "decode_timeout", "give seconds above 0")
+        self._require(self.max_rejected >= 0, "max_rejected", "give a share or a number")
+        self._require(0 < self.part_mb <= 1024, "part_mb", "give at most 1024")
+        self._require(0 < self.row_group_mb <= 128, "row_group_mb", "give at most 128")
+        self._require(self.num_tasks >= 0, "num_tasks", "give 0 or a number of tasks")
+        try:
+            groups = re.compile(self.group_pattern).groups
+        except re.error as error:
+            raise InputError(f"group_pattern = {self.group_pattern!r}: {error}") from error
+        self._require(
+            not self.group_pattern or groups >= 1, "group_pattern", "put a part in parentheses"
+        )
+        self._require(
+            not (self.group_pattern and self.group_field), "group_field", "group_pattern is set too"
+        )
+
+    def _require(self, condition: bool, name: str, remedy: str) -> None:
+        if not condition:
+            raise InputError(f"{name} = {getattr(self, name)!r}: {remedy}")
+
+
+# What may differ when an interrupted prepare goes on; everything else decides what the table
+# contains.
+MAY_CHANGE = ("output", "max_rejected", "num_tasks", "tracking", "decode_timeout")
+
+
+def identity(config: PrepareConfig) -> dict[str, object]:
+    """The options that decide what the table contains, without the source."""
+    fields = vars(config).items()
+    return {name: value for name, value in fields if name not in (*MAY_CHANGE, "source")}

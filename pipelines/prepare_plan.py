@@ -1,0 +1,256 @@
+"""The plan of a `prepare`: what will be read, in which units, by which rules.
+
+It is made once, by listing the source, and kept beside the output until the table is finished.
+An interrupted run goes on with the plan it began with, so a source that grew in the meantime
+cannot mix two listings in one table.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines import sample_images, storage
+from pipelines.config.prepare import PrepareConfig, identity
+from pipelines.errors import InputError
+from pipelines.parquet_source import ParquetPlan
+from pipelines.source_readers import Reader
+from pipelines.sources import (
+    Entry,
+    Source,
+    check_container_sizes,
+    class_folders,
+    cut,
+    mapped_ahead,
+    open_source,
+)
+
+PLAN_VERSION = 1
+WORK = "_work"
+MEGABYTE = 1_000_000
+# Tiny images: a unit of so many takes seconds to minutes; its listing stays small.
+MAX_UNIT_ENTRIES = 20_000
+THREADS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a unit's worker and the driver need to know; grows with units, not with images."""
+
+    source: dict[str, str]
+    """uri and format."""
+    options: dict[str, Any]
+    """The options that decide what the table contains."""
+    reader: Reader
+    num_items: int | None
+    """Candidate images; unknown for tars."""
+    num_bytes: int
+    listings: tuple[str, ...]
+    """Hash of the listing of every unit."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "plan_version": PLAN_VERSION,
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
+            "reader": dataclasses.asdict(self.reader),
+            "listings": list(self.listings),
+        }
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> "Plan":
+        fields = {name: value for name, value in record.items() if name != "plan_version"}
+        reader = {**record["reader"], "class_names": tuple(record["reader"]["class_names"])}
+        listings = tuple(record["listings"])
+        return cls(**{**fields, "reader": Reader(**reader), "listings": listings})
+
+
+def work_uri(output: str, *parts: str) -> str:
+    """Address of a working file of an unfinished prepare."""
+    return storage.join(output, WORK, *parts)
+
+
+def unit_name(unit: int, num_units: int) -> str:
+    """`00012`: as many digits as all units need, so that names sort like numbers."""
+    return f"{unit:0{max(5, len(str(num_units - 1)))}d}"
+
+
+def identity_of(config: PrepareConfig) -> dict[str, Any]:
+    """What two runs on one output must have in common, by field name."""
+    uri = config.source
+    source = uri if uri.startswith("sample:") else storage.absolute(uri)
+    return {"source": source, **identity(config)}
+
+
+def check_identity(config: PrepareConfig, output: str, recorded: dict[str, Any]) -> None:
+    """Compares the options with those that an output was begun or made with.
+
+    Raises:
+        InputError: naming the first field that differs, and both values.
+    """
+    for name, value in identity_of(config).items():
+        if recorded.get(name) != value:
+            raise InputError(
+                f"{name} = {value!r}, but {output} was prepared with {name} = "
+                f"{recorded.get(name)!r}; give another output, or the same {name} to go on"
+            )
+
+
+def read_plan(config: PrepareConfig, output: str) -> Plan | None:
+    """The plan that an interrupted run left at `output`.
+
+    Raises:
+        InputError: it was made with other options.
+    """
+    try:
+        record = storage.read_json(work_uri(output, "plan.json"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if record.get("plan_version") != PLAN_VERSION:
+        raise InputError(f"{output}: unfinished work of another version; remove {WORK}/ there")
+    plan = Plan.from_dict(record)
+    check_identity(config, output, {"source": plan.source["uri"], **plan.options})
+    return plan
+
+
+def make_plan(config: PrepareConfig, output: str) -> Plan:
+    """Lists the source, writes the listing of every unit and then the plan.
+
+    Raises:
+        InputError: the source is not there, or has no such fields.
+    """
+    source = open_source(config.source, config.format)
+    _check_apart(source, output)
+    _check_fields(config, source)
+    counter = _Counter()
+    reader = Reader(
+        root=source.root,
+        format=source.format,
+        labels="none",
+        group_pattern=config.group_pattern,
+        max_image_bytes=int(config.max_image_mb * MEGABYTE),
+    )
+    folders: set[str] = set()
+    parquet = None
+    if source.format == "parquet":
+        parquet = ParquetPlan(config, source)
+        reader, entries = parquet.with_columns(reader), parquet.entries()
+    elif source.format == "webdataset":
+        entries = check_container_sizes(source.entries(), source)
+        labels = "none" if config.labels == "none" else "field"
+        reader = dataclasses.replace(reader, labels=labels, label_field=config.label_field)
+    else:
+        entries = class_folders(source.entries(), folders)
+    units = cut(
+        counter.count(entries), int(config.part_mb * MEGABYTE), max_entries=MAX_UNIT_ENTRIES
+    )
+    listings = tuple(_write_listings(output, units))
+    if source.format in ("folder", "sample"):
+        reader = _with_folder_labels(config, reader, folders - {_unlabelled(source)})
+    plan = Plan(
+        source={"uri": source.uri, "format": source.format},
+        options=identity(config),
+        reader=reader,
+        num_items=_num_items(source, parquet.num_items if parquet else counter.items),
+        num_bytes=counter.bytes,
+        listings=listings,
+    )
+    storage.write_json(work_uri(output, "plan.json"), plan.to_dict())
+    return plan
+
+
+def read_listing(output: str, unit: int, listing: str) -> list[Entry]:
+    """The entries of a unit.
+
+    Raises:
+        InputError: the listing is not the planned one: two runs planned at once and found
+            different files.
+    """
+    data = storage.read_bytes(_listing_uri(output, unit))
+    if storage.digest(data) != listing:
+        raise InputError(
+            f"{output}: the source changed while two runs were planning on it; "
+            f"remove {WORK}/ there and run again"
+        )
+    columns = pq.read_table(pa.BufferReader(data)).to_pydict()
+    rows = zip(*columns.values(), strict=True)
+    return [Entry(**dict(zip(columns, row, strict=True))) for row in rows]
+
+
+def _listing_uri(output: str, unit: int) -> str:
+    return work_uri(output, "units", f"{unit:08d}.parquet")
+
+
+def _write_listings(output: str, units: Iterable[list[Entry]]) -> Iterator[str]:
+    def write(numbered: tuple[int, list[Entry]]) -> str:
+        unit, entries = numbered
+        names = [field.name for field in dataclasses.fields(Entry)]
+        columns = {name: [getattr(entry, name) for entry in entries] for name in names}
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.table(columns), sink, compression="ZSTD")
+        data = sink.getvalue()
+        storage.write_bytes(_listing_uri(output, unit), data)
+        return storage.digest(data)
+
+    return mapped_ahead(write, enumerate(units), num_threads=THREADS)
+
+
+class _Counter:
+    """Counts items and bytes as they pass."""
+
+    def __init__(self) -> None:
+        self.items = 0
+        self.bytes = 0
+
+    def count(self, entries: Iterable[Entry]) -> Iterator[Entry]:
+        for entry in entries:
+            self.items += 1
+            self.bytes += entry.size
+            yield entry
+
+
+def _num_items(source: Source, counted: int) -> int | None:
+    return None if source.format == "webdataset" else counted
+
+
+def _unlabelled(source: Source) -> str:
+    return sample_images.UNLABELLED if source.format == "sample" else ""
+
+
+def _check_apart(source: Source, output: str) -> None:
+    inside = (storage.join(output) + "/").startswith(source.root.partition("?")[0] + "/")
+    if inside:
+        raise InputError(
+            f"output = {output!r}: lies inside the source {source.root!r}, which would then list "
+            "its own output; give a place outside"
+        )
+
+
+def _check_fields(config: PrepareConfig, source: Source) -> None:
+    """Refuses options that this kind of source cannot honour."""
+    folder = source.format in ("folder", "sample")
+    if config.labels == "field" and folder:
+        raise InputError("labels = 'field': images in folders have no fields; use 'folder'")
+    if config.labels == "folder" and not folder:
+        raise InputError(f"labels = 'folder': a {source.format} source has none; use 'field'")
+    if config.label_field and folder:
+        raise InputError(f"label_field = {config.label_field!r}: images in folders have no fields")
+    if source.format != "parquet":
+        for name in ("image_field", "key_field", "group_field"):
+            if getattr(config, name):
+                raise InputError(
+                    f"{name} = {getattr(config, name)!r}: only Parquet sources have columns, "
+                    f"this one is {source.format!r}; leave it empty"
+                )
+
+
+def _with_folder_labels(config: PrepareConfig, reader: Reader, folders: set[str]) -> Reader:
+    names = tuple(sorted(folders))
+    if config.labels == "folder" and not names:
+        raise InputError(f"labels = 'folder': no folders below {config.source!r}; use 'none'")
+    # One folder for everything tells no classes apart.
+    if config.labels == "none" or (config.labels == "auto" and len(names) < 2):
+        return reader
+    return dataclasses.replace(reader, labels="folder", class_names=names)

@@ -1,0 +1,204 @@
+"""One unit of `prepare`: read its items, examine every image, write its part, leave a receipt.
+
+All of it is a function of the listing and the options. Doing a unit again, or in two places at
+once, writes the same bytes to the same names; so a lost worker costs the unit it was at.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines import storage
+from pipelines.decode_process import Decoded, DecodeProcess, Rules
+from pipelines.image_table import ImageRow, Part, PartWriter
+from pipelines.prepare_plan import read_listing, work_uri
+from pipelines.source_readers import Item, Reader
+
+# A part may grow to this many times `part_bytes` before a second one is begun: a unit ends with
+# the file that fills it, and that may be a tar.
+MAX_PART_GROWTH = 2
+NUM_EXAMPLES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitTask:
+    """What is the same for all units of a prepare."""
+
+    output: str
+    reader: Reader
+    rules: Rules
+    decode_timeout: float
+    part_bytes: int
+    row_group_bytes: int
+    names: int
+    """Digits of a unit's number in file names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """What a finished unit leaves behind, as a small JSON file."""
+
+    listing: str
+    """Hash of the listing it was made from."""
+    items: int
+    source_bytes: int
+    parts: tuple[Part, ...]
+    rejected: tuple[tuple[str, str, int], ...]
+    """Key, reason and size of every item that is no row."""
+    max_label: int
+    """-1: no row has a label."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "parts": [part.to_dict() for part in self.parts]}
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> "Receipt":
+        parts = tuple(Part.from_dict(part) for part in record["parts"])
+        rejected = tuple((key, reason, size) for key, reason, size in record["rejected"])
+        return cls(**{**record, "parts": parts, "rejected": rejected})
+
+    @property
+    def rows(self) -> int:
+        """Images accepted."""
+        return sum(part.rows for part in self.parts)
+
+    def summary(self, unit: int) -> dict[str, Any]:
+        """What the driver is sent: some numbers and a few examples."""
+        return {
+            "unit": unit,
+            "items": self.items,
+            "source_bytes": self.source_bytes,
+            "rows": self.rows,
+            "rejected": dict(Counter(reason for _, reason, _ in self.rejected)),
+            "examples": [list(row) for row in self.rejected[:NUM_EXAMPLES]],
+        }
+
+
+def receipt_uri(output: str, unit: int) -> str:
+    """Address of a unit's receipt."""
+    return work_uri(output, "receipts", f"{unit:08d}.json")
+
+
+def read_receipt(output: str, unit: int) -> Receipt:
+    """Raises FileNotFoundError."""
+    return Receipt.from_dict(storage.read_json(receipt_uri(output, unit)))
+
+
+def part_name(unit: int, digits: int, position: int) -> str:
+    """`part-00012.parquet`; further parts of one unit sort directly behind it."""
+    more = f"_{position:02d}" if position else ""
+    return f"part-{unit:0{digits}d}{more}.parquet"
+
+
+def process_unit(task: UnitTask, unit: int, listing: str) -> dict[str, Any]:
+    """Makes the unit's parts and receipt, unless another driver has; returns a summary.
+
+    Raises:
+        InputError: the listing is not the planned one.
+        OSError: the store does not answer, in spite of retries.
+    """
+    try:
+        receipt = read_receipt(task.output, unit)
+        if receipt.listing == listing:
+            return receipt.summary(unit)
+    except FileNotFoundError:
+        pass
+    started = time.monotonic()
+    entries = read_listing(task.output, unit, listing)
+    build = _Build(task, unit)
+    for item in task.reader.items(entries):
+        build.add(item)
+    parts = build.finish()
+    receipt = Receipt(
+        listing=listing,
+        items=build.items,
+        source_bytes=sum(entry.size for entry in entries),
+        parts=parts,
+        rejected=tuple(sorted(build.rejected)),
+        max_label=build.max_label,
+    )
+    storage.write_json(receipt_uri(task.output, unit), receipt.to_dict())
+    return {**receipt.summary(unit), "seconds": time.monotonic() - started}
+
+
+class _Build:
+    """The parts of a unit while they are being made."""
+
+    def __init__(self, task: UnitTask, unit: int) -> None:
+        self.task, self.unit = task, unit
+        self.decoder = _decoder(task.rules, task.decode_timeout)
+        self.items = 0
+        self.max_label = -1
+        self.last_key: str | None = None
+        self.rejected: list[tuple[str, str, int]] = []
+        self.parts: list[Part] = []
+        self.writer: PartWriter | None = None
+
+    def add(self, item: Item) -> None:
+        """Takes an item to the part or to the rejected ones; nothing else can happen to it."""
+        self.items += 1
+        repeated = item.key == self.last_key
+        self.last_key = item.key
+        reason = "duplicate_key" if repeated else item.reason
+        if not reason:
+            verdict = self.decoder.examine(item.data)
+            if isinstance(verdict, Decoded):
+                self._write(item, verdict)
+                return
+            reason = verdict.reason
+        self.rejected.append((item.key, reason, item.size))
+
+    def _write(self, item: Item, image: Decoded) -> None:
+        if self.writer is None:
+            self.writer = PartWriter(row_group_bytes=self.task.row_group_bytes)
+        self.writer.add(
+            ImageRow(
+                key=item.key,
+                image=image.image,
+                height=image.height,
+                width=image.width,
+                label=item.label,
+                digest=image.digest,
+                group=item.group,
+            )
+        )
+        self.max_label = max(self.max_label, -1 if item.label is None else item.label)
+        if self.writer.image_bytes >= MAX_PART_GROWTH * self.task.part_bytes:
+            self._close_part()
+
+    def _close_part(self) -> None:
+        if self.writer is None:
+            return
+        name = part_name(self.unit, self.task.names, len(self.parts))
+        data, part = self.writer.finish(name)
+        storage.write_bytes(storage.join(self.task.output, name), data)
+        self.parts.append(part)
+        self.writer = None
+
+    def finish(self) -> tuple[Part, ...]:
+        self._close_part()
+        return tuple(self.parts)
+
+
+# A worker process does one unit after another; its decoder stays.
+_DECODERS: dict[tuple[Rules, float], DecodeProcess] = {}
+
+
+def _decoder(rules: Rules, timeout: float) -> DecodeProcess:
+    if (rules, timeout) not in _DECODERS:
+        for old in _DECODERS.values():
+            old.close()
+        _DECODERS.clear()
+        _DECODERS[rules, timeout] = DecodeProcess(rules, timeout=timeout)
+    return _DECODERS[rules, timeout]
+
+
+def rejected_table_columns(rows: Sequence[tuple[str, str, int]]) -> dict[str, list[Any]]:
+    """Rejected items as columns."""
+    return {
+        "key": [row[0] for row in rows],
+        "reason": [row[1] for row in rows],
+        "size": [row[2] for row in rows],
+    }
