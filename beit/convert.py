@@ -308,6 +308,7 @@ def _swap(name: str, pairs: Iterable[tuple[str, str]]) -> str:
 def _from_huggingface_names(state: Mapping[str, Tensor], source: str) -> State:
     ours: State = {}
     parts: dict[str, State] = {}
+    reversed_names = [(theirs, own) for own, theirs in _BLOCK_NAMES]
     for given, value in state.items():
         name = given.removeprefix("beit.")
         for pattern, replacement in _TRANSFORMERS_5:
@@ -324,12 +325,8 @@ def _from_huggingface_names(state: Mapping[str, Tensor], source: str) -> State:
             parts.setdefault(block[1], {})[split[1]] = value
             continue
         bias = re.fullmatch(r"attention\.attention\.(query|value)\.bias", rest)
-        rest = (
-            f"attn.{bias[1][0]}_bias"
-            if bias
-            else _swap(rest, [(theirs, own) for own, theirs in _BLOCK_NAMES])
-        )
-        ours[f"blocks.{block[1]}.{rest}"] = value
+        known = f"attn.{bias[1][0]}_bias" if bias else _swap(rest, reversed_names)
+        ours[f"blocks.{block[1]}.{known}" if known != rest else name] = value
     for block_number, weights in parts.items():
         stem = f"encoder.layer.{block_number}.attention.attention."
         absent = [f"{stem}{p}.weight" for p in ("query", "key", "value") if p not in weights]

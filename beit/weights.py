@@ -78,10 +78,10 @@ def check_state(
 ) -> None:
     """ValueError naming every missing, unknown or misshapen tensor of `state`.
 
-    `spelling` turns an expected name into the one that the reader of the message knows.
+    `spelling` turns our name of a tensor into the one that the reader of the message knows.
     """
     missing = sorted({spelling(name) for name in expected.keys() - state.keys()})
-    unknown = sorted(state.keys() - expected.keys())
+    unknown = sorted({spelling(name) for name in state.keys() - expected.keys()})
     misshapen = [
         f"{spelling(name)} is {tuple(state[name].shape)}, expected {tuple(expected[name].shape)}"
         for name in sorted(expected.keys() & state.keys())
