@@ -119,7 +119,7 @@ def encode_file(
     return data
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TokenFile:
     """One file of the table."""
 
@@ -199,3 +199,20 @@ def split_columns(table: pa.Table, identity: Identity) -> tuple[list[str], NDArr
     flat = ids.flatten().to_numpy(zero_copy_only=True)
     shape = (table.num_rows, identity.num_views, identity.num_patches)
     return table.column("key").to_pylist(), flat.reshape(shape)
+
+
+def check_file(data: bytes, identity: Identity, rows: int) -> tuple[bool, str | None]:
+    """Whether `data` is a whole file of `rows` rows, and `field: found != wanted` if it belongs
+    to a table of another identity."""
+    try:
+        table = pq.read_table(pa.BufferReader(data), use_threads=False)
+        stamp = json.loads(table.schema.metadata[STAMP])
+    except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError):
+        return False, None
+    difference = differing_field(stamp, identity.to_dict())
+    return table.num_rows == rows and table.schema.equals(schema(identity)), difference
+
+
+def read_file(uri: str) -> pa.Table:
+    """All rows of a token file."""
+    return pq.read_table(pa.BufferReader(storage.read_bytes(uri)), use_threads=False)

@@ -135,6 +135,8 @@ class TokenTable:
             table = cls(uri, manifest)
         except KeyError as error:
             raise InputError(f"{path}: field {error} is missing; tokenize again") from error
+        except ValueError as error:
+            raise InputError(f"{path}: {error}") from error
         table._check_untouched(path)
         return table
 

@@ -1,0 +1,273 @@
+"""Units of the tokenize stage, and what of them is done.
+
+A unit is a row range of one image part and becomes one file. Which units there are depends on the
+image table and `rows_per_unit` only. While a table is unfinished its directory has `_work/`:
+
+- `identity.json`: what the tokens depend on; another identity refuses to go on here.
+- `receipts-*.jsonl`: one line `[unit, bytes, hash]` for a file that was written.
+- `rejected-<file>.json`: a unit that was given up, with its reason.
+
+All state lives in arrays: 24 bytes a unit, whatever the number of images.
+"""
+
+import contextlib
+import json
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines import storage
+from pipelines.errors import InputError
+from pipelines.token_files import Identity, RejectedUnit, TokenFile, differing_field, file_name
+from pipelines.token_table import MANIFEST
+
+WORK = "_work"
+IDENTITY = "identity.json"
+HASH_BYTES = 16
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Units:
+    """All units in row order, column by column."""
+
+    part: NDArray[np.int32]
+    start: NDArray[np.int32]
+    """First row, counted inside the part."""
+    stop: NDArray[np.int32]
+    first: NDArray[np.int64]
+    """First row, counted over the table."""
+    part_names: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def rows(self, unit: int) -> int:
+        return int(self.stop[unit] - self.start[unit])
+
+    def name(self, unit: int) -> str:
+        """The file of a unit."""
+        part = self.part_names[self.part[unit]]
+        return file_name(part, int(self.start[unit]), int(self.stop[unit]))
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Rows of every unit."""
+        return (self.stop - self.start).astype(np.int64)
+
+
+def plan_units(part_names: Sequence[str], part_rows: Sequence[int], rows_per_unit: int) -> Units:
+    """Cuts every part into units of at most `rows_per_unit` rows, as even as can be."""
+    rows = np.asarray(part_rows, np.int64)
+    pieces = -(-rows // rows_per_unit)
+    part = np.repeat(np.arange(len(rows)), pieces)
+    # Number of the piece inside its part.
+    piece = np.arange(len(part)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    start = piece * rows[part] // pieces[part]
+    stop = (piece + 1) * rows[part] // pieces[part]
+    part_start = np.concatenate([[0], np.cumsum(rows)])
+    return Units(
+        part=part.astype(np.int32),
+        start=start.astype(np.int32),
+        stop=stop.astype(np.int32),
+        first=part_start[part] + start,
+        part_names=part_names,
+    )
+
+
+class Ledger:
+    """Which units are committed, with size and hash; which are rejected."""
+
+    def __init__(self, uri: str, units: Units) -> None:
+        self.uri = uri
+        self.units = units
+        self.size = np.full(len(units), -1, np.int64)
+        self.hash = np.zeros((len(units), HASH_BYTES), np.uint8)
+        self.rejected: dict[int, str] = {}
+        self._index: dict[tuple[int, int], int] = {}
+        self._parts = {
+            name.removesuffix(".parquet"): index for index, name in enumerate(units.part_names)
+        }
+        self._unsaved: list[tuple[int, int, str]] = []
+        # Two drivers on one output keep apart; the name is in no finished table.
+        self._writer = uuid.uuid4().hex[:12]
+        self._written = 0
+
+    # -- what is there ---------------------------------------------------------------------
+
+    def claim(self, identity: Identity, extra: dict[str, Any]) -> None:
+        """Marks the output as being made with `identity`.
+
+        Raises:
+            InputError: it was begun with another one; names the field and both values.
+        """
+        wanted = json.loads(storage.canonical_json(identity.to_dict() | extra))
+        path = storage.join(self.uri, WORK, IDENTITY)
+        try:
+            found = storage.read_json(path)
+        except FileNotFoundError:
+            storage.write_json(path, wanted)
+            return
+        refuse_other_options(self.uri, found, wanted)
+
+    def load(self) -> NDArray[np.int64]:
+        """Reads what earlier runs did; returns units whose file is there without a receipt."""
+        listed = self._list()
+        for info in storage.list_files(storage.join(self.uri, WORK), recursive=False):
+            path = storage.join(self.uri, WORK, info.path)
+            if info.path.startswith("receipts-"):
+                with contextlib.suppress(FileNotFoundError):
+                    self._read_receipts(storage.read_bytes(path), listed)
+            elif info.path.startswith("rejected-"):
+                with contextlib.suppress(FileNotFoundError):
+                    record = storage.read_json(path)
+                    unit = self.find(record["part"], record["start"], record["stop"])
+                    if unit is not None:
+                        self.rejected[unit] = record["reason"]
+        for done in np.flatnonzero(self.size >= 0):
+            self.rejected.pop(int(done), None)
+        return np.flatnonzero((listed >= 0) & (self.size < 0))
+
+    def _list(self) -> NDArray[np.int64]:
+        """Bytes of the file of every unit, -1 where there is none."""
+        listed = np.full(len(self.units), -1, np.int64)
+        for info in storage.list_files(self.uri, ".parquet", recursive=False):
+            stem, _, span = info.path.removesuffix(".parquet").rpartition("-")
+            stem, _, begin = stem.rpartition("-")
+            if stem in self._parts and begin.isdigit() and span.isdigit():
+                unit = self.find(self._parts[stem], int(begin), int(span))
+                if unit is not None:
+                    listed[unit] = info.size
+        return listed
+
+    def find(self, part: int, start: int, stop: int) -> int | None:
+        """The unit of this row range, or None."""
+        low, high = np.searchsorted(self.units.part, [part, part + 1])
+        unit = int(low + np.searchsorted(self.units.start[low:high], start))
+        if unit < high and self.units.start[unit] == start and self.units.stop[unit] == stop:
+            return unit
+        return None
+
+    def _read_receipts(self, data: bytes, listed: NDArray[np.int64]) -> None:
+        for line in data.splitlines():
+            unit, size, digest = json.loads(line)
+            if unit < len(listed) and listed[unit] == size:
+                self._set(unit, size, digest)
+
+    # -- what is new -----------------------------------------------------------------------
+
+    def _set(self, unit: int, size: int, digest: str) -> None:
+        self.size[unit] = size
+        self.hash[unit] = np.frombuffer(bytes.fromhex(digest), np.uint8)
+
+    def add(self, unit: int, size: int, digest: str) -> None:
+        """Notes that the file of a unit is written; `save` makes the note durable."""
+        self._set(unit, size, digest)
+        self._unsaved.append((unit, size, digest))
+
+    def forget(self, unit: int) -> None:
+        """Takes a unit back: its file is gone or is not what the receipt says."""
+        self.size[unit] = -1
+
+    def save(self) -> None:
+        """Writes new receipts into one small file."""
+        if not self._unsaved:
+            return
+        lines = "".join(json.dumps(receipt) + "\n" for receipt in self._unsaved)
+        name = f"receipts-{self._writer}-{self._written:06d}.jsonl"
+        storage.write_bytes(storage.join(self.uri, WORK, name), lines.encode())
+        self._written += 1
+        self._unsaved = []
+
+    def reject(self, unit: int, reason: str) -> None:
+        """Notes durably that a unit is given up."""
+        self.rejected[unit] = reason
+        record = {
+            "part": int(self.units.part[unit]),
+            "start": int(self.units.start[unit]),
+            "stop": int(self.units.stop[unit]),
+            "reason": reason,
+        }
+        storage.write_json(self._rejected_uri(unit), record)
+
+    def retry_rejected(self) -> None:
+        """Forgets every rejection."""
+        for unit in self.rejected:
+            storage.delete(self._rejected_uri(unit))
+        self.rejected = {}
+
+    def _rejected_uri(self, unit: int) -> str:
+        return storage.join(self.uri, WORK, f"rejected-{self.units.name(unit)}.json")
+
+    # -- questions -------------------------------------------------------------------------
+
+    @property
+    def done(self) -> NDArray[np.bool_]:
+        return self.size >= 0
+
+    def todo(self) -> NDArray[np.int64]:
+        """Units that are neither committed nor rejected, in order."""
+        missing = ~self.done
+        missing[list(self.rejected)] = False
+        return np.flatnonzero(missing)
+
+    def rows_done(self) -> int:
+        return int(self.units.sizes[self.done].sum())
+
+    def changed_files(self) -> list[int]:
+        """Units whose file is not there in the size of its receipt."""
+        return [int(unit) for unit in np.flatnonzero(self.done & (self._list() != self.size))]
+
+    def files(self) -> Iterator[TokenFile]:
+        """The committed files in row order."""
+        units = self.units
+        for unit in np.flatnonzero(self.done):
+            yield TokenFile(
+                part=int(units.part[unit]),
+                start=int(units.start[unit]),
+                stop=int(units.stop[unit]),
+                size=int(self.size[unit]),
+                hash=self.hash[unit].tobytes().hex(),
+            )
+
+    def rejected_units(self) -> list[RejectedUnit]:
+        return [
+            RejectedUnit(
+                part=int(self.units.part[unit]),
+                start=int(self.units.start[unit]),
+                stop=int(self.units.stop[unit]),
+                reason=reason,
+            )
+            for unit, reason in sorted(self.rejected.items())
+        ]
+
+    def load_manifest(self, manifest: dict[str, Any]) -> None:
+        """Takes over the files and rejections of a finished table."""
+        files = manifest["files"]
+        columns = (files[name] for name in ("part", "start", "stop", "size", "hash"))
+        for part, start, stop, size, digest in zip(*columns, strict=True):
+            unit = self.find(part, start, stop)
+            if unit is not None:
+                self._set(unit, size, digest)
+        for record in manifest["rejected"]:
+            unit = self.find(record["part"], record["start"], record["stop"])
+            if unit is not None:
+                self.rejected[unit] = record["reason"]
+
+    def commit(self, manifest: dict[str, Any]) -> None:
+        """Makes the table exist, then clears the traces of the work."""
+        storage.write_json(storage.join(self.uri, MANIFEST), manifest)
+        storage.delete_prefix(storage.join(self.uri, WORK))
+
+
+def refuse_other_options(uri: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises InputError if an output was made, or begun, with other options."""
+    difference = differing_field({name: found.get(name) for name in wanted}, wanted)
+    if difference:
+        raise InputError(
+            f"{uri}: {difference} (what this output was begun with != what is asked for now); "
+            "use the earlier options to go on, or another --output"
+        )

@@ -1,0 +1,167 @@
+"""What the workers of the tokenize stage do with one unit: read, render, encode, write.
+
+Nothing here knows of Ray: the same functions make tokens online, for audits and tests.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from beit.images import UnusableImage, decode_image
+from beit.views import Interpolation, ViewPolicy, render, sample_view
+from pipelines import storage
+from pipelines.image_table import ImageTable
+from pipelines.token_files import Identity, encode_file, file_name
+
+
+class Encoder(Protocol):
+    """What is needed of a tokenizer here."""
+
+    def encode(self, images: Tensor) -> Tensor: ...
+
+
+class UnitRejected(Exception):  # noqa: N818 - a verdict on the data, not a programming error
+    """A unit cannot have tokens; the message says why. Trying again would not help."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """A unit as it travels to a worker: with all that is needed of the image table's manifest."""
+
+    index: int
+    part: dict[str, Any]
+    """Record of the image part."""
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        return file_name(self.part["name"], self.start, self.stop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendered:
+    """A unit's views, ready to be encoded."""
+
+    keys: list[str]
+    pixels: NDArray[np.uint8]
+    """(rows, V, size, size, 3)"""
+    read_seconds: float
+    render_seconds: float
+
+
+def one_part_table(images_uri: str, part: dict[str, Any]) -> ImageTable:
+    """One part of an image table as a table of its own.
+
+    Workers of a table of a billion images would otherwise each parse its whole manifest.
+    """
+    manifest = {"fingerprint": "", "num_rows": part["rows"], "class_names": [], "parts": [part]}
+    return ImageTable(images_uri, manifest)
+
+
+def render_views(data: bytes, digest: bytes, identity: Identity, *, key: str) -> NDArray[np.uint8]:
+    """The tokenizer's views of one encoded image, (V, size, size, 3); it is decoded once.
+
+    Raises:
+        UnitRejected: the image cannot be decoded.
+    """
+    try:
+        image = decode_image(data)
+    except UnusableImage as error:
+        raise UnitRejected(f"image {key!r} cannot be decoded: {error}") from error
+    policy = ViewPolicy.from_dict(identity.policy)
+    size = identity.image_size
+    interpolation = cast(Interpolation, identity.interpolation)
+    pixels = np.empty((identity.num_views, size, size, 3), np.uint8)
+    for position, index in enumerate(range(*identity.views)):
+        view = sample_view(policy, digest, index, image.height, image.width)
+        pixels[position] = render(image, view, size, interpolation)
+    return pixels
+
+
+def render_unit(images_uri: str, unit: Unit, identity: Identity) -> Rendered:
+    """Reads a unit's images and renders their views.
+
+    Raises:
+        UnitRejected: an image cannot be decoded.
+        InputError: the part is missing or damaged.
+    """
+    begin = time.monotonic()
+    table = one_part_table(images_uri, unit.part).read_rows(
+        unit.start, unit.stop, ["key", "image", "digest"]
+    )
+    read = time.monotonic()
+    size = identity.image_size
+    pixels = np.empty((table.num_rows, identity.num_views, size, size, 3), np.uint8)
+    keys: list[str] = table.column("key").to_pylist()
+    digests: list[bytes] = table.column("digest").to_pylist()
+    for row, (key, digest, image) in enumerate(
+        zip(keys, digests, table.column("image"), strict=True)
+    ):
+        pixels[row] = render_views(image.as_buffer().to_pybytes(), digest, identity, key=key)
+    return Rendered(
+        keys=keys,
+        pixels=pixels,
+        read_seconds=read - begin,
+        render_seconds=time.monotonic() - read,
+    )
+
+
+def set_reference_arithmetic() -> None:
+    """Makes CUDA compute what the manifest says: no TF32 in place of float32, no choice of
+    algorithms by timing."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+
+
+@torch.inference_mode()
+def encode_views(
+    tokenizer: Encoder, pixels: NDArray[np.uint8], *, batch_size: int, device: str = "cpu"
+) -> NDArray[np.uint16]:
+    """Token ids (n, N) of views (n, size, size, 3), in calls of exactly `batch_size` views.
+
+    The last call is filled up with black: on every device the arithmetic of one view may depend
+    on the shape of the batch, never on what else is in it. The host waits for the device once.
+    """
+    count, size = pixels.shape[0], pixels.shape[1]
+    chunks: list[Tensor] = []
+    for start in range(0, count, batch_size):
+        batch = np.zeros((batch_size, size, size, 3), np.uint8)
+        some = pixels[start : start + batch_size]
+        batch[: len(some)] = some
+        # (B, H, W, 3) -> (B, 3, H, W); the memory stays channels-last.
+        images = torch.from_numpy(batch).to(device, non_blocking=True).permute(0, 3, 1, 2)
+        chunks.append(tokenizer.encode(images)[: len(some)])
+    ids = torch.cat(chunks).to("cpu").numpy()
+    return ids.astype(np.uint16)
+
+
+def encode_rendered(
+    tokenizer: Encoder, pixels: NDArray[np.uint8], identity: Identity, *, device: str = "cpu"
+) -> NDArray[np.uint16]:
+    """Token ids (rows, V, N) of a unit's views (rows, V, size, size, 3)."""
+    rows = pixels.shape[0]
+    flat = pixels.reshape(rows * identity.num_views, *pixels.shape[2:])
+    ids = encode_views(tokenizer, flat, batch_size=identity.batch_size, device=device)
+    return ids.reshape(rows, identity.num_views, identity.num_patches)
+
+
+def write_unit(
+    output: str,
+    name: str,
+    keys: list[str] | pa.Array,
+    token_ids: NDArray[np.uint16],
+    identity: Identity,
+) -> tuple[int, str]:
+    """Writes a unit's file atomically; returns its size and hash."""
+    data = encode_file(keys, token_ids, identity)
+    storage.write_bytes(storage.join(output, name), data)
+    return len(data), storage.digest(data)

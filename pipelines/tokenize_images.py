@@ -1,0 +1,439 @@
+"""The `tokenize` stage: visual tokens of every view of every image, computed once.
+
+Kill it anywhere and run the same command again: at most the units in flight are computed twice,
+and the table is the same, byte for byte, as that of an undisturbed run.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+
+from beit.views import ViewPolicy
+from pipelines import scorecard, storage, token_pool, token_report, tokenizer_store, tracking
+from pipelines.config.tokenize_images import EncoderConfig, TokenizeConfig
+from pipelines.errors import InputError, StageFailed
+from pipelines.image_table import ImageTable
+from pipelines.progress import Progress
+from pipelines.token_files import Identity
+from pipelines.token_pool import UNITS_PER_ROUND, Job, Receipt
+from pipelines.token_table import MANIFEST, MAX_VOCAB_SIZE, TokenTable, build_manifest
+from pipelines.token_units import Ledger, Units, plan_units, refuse_other_options
+from pipelines.token_work import Unit
+
+SAVE_EVERY_SECONDS = 20.0
+LIBRARIES = ("numpy", "pillow", "pyarrow", "torch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizeResult:
+    """What the stage made."""
+
+    uri: str
+    fingerprint: str
+    """Of the token table; empty after a dry run."""
+    num_rows: int
+    num_views: int
+    num_units: int
+    units_computed: int
+    """Units that this run computed; 0 if all was done before."""
+    rejected_units: int
+    seconds: float
+    """Spent computing, from the first unit given out to the last receipt."""
+    images_per_second: float
+    codes_used: int
+    perplexity: float
+
+
+def run(config: TokenizeConfig) -> TokenizeResult:
+    """Makes the token table, or goes on with it. Ray must be running.
+
+    Raises:
+        InputError: an input is missing or does not fit, or the output was begun with others.
+        StageFailed: too many units rejected, or the tokenizer has collapsed.
+        KeyboardInterrupt: stopped by the user; what is done stays done.
+    """
+    images = ImageTable.open(config.images)
+    job, libraries = _plan_job(config, images)
+    units = plan_units(
+        [part.name for part in images.parts],
+        [part.rows for part in images.parts],
+        config.rows_per_unit,
+    )
+    if not len(units):
+        raise InputError(f"{images.uri}: the image table has no rows; prepare images first")
+    ledger = Ledger(job.output, units)
+    options = {"rows_per_unit": config.rows_per_unit}
+    finished = _finished_manifest(job, options)
+    if finished is not None:
+        ledger.load_manifest(finished)
+        if not (config.retry_rejected and ledger.rejected):
+            say(f"{job.output}: already done, {images.num_rows:,} images; nothing to do")
+            return _result(config, job, ledger, TokenTable.open(job.output), computed=0, seconds=0)
+        unverified = np.zeros(0, np.int64)
+    else:
+        if not config.dry_run:
+            ledger.claim(job.identity, options | {"libraries": libraries})
+        unverified = ledger.load()
+    if config.retry_rejected and not config.dry_run:
+        ledger.retry_rejected()
+    if config.dry_run:
+        return _dry_run(job, ledger, len(unverified))
+    inputs = [
+        tracking.Dataset(name="image_table", uri=images.uri, digest=images.fingerprint),
+        tracking.Dataset(
+            name="tokenizer", uri=job.tokenizer_uri, digest=job.identity.tokenizer_fingerprint
+        ),
+    ]
+    params = token_report.flatten(asdict(config)) | token_report.flatten(job.identity.to_dict())
+    with tracking.start_run(
+        config.tracking, stage="tokenize", params=params, inputs=inputs
+    ) as record:
+        if len(unverified):
+            _verify(ledger, unverified, job)
+        computed, seconds = _compute(config, job, ledger, images, record)
+        _check_complete(config, ledger)
+        table = _commit(job, ledger, images, config.rows_per_unit, libraries)
+        result = _result(config, job, ledger, table, computed=computed, seconds=seconds)
+        record.set_output(
+            tracking.Dataset(name="token_table", uri=job.output, digest=table.fingerprint)
+        )
+        token_report.log(record, images, table, job.tokenizer_uri, result)
+    return result
+
+
+def say(text: str) -> None:
+    """A line for the user."""
+    print(text, file=sys.stderr)
+
+
+def _plan_job(config: TokenizeConfig, images: ImageTable) -> tuple[Job, dict[str, str]]:
+    """Everything the workers must know, decided once: what the user left open is filled in."""
+    if not ray.is_initialized():
+        raise RuntimeError("Ray is not running: call ray.init first (jobs/ does)")
+    gpus = ray.cluster_resources().get("GPU", 0)
+    encoders = config.encoders
+    num_gpus = (1.0 if gpus else 0.0) if encoders.num_gpus is None else encoders.num_gpus
+    precision = config.precision
+    if precision == "auto":
+        precision = "float16" if num_gpus else "float32"
+    tokenizer_uri = storage.absolute(config.tokenizer)
+    tokenizer = tokenizer_store.load(tokenizer_uri)
+    if tokenizer.vocab_size > MAX_VOCAB_SIZE:
+        raise InputError(
+            f"{tokenizer_uri}: vocab_size {tokenizer.vocab_size} does not fit token tables, "
+            f"which hold at most {MAX_VOCAB_SIZE} codes"
+        )
+    try:
+        policy = ViewPolicy(**asdict(config.policy))
+    except ValueError as error:
+        raise InputError(f"policy: {error}") from error
+    identity = Identity(
+        image_fingerprint=images.fingerprint,
+        num_rows=images.num_rows,
+        tokenizer_fingerprint=tokenizer.fingerprint(),
+        vocab_size=tokenizer.vocab_size,
+        grid_size=tokenizer.grid_size,
+        image_size=tokenizer.image_size,
+        interpolation=tokenizer.interpolation,
+        policy=policy.to_dict(),
+        views=(config.first_view, config.first_view + config.num_views),
+        precision=precision,
+        # A unit smaller than a batch would be filled up with views nobody wants.
+        batch_size=min(config.batch_size, config.rows_per_unit * config.num_views),
+    )
+    job = Job(
+        images_uri=images.uri,
+        tokenizer_uri=tokenizer_uri,
+        output=storage.absolute(config.output),
+        identity=identity,
+        num_gpus=num_gpus,
+        num_cpus=encoders.num_cpus,
+        decode_cpus=encoders.decode_cpus,
+        min_actors=encoders.min_actors,
+        max_actors=_most_actors(encoders, num_gpus),
+        rows_per_unit=config.rows_per_unit,
+    )
+    return job, {name: version(name) for name in LIBRARIES}
+
+
+def _most_actors(encoders: EncoderConfig, num_gpus: float) -> int:
+    """Largest size of the pool. Raises InputError where decoding would find no CPU."""
+    resources = ray.cluster_resources()
+    cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
+    taken = 0 if num_gpus else encoders.num_cpus * encoders.min_actors
+    if cpus < taken + encoders.decode_cpus or gpus < num_gpus * encoders.min_actors:
+        raise InputError(
+            f"encoders: {encoders.min_actors} actors of {encoders.num_cpus:g} CPUs or "
+            f"{num_gpus:g} GPUs and a decode task of {encoders.decode_cpus:g} CPUs do not fit the "
+            f"cluster's {cpus:g} CPUs and {gpus:g} GPUs; lower encoders.min_actors, num_cpus, "
+            "num_gpus or decode_cpus (fractions are allowed)"
+        )
+    if encoders.max_actors:
+        return max(encoders.max_actors, encoders.min_actors)
+    if num_gpus:
+        fitting = gpus / num_gpus
+    else:
+        fitting = cpus / max(encoders.num_cpus + encoders.decode_cpus, 0.1)
+    return max(int(fitting), encoders.min_actors)
+
+
+def _finished_manifest(job: Job, options: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest that is already there, if it is of this table.
+
+    Raises:
+        InputError: it is of another one; names the field and both values.
+    """
+    try:
+        manifest: dict[str, Any] = storage.read_json(storage.join(job.output, MANIFEST))
+    except FileNotFoundError:
+        return None
+    if manifest.get("kind") != "token_table":
+        raise InputError(
+            f"{job.output}: holds a {manifest.get('kind')!r}, not a token table; "
+            "use another --output"
+        )
+    refuse_other_options(job.output, manifest, job.identity.to_dict() | options)
+    return manifest
+
+
+def _dry_run(job: Job, ledger: Ledger, unverified: int) -> TokenizeResult:
+    identity, units = job.identity, ledger.units
+    todo = ledger.todo()
+    say(
+        f"would tokenize views {list(range(*identity.views))} of {identity.num_rows:,} images "
+        f"({job.images_uri}) at {identity.image_size} px with {identity.precision} into "
+        f"{job.output}: {len(todo):,} of {len(units):,} units to do ({unverified:,} to verify), "
+        f"{len(ledger.rejected):,} rejected, {job.min_actors} to {job.max_actors} encoders on "
+        f"{job.device}"
+    )
+    return TokenizeResult(
+        uri=job.output,
+        fingerprint="",
+        num_rows=identity.num_rows,
+        num_views=identity.num_views,
+        num_units=len(units),
+        units_computed=0,
+        rejected_units=len(ledger.rejected),
+        seconds=0.0,
+        images_per_second=0.0,
+        codes_used=0,
+        perplexity=0.0,
+    )
+
+
+def _verify(ledger: Ledger, unverified: np.ndarray, job: Job) -> None:
+    """Takes over files whose receipts were lost with an earlier driver; bad ones are redone."""
+    names = [(int(unit), ledger.units.name(unit), ledger.units.rows(unit)) for unit in unverified]
+    for unit, size, digest in token_pool.verify_files(names, job):
+        if size >= 0:
+            ledger.add(unit, size, digest)
+    ledger.save()
+
+
+def _compute(
+    config: TokenizeConfig,
+    job: Job,
+    ledger: Ledger,
+    images: ImageTable,
+    record: tracking.Run,
+) -> tuple[int, float]:
+    """Runs what is to do; returns the number of units computed and the seconds it took."""
+    todo = ledger.todo()
+    before = ledger.rows_done()
+    if before:
+        say(f"going on: {before:,} of {images.num_rows:,} images are done")
+    meter = token_report.Meter(record)
+    progress = Progress(images.num_rows, "tokenize", "images", initial=before)
+    gate = _Gate(config, job, ledger)
+    begin = saved = time.monotonic()
+    computed = 0
+    try:
+        gate.check()
+        for receipt in _receipts(job, ledger.units, gate.first(todo), images):
+            computed += _book(receipt, ledger, config)
+            meter.add(receipt, ledger.units.rows(receipt.unit))
+            progress.update(
+                ledger.rows_done(), rejected=len(ledger.rejected), waiting=meter.waiting()
+            )
+            if time.monotonic() - saved > SAVE_EVERY_SECONDS:
+                ledger.save()
+                saved = time.monotonic()
+            gate.check()
+        gate.check(last=True)
+    except KeyboardInterrupt:
+        say(
+            f"\nstopped: {ledger.rows_done():,} of {images.num_rows:,} images are done; "
+            "the same command goes on from here"
+        )
+        raise
+    finally:
+        ledger.save()
+        progress.close()
+        meter.flush()
+    seconds = time.monotonic() - begin
+    if computed:
+        meter.advise(say)
+    return computed, seconds
+
+
+def _book(receipt: Receipt, ledger: Ledger, config: TokenizeConfig) -> int:
+    """Enters a receipt; returns 1 for a unit that was computed."""
+    if receipt.failed:
+        raise StageFailed(f"{receipt.failed}; when this is mended, the same command goes on")
+    if receipt.rejected:
+        ledger.reject(receipt.unit, receipt.rejected)
+        if len(ledger.rejected) > config.max_rejected_units:
+            raise StageFailed(_too_many(ledger, config))
+        return 0
+    ledger.add(receipt.unit, receipt.size, receipt.hash)
+    return 1
+
+
+def _too_many(ledger: Ledger, config: TokenizeConfig) -> str:
+    unit, reason = next(iter(sorted(ledger.rejected.items())))
+    return (
+        f"max_rejected_units = {config.max_rejected_units}: {len(ledger.rejected)} units have no "
+        f"tokens, the first is {ledger.units.name(unit)} ({reason}); mend the cause and run again "
+        "with --retry_rejected true, or raise --max_rejected_units"
+    )
+
+
+def _receipts(job: Job, units: Units, todo: np.ndarray, images: ImageTable) -> Iterator[Receipt]:
+    """Receipts of all units in `todo`, first from the pool, then of those set aside."""
+    suspects: list[int] = []
+    attempts = token_pool.start_attempts() if len(todo) else None
+    with _quiet_ray_data():
+        for start in range(0, len(todo), UNITS_PER_ROUND):
+            chunk = [_unit(units, images, unit) for unit in todo[start : start + UNITS_PER_ROUND]]
+            for receipt in token_pool.run_in_pool(chunk, job, attempts):
+                if receipt.suspect:
+                    suspects.append(receipt.unit)
+                else:
+                    yield receipt
+    if attempts is not None:
+        ray.kill(attempts)
+    if suspects:
+        say(f"\n{len(suspects)} units killed their process and are now tried alone")
+        yield from token_pool.run_alone([_unit(units, images, unit) for unit in suspects], job)
+
+
+def _unit(units: Units, images: ImageTable, unit: int) -> Unit:
+    return Unit(
+        index=int(unit),
+        part=images.parts[units.part[unit]].to_dict(),
+        start=int(units.start[unit]),
+        stop=int(units.stop[unit]),
+    )
+
+
+@contextmanager
+def _quiet_ray_data() -> Iterator[None]:
+    """Ray Data's own bars and start message off, for this stage only."""
+    context = ray.data.DataContext.get_current()
+    logger = logging.getLogger("ray.data")
+    before = context.enable_progress_bars, context.print_on_execution_start, logger.level
+    context.enable_progress_bars = context.print_on_execution_start = False
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        context.enable_progress_bars, context.print_on_execution_start, level = before
+        logger.setLevel(level)
+
+
+class _Gate:
+    """Looks at the tokens of some units, spread over the table, as soon as they are there."""
+
+    def __init__(self, config: TokenizeConfig, job: Job, ledger: Ledger) -> None:
+        self.options, self.job, self.ledger = config.gate, job, ledger
+        self.open = bool(self.options.min_codes or self.options.min_perplexity)
+        self.units = scorecard.evenly_spaced(len(ledger.units), self.options.num_units)
+
+    def first(self, todo: np.ndarray) -> np.ndarray:
+        """`todo` with the units that the gate waits for in front."""
+        if not self.open:
+            return todo
+        waited = np.isin(todo, self.units)
+        return np.concatenate([todo[waited], todo[~waited]])
+
+    def check(self, *, last: bool = False) -> None:
+        """Raises StageFailed once if the tokenizer uses too few codes."""
+        ready = self.units[self.ledger.done[self.units]]
+        if not self.open or not len(ready) or (len(ready) < len(self.units) and not last):
+            return
+        self.open = False
+        names = [self.ledger.units.name(unit) for unit in ready]
+        token_report.check_usage(self.job, names, self.options)
+
+
+def _check_complete(config: TokenizeConfig, ledger: Ledger) -> None:
+    """Every unit has a file of the size in its receipt, or was rejected with leave to be."""
+    if len(ledger.rejected) > config.max_rejected_units:
+        raise StageFailed(_too_many(ledger, config))
+    changed = ledger.changed_files()
+    for unit in changed:
+        ledger.forget(unit)
+    todo = ledger.todo()
+    if len(todo):
+        raise StageFailed(
+            f"{ledger.uri}: {len(todo)} of {len(ledger.units)} units have no file of the size that "
+            f"was written, the first is {ledger.units.name(todo[0])}; the same command makes them "
+            "again"
+        )
+    if not ledger.done.any():
+        raise StageFailed(f"{ledger.uri}: every unit was rejected; there is no table to make")
+
+
+def _commit(
+    job: Job,
+    ledger: Ledger,
+    images: ImageTable,
+    rows_per_unit: int,
+    libraries: dict[str, str],
+) -> TokenTable:
+    manifest = build_manifest(
+        identity=job.identity,
+        part_names=[part.name for part in images.parts],
+        part_rows=[part.rows for part in images.parts],
+        files=ledger.files(),
+        rejected=ledger.rejected_units(),
+        rows_per_unit=rows_per_unit,
+        libraries=libraries,
+    )
+    ledger.commit(manifest)
+    return TokenTable.open(job.output)
+
+
+def _result(
+    config: TokenizeConfig,
+    job: Job,
+    ledger: Ledger,
+    table: TokenTable,
+    *,
+    computed: int,
+    seconds: float,
+) -> TokenizeResult:
+    usage = token_report.table_usage(table)
+    rows = int(ledger.units.sizes.mean() * computed)
+    return TokenizeResult(
+        uri=job.output,
+        fingerprint=table.fingerprint,
+        num_rows=table.num_rows,
+        num_views=config.num_views,
+        num_units=len(ledger.units),
+        units_computed=computed,
+        rejected_units=len(ledger.rejected),
+        seconds=seconds,
+        images_per_second=rows / seconds if seconds else 0.0,
+        codes_used=usage.codes_used,
+        perplexity=usage.perplexity,
+    )
