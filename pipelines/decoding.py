@@ -1,0 +1,229 @@
+"""Encoded rows to pixels and masks: a pure function, and who runs it - threads or Ray tasks."""
+
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from beit.images import UnusableImage, decode_array
+from beit.masking import blockwise_mask, random_mask
+from beit.views import Interpolation, ViewPolicy, render_fast, render_views, sample_view
+from pipelines.config.pretrain import MaskingConfig
+from pipelines.encoded_rows import EncodedRows
+from pipelines.errors import InputError
+
+log = logging.getLogger(__name__)
+
+Executor = Literal["threads", "ray_tasks"]
+
+_MASKS = int.from_bytes(b"beitmask", "big")  # keeps other uses of the same seed apart
+# Images in one piece of work: small for threads, whose pieces cost nothing, so that the last of a
+# batch does not keep the others waiting; enough of them in a Ray task to be worth its millisecond.
+THREAD_SLICE = 8
+RAY_SLICE = 64
+# A Ray task that has not come back for so long means that no CPU is free for it.
+STALL_SECONDS = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderSpec:
+    """What is made of an encoded row."""
+
+    policy: ViewPolicy
+    image_size: int
+    """Side of the patch view in pixels."""
+    fast: bool = True
+    """Patch view by `beit.views.render_fast` instead of the exact `render`."""
+    token_view: tuple[int, Interpolation] | None = None
+    """Size and filter of the tokenizer's view, where tokens are computed online. Always exact."""
+    masking: MaskingConfig | None = None
+    grid_size: tuple[int, int]
+    seed: int
+    """Of the masks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendered:
+    """`RenderSpec` done to n rows."""
+
+    pixels: np.ndarray
+    """uint8 (n, 3, image_size, image_size)."""
+    token_pixels: np.ndarray | None
+    """uint8 (n, 3, side, side) of the tokenizer's view, if asked for."""
+    masks: np.ndarray
+    """bool (n, N), True = masked; all False without masking."""
+    seconds: float
+    """Spent here by one thread."""
+
+
+def mask_of(
+    masking: MaskingConfig, grid_size: tuple[int, int], seed: int, digest: bytes, epoch: int
+) -> np.ndarray:
+    """The mask of an image in an epoch, bool (N,) row-major: a pure function of its arguments."""
+    halves = [int.from_bytes(half, "little") for half in (digest[:8], digest[8:])]
+    generator = np.random.Generator(
+        np.random.Philox(
+            key=np.array([seed, _MASKS], np.uint64),
+            counter=np.array([0, epoch, *halves], np.uint64),
+        )
+    )
+    if masking.kind == "random":
+        mask = random_mask(grid_size, masking.num_masked, generator=generator)
+    else:
+        mask = blockwise_mask(
+            grid_size,
+            masking.num_masked,
+            min_block=masking.min_block,
+            exact=masking.exact,
+            generator=generator,
+        )
+    return mask.reshape(-1)
+
+
+def render_rows(
+    images: Sequence[bytes],
+    digests: Sequence[bytes],
+    views: np.ndarray,
+    keys: Sequence[str],
+    epoch: int,
+    spec: RenderSpec,
+) -> Rendered:
+    """Decode and render rows. The same bits wherever and in whatever company it runs.
+
+    Raises:
+        InputError: an image does not decode, which `prepare` has excluded: the table is damaged.
+    """
+    started = time.perf_counter()
+    count, size = len(images), spec.image_size
+    pixels = np.empty((count, 3, size, size), np.uint8)
+    token_pixels = None
+    if spec.token_view is not None:
+        token_pixels = np.empty((count, 3, spec.token_view[0], spec.token_view[0]), np.uint8)
+    masks = np.zeros((count, spec.grid_size[0] * spec.grid_size[1]), np.bool_)
+    for i, (data, digest, key) in enumerate(zip(images, digests, keys, strict=True)):
+        try:
+            source = decode_array(data)
+        except UnusableImage as error:
+            raise InputError(
+                f"image {key!r} of the image table does not decode ({error}): "
+                "the table is damaged; run `beit audit`, then prepare it again"
+            ) from error
+        view = sample_view(spec.policy, digest, int(views[i]), *source.shape[:2])
+        outputs: list[tuple[int, Interpolation]] = [] if spec.fast else [(size, "bicubic")]
+        if spec.token_view is not None:
+            outputs.append(spec.token_view)
+        rendered = render_views(source, view, outputs) if outputs else []
+        if spec.fast:
+            rendered.insert(0, render_fast(source, view, size))
+        pixels[i] = rendered[0].transpose(2, 0, 1)
+        if token_pixels is not None:
+            token_pixels[i] = rendered[1].transpose(2, 0, 1)
+        if spec.masking is not None:
+            masks[i] = mask_of(spec.masking, spec.grid_size, spec.seed, digest, epoch)
+    seconds = time.perf_counter() - started
+    return Rendered(pixels=pixels, token_pixels=token_pixels, masks=masks, seconds=seconds)
+
+
+class Decoder(Protocol):
+    """Runs `render_rows` elsewhere. ``submit`` never blocks; ``result`` waits."""
+
+    slice_rows: int
+
+    def submit(self, rows: EncodedRows, epoch: int) -> Any:
+        """Start work on some rows."""
+
+    def result(self, handle: Any) -> Rendered:
+        """What came of it; raises what it raised."""
+
+    def close(self) -> None:
+        """Give up whatever is under way."""
+
+
+def make_decoder(executor: Executor, spec: RenderSpec, num_threads: int) -> Decoder:
+    """The decoder of this name. Raises `InputError` for another name, or without Ray."""
+    if executor == "threads":
+        return ThreadDecoder(spec, num_threads)
+    if executor == "ray_tasks":
+        return RayDecoder(spec)
+    raise InputError(f"data.executor = {executor!r}: choose threads or ray_tasks")
+
+
+class ThreadDecoder:
+    """Threads of this process: decoders release the interpreter's lock."""
+
+    slice_rows = THREAD_SLICE
+
+    def __init__(self, spec: RenderSpec, num_threads: int) -> None:
+        if num_threads < 1:
+            raise InputError(f"data.num_threads = {num_threads}: give at least 1")
+        self._spec = spec
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+
+    def submit(self, rows: EncodedRows, epoch: int) -> "Future[Rendered]":
+        """See `Decoder`."""
+        return self._pool.submit(
+            render_rows, rows.images, rows.digests, rows.views, rows.keys, epoch, self._spec
+        )
+
+    def result(self, handle: "Future[Rendered]") -> Rendered:
+        """See `Decoder`."""
+        return handle.result()
+
+    def close(self) -> None:
+        """See `Decoder`; pieces that have begun are finished."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class RayDecoder:
+    """Ray tasks on whichever nodes have CPUs to spare; encoded bytes travel there, pixels back.
+
+    Results are asked for in the order of submission. A task whose worker or node dies is run
+    again by Ray, with the same outcome.
+    """
+
+    slice_rows = RAY_SLICE
+
+    def __init__(self, spec: RenderSpec) -> None:
+        import ray
+
+        if not ray.is_initialized():
+            raise InputError(
+                "data.executor = 'ray_tasks' needs a running Ray: choose threads, or "
+                "scaling.num_workers >= 1"
+            )
+        self._ray = ray
+        # Outside of the trainers' placement group, which holds no CPUs for decoding.
+        options = {"num_cpus": 1, "max_retries": 5, "scheduling_strategy": "SPREAD"}
+        self._task = ray.remote(render_rows).options(**options)
+        self._spec = ray.put(spec)
+        self._pending: dict[Any, None] = {}
+
+    def submit(self, rows: EncodedRows, epoch: int) -> Any:
+        """See `Decoder`."""
+        handle = self._task.remote(
+            rows.images, rows.digests, rows.views, rows.keys, epoch, self._spec
+        )
+        self._pending[handle] = None
+        return handle
+
+    def result(self, handle: Any) -> Rendered:
+        """See `Decoder`."""
+        while not self._ray.wait([handle], timeout=STALL_SECONDS)[0]:
+            log.warning(
+                "no decoded images for %.0f s: Ray has no CPU free for decoding; add CPU nodes, "
+                "or choose data.executor=threads",
+                STALL_SECONDS,
+            )
+        rendered: Rendered = self._ray.get(handle)
+        self._pending.pop(handle, None)
+        return rendered
+
+    def close(self) -> None:
+        """See `Decoder`."""
+        for handle in list(self._pending):
+            self._ray.cancel(handle, force=False)
+        self._pending.clear()

@@ -1,0 +1,238 @@
+"""Rows of an image table and of its token tables, read together and checked against each other.
+
+What comes out is still encoded: decoding waits until a batch needs the row, so that a large
+shuffle window costs little memory.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import pyarrow as pa
+
+from beit.views import ViewPolicy
+from pipelines.errors import InputError
+from pipelines.image_table import ImageTable
+from pipelines.token_table import TokenTable, check_together
+
+COLUMNS = ("key", "image", "digest")
+# Row groups that neighbouring reads share (small images: many reads) are kept up to this size.
+ROW_GROUP_CACHE_BYTES = 128 * 2**20
+
+
+@dataclass(kw_only=True)
+class EncodedRows:
+    """Some rows of one epoch, in any order: lists and first axes are of equal length."""
+
+    row_ids: np.ndarray
+    """int64 (n,): global row ids."""
+    keys: list[str]
+    images: list[bytes]
+    """Encoded, as in the table."""
+    digests: list[bytes]
+    views: np.ndarray
+    """int64 (n,): the view of each row in this epoch."""
+    token_ids: np.ndarray | None
+    """uint16 (n, N): the tokens of that view; None without token tables."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the encoded images."""
+        return sum(map(len, self.images))
+
+    def pick(self, positions: np.ndarray) -> Self:
+        """The rows at these positions, in that order."""
+        return type(self)(
+            row_ids=self.row_ids[positions],
+            keys=[self.keys[i] for i in positions],
+            images=[self.images[i] for i in positions],
+            digests=[self.digests[i] for i in positions],
+            views=self.views[positions],
+            token_ids=None if self.token_ids is None else self.token_ids[positions],
+        )
+
+    def take(self, start: int, stop: int) -> Self:
+        """Rows [start, stop), whose images this object then forgets."""
+        rows = self.pick(np.arange(start, stop))
+        self.images[start:stop] = [b""] * (stop - start)
+        return rows
+
+    @classmethod
+    def join(cls, pieces: Sequence[Self]) -> Self:
+        """All rows of all pieces, in order."""
+        tokens = [piece.token_ids for piece in pieces if piece.token_ids is not None]
+        return cls(
+            row_ids=np.concatenate([piece.row_ids for piece in pieces]),
+            keys=[key for piece in pieces for key in piece.keys],
+            images=[image for piece in pieces for image in piece.images],
+            digests=[digest for piece in pieces for digest in piece.digests],
+            views=np.concatenate([piece.views for piece in pieces]),
+            token_ids=np.concatenate(tokens) if tokens else None,
+        )
+
+
+class TrainingData:
+    """An image table with the token tables that belong to it; safe to share by threads.
+
+    Made by `open_training_data`. ``views`` are all view indices that have tokens, ascending;
+    empty without token tables, when every epoch draws a view of its own.
+    """
+
+    def __init__(
+        self, images: ImageTable, tokens: Sequence[TokenTable], policy: ViewPolicy
+    ) -> None:
+        self.images = images
+        self.tokens = tuple(sorted(tokens, key=lambda table: table.views.start))
+        self.policy = policy
+        self.views = np.array([view for table in self.tokens for view in table.views], np.int64)
+        self._row_groups: OrderedDict[int, pa.Table] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the image table."""
+        return self.images.num_rows
+
+    @property
+    def row_group_sizes(self) -> np.ndarray:
+        """int64: what `SampleOrder` starts from."""
+        return self.images.row_groups.sizes
+
+    @property
+    def grid_size(self) -> tuple[int, int] | None:
+        """Grid of the tokens; None without token tables."""
+        return self.tokens[0].grid_size if self.tokens else None
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Vocabulary of the tokens; None without token tables."""
+        return self.tokens[0].vocab_size if self.tokens else None
+
+    def fingerprints(self) -> dict[str, str | list[str]]:
+        """Identity of everything that is read, for checkpoints and lineage."""
+        values: dict[str, str | list[str]] = {"images": self.images.fingerprint}
+        if self.tokens:
+            values["tokens"] = [table.fingerprint for table in self.tokens]
+            values["tokenizer"] = self.tokens[0].tokenizer_fingerprint
+        return values
+
+    def view_of(self, digest: bytes, epoch: int) -> int:
+        """The view of an image in an epoch: (epoch + hash of the image) mod V over all views.
+
+        Images start at different views, so every epoch mixes all of them, and V epochs show each
+        image in each view once.
+        """
+        if not len(self.views):
+            return epoch
+        start = int.from_bytes(digest[:8], "little")
+        return int(self.views[(epoch + start) % len(self.views)])
+
+    def read(self, start: int, stop: int, epoch: int) -> EncodedRows:
+        """Rows [start, stop) of the table as they are used in this epoch.
+
+        Raises:
+            InputError: a token table holds other keys than the image table there.
+        """
+        table = self._read_images(start, stop)
+        keys = table["key"].to_pylist()
+        digests = table["digest"].to_pylist()
+        views = np.array([self.view_of(digest, epoch) for digest in digests], np.int64)
+        return EncodedRows(
+            row_ids=np.arange(start, stop),
+            keys=keys,
+            images=table["image"].to_pylist(),
+            digests=digests,
+            views=views,
+            token_ids=self._read_tokens(start, stop, keys, views),
+        )
+
+    def _read_tokens(
+        self, start: int, stop: int, keys: list[str], views: np.ndarray
+    ) -> np.ndarray | None:
+        if not self.tokens:
+            return None
+        height, width = self.tokens[0].grid_size
+        picked = np.empty((stop - start, height * width), np.uint16)
+        for table in self.tokens:
+            wanted = (views >= table.views.start) & (views < table.views.stop)
+            if not wanted.any():
+                continue
+            token_keys, token_ids = table.read_rows(start, stop)
+            if token_keys != keys:
+                self._report_keys(table, start, keys, token_keys)
+            picked[wanted] = token_ids[wanted, views[wanted] - table.views.start]
+        return picked
+
+    def _report_keys(
+        self, table: TokenTable, start: int, keys: list[str], token_keys: list[str]
+    ) -> None:
+        pairs = zip(keys, token_keys, strict=True)
+        row, (key, token_key) = next(
+            (i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1]
+        )
+        raise InputError(
+            f"{table.uri}: key of row {start + row} is {token_key!r}, but {key!r} in the image "
+            f"table {self.images.uri}: the tokens are of other images; run `beit audit`, then "
+            "tokenize again"
+        )
+
+    def _read_images(self, start: int, stop: int) -> pa.Table:
+        positions = self.images.row_groups.overlapping(start, stop)
+        table = pa.concat_tables([self._row_group(position) for position in positions])
+        return table.slice(start - int(self.images.row_groups.starts[positions[0]]), stop - start)
+
+    def _row_group(self, position: int) -> pa.Table:
+        with self._lock:
+            table = self._row_groups.get(position)
+            if table is not None:
+                self._row_groups.move_to_end(position)
+                return table
+        table = self.images.read_row_group(position, COLUMNS)
+        with self._lock:
+            self._row_groups[position] = table
+            total = sum(kept.nbytes for kept in self._row_groups.values())
+            while total > ROW_GROUP_CACHE_BYTES:
+                total -= self._row_groups.popitem(last=False)[1].nbytes
+        return table
+
+
+def open_training_data(
+    images_uri: str,
+    token_uris: Sequence[str] = (),
+    *,
+    policy: ViewPolicy | None = None,
+    grid_size: tuple[int, int] | None = None,
+    vocab_size: int | None = None,
+    tokenizer_fingerprint: str | None = None,
+) -> TrainingData:
+    """Open an image table with token tables of the same images, tokenizer and view policy.
+
+    ``policy``, ``grid_size``, ``vocab_size`` and ``tokenizer_fingerprint`` are what the caller
+    relies on, where it does. Without token tables ``policy`` is needed: it draws the views.
+
+    Raises:
+        InputError: a table is missing, unfinished, altered, stale or of something else than the
+            others; the message names the field and both values.
+    """
+    images = ImageTable.open(images_uri)
+    tokens = [TokenTable.open(uri) for uri in token_uris]
+    for table in tokens:
+        table.check_compatible(
+            images,
+            grid_size=grid_size,
+            vocab_size=vocab_size,
+            tokenizer_fingerprint=tokenizer_fingerprint,
+            policy=policy,
+        )
+    check_together(tokens)
+    if tokens:
+        policy = tokens[0].policy
+    elif policy is None:
+        raise InputError("tokens: none given, and no view policy to draw views from; give one")
+    return TrainingData(images, tokens, policy)
