@@ -247,7 +247,7 @@ def exponential_noise(shape: tuple[int, ...], generator: torch.Generator) -> Ten
     return uniform.neg_().log1p_().neg_().clamp_(min=2**-25)
 
 
-def gumbel_softmax(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
+def gumbel_softmax(logits: Tensor, noise: Tensor, temperature: float | Tensor) -> Tensor:
     """Relaxed one-hot (B,V,h,w) from logits and `noise` of the same shape, exponential of rate 1.
 
     Minus the logarithm of such noise is Gumbel-distributed.

@@ -1,0 +1,274 @@
+"""How well a tokenizer serves a set of images, and the gate that stops a collapsed one.
+
+Numbers on real pictures before GPU days are spent on their tokens: how much of the codebook is
+used, what the decoder makes of the tokens, and how predictable tokens are from one another.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from beit.images import decode_image
+from beit.tokenizers import DiscreteVae
+from beit.views import ViewPolicy, render, sample_view
+from pipelines.errors import StageFailed
+from pipelines.image_table import ImageTable
+
+SCORE_VIEW = 2**48
+"""Index of the view that is scored: one that neither training nor a token table ever uses."""
+NUM_PICTURES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenStatistics:
+    """What the tokens of some images say about a codebook; entropies in nats.
+
+    Entropies carry the Miller-Madow correction, (cells seen - 1) / (2 tokens), because plain
+    frequencies of few tokens make a large vocabulary look more orderly than it is.
+    """
+
+    num_tokens: int
+    vocab_size: int
+    codes_used: int
+    """Codes that occur at least once."""
+    perplexity: float
+    """exp(unigram entropy), uncorrected: the number of codes equally used tokens would need."""
+    top_share: float
+    """Share of the most frequent code."""
+    unigram_entropy: float
+    """Of a token by itself: the loss of the best constant guess."""
+    neighbour_entropy: float
+    """Of a token given its left or upper neighbour (mean of both): what context explains."""
+
+    @property
+    def dead_codes(self) -> int:
+        """Codes that never occur."""
+        return self.vocab_size - self.codes_used
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scorecard:
+    """Token statistics and reconstruction of one tokenizer on one sample of images."""
+
+    num_images: int
+    tokens: TokenStatistics
+    mse: float | None
+    """Mean squared error of decode(encode(image)), pixels in [0, 1]; None without a decoder."""
+    mae: float | None
+    """Mean absolute error, likewise."""
+    counts: np.ndarray
+    """int64 (vocab_size,): how often each code occurs."""
+    images: np.ndarray
+    """uint8 (P, 3, H, W): a few of the images, for pictures."""
+    reconstructions: np.ndarray | None
+    """uint8 (P, 3, H, W): what the decoder makes of their tokens."""
+    token_ids: np.ndarray
+    """int64 (P, h, w): the tokens of these few images."""
+
+    @property
+    def psnr(self) -> float | None:
+        """Peak signal-to-noise ratio in dB."""
+        return None if self.mse is None else -10 * math.log10(max(self.mse, 1e-12))
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers, for manifests and tracking."""
+        values: dict[str, float | None] = {
+            "num_images": self.num_images,
+            "num_tokens": self.tokens.num_tokens,
+            "vocab_size": self.tokens.vocab_size,
+            "codes_used": self.tokens.codes_used,
+            "dead_codes": self.tokens.dead_codes,
+            "perplexity": self.tokens.perplexity,
+            "top_share": self.tokens.top_share,
+            "unigram_entropy": self.tokens.unigram_entropy,
+            "neighbour_entropy": self.tokens.neighbour_entropy,
+            "mse": self.mse,
+            "mae": self.mae,
+            "psnr": self.psnr,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+    def summary(self) -> str:
+        """One line for people."""
+        tokens = self.tokens
+        line = (
+            f"{tokens.codes_used} of {tokens.vocab_size} codes used, perplexity "
+            f"{tokens.perplexity:.1f}, entropy {tokens.unigram_entropy:.2f} nats alone and "
+            f"{tokens.neighbour_entropy:.2f} given a neighbour"
+        )
+        if self.mse is not None and self.psnr is not None:
+            line += f"; reconstruction error {self.mse:.4f} ({self.psnr:.1f} dB)"
+        return f"{line} on {self.num_images} images"
+
+
+def token_statistics(token_ids: np.ndarray, vocab_size: int) -> TokenStatistics:
+    """Statistics of token grids (M, h, w). Raises ValueError for an empty or out-of-range input."""
+    if token_ids.size == 0 or token_ids.min() < 0 or token_ids.max() >= vocab_size:
+        raise ValueError(f"token_ids must be non-empty and in [0, {vocab_size})")
+    grids = token_ids.astype(np.int64)
+    _, counts = np.unique(grids, return_counts=True)
+    conditional = [
+        _conditional_entropy(before.ravel(), after.ravel(), vocab_size)
+        for before, after in (
+            (grids[:, :, :-1], grids[:, :, 1:]),
+            (grids[:, :-1, :], grids[:, 1:, :]),
+        )
+        if before.size
+    ]
+    return TokenStatistics(
+        num_tokens=grids.size,
+        vocab_size=vocab_size,
+        codes_used=len(counts),
+        perplexity=math.exp(_entropy(counts, corrected=False)),
+        top_share=float(counts.max() / counts.sum()),
+        unigram_entropy=_entropy(counts),
+        neighbour_entropy=float(np.mean(conditional)) if conditional else _entropy(counts),
+    )
+
+
+def _entropy(counts: np.ndarray, *, corrected: bool = True) -> float:
+    shares = counts / counts.sum()
+    entropy = float(-(shares * np.log(shares)).sum())
+    return entropy + (len(counts) - 1) / (2 * float(counts.sum())) * corrected
+
+
+def _conditional_entropy(before: np.ndarray, after: np.ndarray, vocab_size: int) -> float:
+    _, pairs = np.unique(before * vocab_size + after, return_counts=True)
+    _, alone = np.unique(before, return_counts=True)
+    return max(0.0, _entropy(pairs) - _entropy(alone))
+
+
+def score(
+    tokenizer: DiscreteVae,
+    images: ImageTable,
+    *,
+    num_images: int,
+    policy: ViewPolicy | None = None,
+    batch_size: int = 64,
+    device: str | torch.device = "cpu",
+) -> Scorecard:
+    """Score a tokenizer (on `device`) on images spread evenly over the table.
+
+    One random view of each by `policy`; the same images and views whenever it is asked.
+    """
+    rows = evenly_spaced(images.num_rows, num_images)
+    batches = _view_batches(images, rows, policy or ViewPolicy(), tokenizer, batch_size)
+    return score_batches(tokenizer, batches, device=device)
+
+
+def score_batches(
+    tokenizer: DiscreteVae, batches: Iterable[Tensor], *, device: str | torch.device = "cpu"
+) -> Scorecard:
+    """Score a tokenizer on uint8 batches (B,3,H,W)."""
+    grids: list[np.ndarray] = []
+    pictures: list[np.ndarray] = []
+    reconstructions: list[np.ndarray] = []
+    squared = absolute = 0.0
+    num_values = 0
+    rows, columns = tokenizer.grid_size
+    for batch in batches:
+        token_ids = tokenizer.encode(batch.to(device))
+        grids.append(token_ids.cpu().numpy().reshape(-1, rows, columns))
+        kept = sum(len(picture) for picture in pictures)
+        if kept < NUM_PICTURES:
+            pictures.append(batch[: NUM_PICTURES - kept].numpy())
+        if tokenizer.decoder is None:
+            continue
+        decoded = tokenizer.decode(token_ids).cpu()
+        difference = (decoded.float() - batch.float()) / 255
+        squared += float(difference.square().sum())
+        absolute += float(difference.abs().sum())
+        num_values += difference.numel()
+        if kept < NUM_PICTURES:
+            reconstructions.append(decoded[: NUM_PICTURES - kept].numpy())
+    all_grids = np.concatenate(grids)
+    shown = np.concatenate(pictures)
+    return Scorecard(
+        num_images=len(all_grids),
+        tokens=token_statistics(all_grids, tokenizer.vocab_size),
+        mse=squared / num_values if num_values else None,
+        mae=absolute / num_values if num_values else None,
+        counts=np.bincount(all_grids.ravel(), minlength=tokenizer.vocab_size),
+        images=shown,
+        reconstructions=np.concatenate(reconstructions) if reconstructions else None,
+        token_ids=all_grids[: len(shown)],
+    )
+
+
+def check_gate(scorecard: Scorecard, *, min_perplexity: float, min_codes: int, remedy: str) -> None:
+    """Refuse a collapsed tokenizer.
+
+    Raises:
+        StageFailed: naming the figure, the bound that it missed and `remedy`.
+    """
+    tokens = scorecard.tokens
+    for name, value, bound, field in (
+        ("perplexity", tokens.perplexity, min_perplexity, "min_perplexity"),
+        ("codes used", tokens.codes_used, min_codes, "min_codes"),
+    ):
+        if value < bound:
+            raise StageFailed(
+                f"the tokenizer has collapsed: {name} {value:.4g} of {tokens.vocab_size} codes is "
+                f"below gate.{field} = {bound:g} on {scorecard.num_images} images; {remedy}"
+            )
+
+
+def evenly_spaced(num_rows: int, count: int) -> np.ndarray:
+    """At most `count` distinct row ids spread over [0, num_rows), ascending."""
+    count = min(count, num_rows)
+    return (np.arange(count) * num_rows) // max(count, 1)
+
+
+def read_views(
+    images: ImageTable, rows: np.ndarray, policy: ViewPolicy, index: int, size: int, filter_: str
+) -> Iterator[np.ndarray]:
+    """View `index` of each of the given rows (ascending): uint8 (3, size, size).
+
+    Row groups are read one after another, so memory holds one.
+    """
+    groups = images.row_groups
+    for position in groups.overlapping(0, images.num_rows):
+        start = int(groups.starts[position])
+        inside = rows[(rows >= start) & (rows < start + groups[position].rows)] - start
+        if len(inside) == 0:
+            continue
+        table = images.read_row_group(position, ["image", "digest"]).take(inside)
+        for data, digest in zip(
+            table["image"].to_pylist(), table["digest"].to_pylist(), strict=True
+        ):
+            image = decode_image(data)
+            view = sample_view(policy, digest, index, image.height, image.width)
+            pixels = render(image, view, size, filter_)  # type: ignore[arg-type]
+            yield np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _view_batches(
+    images: ImageTable,
+    rows: np.ndarray,
+    policy: ViewPolicy,
+    tokenizer: DiscreteVae,
+    batch_size: int,
+) -> Iterator[Tensor]:
+    batch: list[np.ndarray] = []
+    for view in read_views(
+        images, rows, policy, SCORE_VIEW, tokenizer.image_size, tokenizer.interpolation
+    ):
+        batch.append(view)
+        if len(batch) == batch_size:
+            yield torch.from_numpy(np.stack(batch))
+            batch = []
+    if batch:
+        yield torch.from_numpy(np.stack(batch))
+
+
+def scorecard_record(scorecard: Scorecard) -> dict[str, Any]:
+    """The scorecard for a manifest: figures rounded so that they read well and compare equal."""
+    return {
+        name: int(value) if float(value).is_integer() else round(float(value), 6)
+        for name, value in scorecard.metrics().items()
+    }

@@ -1,0 +1,160 @@
+"""The tokenizer as an artefact: a directory at any URI.
+
+`tokenizer.safetensors` and `config.json` are the tokenizer (`beit.tokenizers`); `manifest.json`,
+written last, makes it exist and says where it came from. A directory of the first two files alone,
+put together by hand, can be read as well.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from beit.tokenizers import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    DiscreteVae,
+    Precision,
+    load_tokenizer,
+    save_tokenizer,
+)
+from pipelines import storage
+from pipelines.errors import InputError
+
+KIND = "tokenizer"
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerInfo:
+    """What is known of a stored tokenizer without loading its weights."""
+
+    uri: str
+    config: dict[str, Any]
+    """config.json: architecture, vocab_size, image_size, grid_size, stride, interpolation."""
+    manifest: dict[str, Any] | None
+    """Lineage and scorecard; None for a directory without manifest."""
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of the token grid."""
+        rows, columns = self.config["grid_size"]
+        return rows, columns
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of visual tokens."""
+        return int(self.config["vocab_size"])
+
+    @property
+    def image_size(self) -> int:
+        """Side of the token view in pixels."""
+        return int(self.config["image_size"])
+
+
+def read_manifest(uri: str) -> dict[str, Any] | None:
+    """The manifest at `uri`, or None where no finished tokenizer is."""
+    try:
+        manifest = storage.read_json(storage.join(uri, MANIFEST))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    kind = manifest.get("kind") if isinstance(manifest, dict) else None
+    if kind != KIND:
+        raise InputError(f"{uri}: kind is {kind!r}, not {KIND!r}; give a tokenizer directory")
+    if manifest["schema_version"] != SCHEMA_VERSION:
+        raise InputError(
+            f"{uri}: schema_version {manifest['schema_version']}, this program reads "
+            f"{SCHEMA_VERSION}; train or import the tokenizer again"
+        )
+    return dict(manifest)
+
+
+def describe(uri: str) -> TokenizerInfo:
+    """Reads configuration and manifest only.
+
+    Raises:
+        InputError: there is no tokenizer at `uri`.
+    """
+    uri = storage.absolute(uri)
+    manifest = read_manifest(uri)
+    try:
+        config = storage.read_json(storage.join(uri, CONFIG_FILE))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(
+            f"{uri}: no tokenizer ({CONFIG_FILE} is missing); run `beit train-tokenizer` or "
+            "`beit import-tokenizer` with this output"
+        ) from error
+    return TokenizerInfo(uri=uri, config=config, manifest=manifest)
+
+
+def load(uri: str, *, device: str = "cpu", precision: Precision = "float32") -> DiscreteVae:
+    """Loads a tokenizer; a remote one passes through a temporary directory.
+
+    Raises:
+        InputError: nothing there, damaged files, or files that are not those of the manifest.
+    """
+    info = describe(uri)
+    with _local_copy(info.uri) as directory:
+        try:
+            tokenizer = load_tokenizer(directory, device=device, precision=precision)
+        except ValueError as error:
+            message = str(error).replace(str(directory), info.uri)
+            raise InputError(f"{message}; train or import the tokenizer again") from error
+    recorded = info.manifest["fingerprint"] if info.manifest else None
+    if recorded not in (None, tokenizer.fingerprint()):
+        raise InputError(
+            f"{info.uri}: {MANIFEST} states fingerprint {recorded}, weights and configuration have "
+            f"{tokenizer.fingerprint()}; the files were changed, train or import them again"
+        )
+    return tokenizer
+
+
+def save(
+    tokenizer: DiscreteVae,
+    uri: str,
+    *,
+    source: Mapping[str, Any],
+    scorecard: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Writes the tokenizer, its manifest last, and returns the manifest.
+
+    Args:
+        source: how it was made: stage, options, fingerprints or hashes of what it was made from.
+        scorecard: how it does on the images it is meant for, see `pipelines.scorecard`.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        fingerprint = save_tokenizer(tokenizer, directory)
+        files = {}
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            data = Path(directory, name).read_bytes()
+            storage.write_bytes(storage.join(uri, name), data)
+            files[name] = {"bytes": len(data), "hash": storage.digest(data)}
+    manifest = {
+        "kind": KIND,
+        "schema_version": SCHEMA_VERSION,
+        "fingerprint": fingerprint,
+        "architecture": tokenizer.architecture,
+        "vocab_size": tokenizer.vocab_size,
+        "grid_size": list(tokenizer.grid_size),
+        "image_size": tokenizer.image_size,
+        "source": dict(source),
+        "scorecard": dict(scorecard) if scorecard else None,
+        "files": files,
+    }
+    storage.write_json(storage.join(uri, MANIFEST), manifest)
+    return manifest
+
+
+@contextlib.contextmanager
+def _local_copy(uri: str) -> Iterator[Path]:
+    if storage.is_local(uri):
+        yield Path(storage.absolute(uri))
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            with contextlib.suppress(FileNotFoundError):  # load_tokenizer names what is missing
+                Path(directory, name).write_bytes(storage.read_bytes(storage.join(uri, name)))
+        yield Path(directory)

@@ -1,0 +1,207 @@
+"""The parts of a tokenizer's training step: network, loss, schedules, noise, averaged weights."""
+
+import hashlib
+import math
+import struct
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from beit.tokenizers import DalleTokenizer, DiscreteVae, DvaeTokenizer
+from beit.tokenizers.base import map_pixels
+from beit.tokenizers.dvae import (
+    exponential_noise,
+    gumbel_softmax,
+    kl_to_uniform,
+    logit_laplace_loss,
+    mse_loss,
+)
+from beit.views import ViewPolicy
+from pipelines.config.train_tokenizer import LossConfig, ModelConfig, ViewsConfig
+from pipelines.distributed import World
+
+AVERAGE = "average."
+"""Prefix of the averaged weights in a checkpoint."""
+
+
+def build_tokenizer(config: ModelConfig, *, seed: int) -> DiscreteVae:
+    """The untrained network; its weights follow from the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if config.architecture == "dalle":
+            return DalleTokenizer(
+                image_size=config.image_size,
+                hidden_dim=config.hidden_dim,
+                init_dim=config.init_dim,
+                blocks_per_group=config.blocks_per_group,
+                vocab_size=config.vocab_size,
+            )
+        return DvaeTokenizer(
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            dim=config.dim,
+            vocab_size=config.vocab_size,
+            encoder_blocks=config.encoder_blocks,
+            decoder_blocks=config.decoder_blocks,
+        )
+
+
+def view_policy(config: ViewsConfig, *, seed: int) -> ViewPolicy:
+    """The distribution of training views."""
+    return ViewPolicy(
+        seed=seed,
+        min_area=config.min_area,
+        max_area=config.max_area,
+        min_aspect=config.min_aspect,
+        max_aspect=config.max_aspect,
+        flip_probability=config.flip_probability,
+        brightness=config.jitter,
+        contrast=config.jitter,
+        saturation=config.jitter,
+    )
+
+
+class RelaxedVae(nn.Module):
+    """A tokenizer as it is trained: images and noise to the loss."""
+
+    def __init__(self, tokenizer: DiscreteVae, config: LossConfig) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.config = config
+        # DALL-E divides the whole bound by the number of pixel values; the KL of a token spreads
+        # over the 3 stride^2 of them that it stands for.
+        self.kl_share = 1 / (3 * tokenizer.stride**2)
+
+    def reconstruction_loss(self, z: Tensor, pixels: Tensor) -> Tensor:
+        """Negative log-likelihood per pixel value of the pictures decoded from z."""
+        decoder = self.tokenizer.decoder
+        assert decoder is not None
+        outputs = decoder(z)
+        if self.config.likelihood == "mse":
+            return mse_loss(outputs, pixels)
+        return logit_laplace_loss(outputs, pixels, min_log_scale=self.config.min_log_scale)
+
+    def forward(
+        self, images: Tensor, noise: Tensor, temperature: Tensor, kl_weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """uint8 (B,3,H,W), exponential noise (B,V,h,w) -> loss, (loss, reconstruction, KL), counts.
+
+        The second is detached; counts int64 (V,) are those of the most likely codes.
+        """
+        pixels = map_pixels(images).contiguous(memory_format=torch.channels_last)
+        logits = self.tokenizer.encoder(pixels).float()
+        z = gumbel_softmax(logits, noise, temperature)
+        reconstruction = self.reconstruction_loss(z, pixels)
+        kl = kl_to_uniform(logits)
+        loss = reconstruction + kl_weight * self.kl_share * kl
+        with torch.no_grad():
+            counts = torch.bincount(logits.argmax(1).flatten(), minlength=logits.shape[1])
+            terms = torch.stack([loss, reconstruction, kl])
+        return loss, terms, counts
+
+    @torch.no_grad()
+    def hard_reconstruction(self, images: Tensor) -> Tensor:
+        """The reconstruction loss from the tokens themselves, as a user of them gets it."""
+        pixels = map_pixels(images).contiguous(memory_format=torch.channels_last)
+        token_ids = self.tokenizer.encoder(pixels).argmax(1)
+        one_hot = F.one_hot(token_ids, self.tokenizer.vocab_size).movedim(-1, 1)
+        return self.reconstruction_loss(one_hot.to(torch.float32), pixels)
+
+
+def cosine_between(step: int, *, num_steps: int, start: float, end: float) -> float:
+    """`start` at step 0, `end` from `num_steps` on, half a cosine in between."""
+    if step >= num_steps:
+        return end
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+
+
+def relaxation_noise(
+    *, seed: int, step: int, shards: Iterable[int], shape: tuple[int, int, int, int], device: str
+) -> Tensor:
+    """Noise for the images of one rank: `shape` (B,V,h,w) for each of its canonical shards.
+
+    A pure function of seed, step and shard, so it does not depend on the number of workers.
+    """
+    parts = []
+    for shard in shards:
+        key = hashlib.blake2b(struct.pack("<QQQ", seed, step, shard), digest_size=7).digest()
+        generator = torch.Generator(device).manual_seed(int.from_bytes(key, "little"))
+        parts.append(exponential_noise(shape, generator))
+    return torch.cat(parts)
+
+
+class AveragedWeights:
+    """Exponential moving average of parameters.
+
+    The first steps count less than the decay says, or the average would remember the start.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.parameters = dict(model.named_parameters())
+        self.values = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Takes over the parameters after `step` (counted from 0) by one step of the average."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        averages = list(self.values.values())
+        torch._foreach_lerp_(averages, list(self.parameters.values()), 1 - decay)
+
+    def state(self) -> dict[str, Tensor]:
+        """For a checkpoint, on the CPU."""
+        return {
+            AVERAGE + name: value.to("cpu", copy=True).contiguous()
+            for name, value in self.values.items()
+        }
+
+    def restore(self, weights: Mapping[str, Tensor]) -> None:
+        """From a checkpoint's weights."""
+        for name, value in self.values.items():
+            value.copy_(weights[AVERAGE + name])
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Overwrites the parameters of `model`."""
+        for name, parameter in model.named_parameters():
+            parameter.copy_(self.values[name])
+
+
+class Period:
+    """Sums between two logs, kept on the device."""
+
+    def __init__(self, vocab_size: int, world: World) -> None:
+        self.world = world
+        self.vocab_size = vocab_size
+        self.clear()
+
+    def clear(self) -> None:
+        """Starts a new period."""
+        self.steps = 0
+        self.terms = torch.zeros(3, device=self.world.device)
+        self.counts = torch.zeros(self.vocab_size, dtype=torch.int64, device=self.world.device)
+        self.grad_norm = torch.zeros((), device=self.world.device)
+
+    def add(self, terms: Tensor, counts: Tensor, grad_norm: Tensor) -> None:
+        """One step; nothing is waited for."""
+        self.steps += 1
+        self.terms += terms
+        self.counts += counts
+        self.grad_norm = torch.maximum(self.grad_norm, grad_norm.detach())
+
+    def metrics(self) -> dict[str, float]:
+        """Means over the period and all workers; every worker must call it, and gets the same."""
+        terms = self.world.sum(self.terms.clone()) / (self.steps * self.world.size)
+        counts = self.world.sum(self.counts.clone()).double().cpu()
+        shares = counts[counts > 0] / counts.sum()
+        loss, reconstruction, kl = terms.tolist()
+        return {
+            "loss": loss,
+            "reconstruction": reconstruction,
+            "kl": kl,
+            "grad_norm_max": float(self.grad_norm),
+            "codes_used": int((counts > 0).sum()),
+            "perplexity": math.exp(-float((shares * shares.log()).sum())),
+        }

@@ -1,0 +1,460 @@
+"""`train-tokenizer`: an image table to a discrete VAE, trained as DALL-E's was.
+
+Gumbel-softmax relaxation with a falling temperature, KL to the uniform code distribution with
+warm-up, logit-Laplace or Gaussian likelihood, AdamW on a cosine, averaged weights (arXiv
+2102.12092, appendix A). `train` is the run in execution order. Views, order of samples and
+relaxation noise are pure functions of (seed, step, canonical shard), hence the same for any number
+of workers, and an interrupted run continues as if it had not been interrupted.
+"""
+
+import math
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from beit.schedules import warmup_cosine
+from beit.tokenizers import DiscreteVae, DvaeTokenizer
+from pipelines import checkpoint, pictures, storage, tokenizer_store
+from pipelines.config.train_tokenizer import (
+    TrainTokenizerConfig,
+    deciding_options,
+    flat_options,
+)
+from pipelines.distributed import World, clip_gradients, join_world, restore, snapshot, wrap_model
+from pipelines.errors import InputError, StageFailed
+from pipelines.image_table import ImageTable
+from pipelines.metric_logger import MetricLogger
+from pipelines.ray_workers import ProgressSink, fit_with_ray
+from pipelines.sample_order import SampleOrder
+from pipelines.scorecard import (
+    Scorecard,
+    check_gate,
+    evenly_spaced,
+    read_views,
+    score,
+    scorecard_record,
+)
+from pipelines.token_views import TokenViewReader
+from pipelines.tokenizer_training import (
+    AveragedWeights,
+    Period,
+    RelaxedVae,
+    build_tokenizer,
+    cosine_between,
+    relaxation_noise,
+    view_policy,
+)
+from pipelines.tracking import Dataset, start_run
+
+STAGE = "train-tokenizer"
+RECORD = "training.json"
+FAILURE = "failure.json"
+CHECKPOINTS = "checkpoints"
+RAY_STATE = "ray"
+CODEBOOK_VIEW = 2**48 + 1
+"""Index of the view that starts the codebook; training uses the epoch's number."""
+REMEDY = (
+    "raise loss.kl_weight or loss.start_temperature, lower model.vocab_size or optim.lr, or give "
+    "more varied images; then train into another output"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every worker is told."""
+
+    config: TrainTokenizerConfig
+    output: str
+    source: dict[str, Any]
+    tracking_uri: str
+    run_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTokenizerResult:
+    """A finished tokenizer."""
+
+    output: str
+    fingerprint: str
+    scorecard: dict[str, float]
+    already_done: bool
+
+    def summary(self) -> str:
+        """What the command prints."""
+        done = "already done" if self.already_done else "done"
+        card = self.scorecard
+        return (
+            f"tokenizer {done}: {self.output}\n"
+            f"  {card['codes_used']:g} of {card['vocab_size']:g} codes used, perplexity "
+            f"{card['perplexity']:.1f}, reconstruction error {card['mse']:.4f} "
+            f"({card['psnr']:.1f} dB)\n"
+            f"  fingerprint {self.fingerprint}"
+        )
+
+
+def run(config: TrainTokenizerConfig) -> TrainTokenizerResult:
+    """Trains the tokenizer, or goes on with it, or says that it is finished.
+
+    Raises:
+        InputError: images that cannot be read, or an output that holds something else.
+        StageFailed: the codebook collapsed, the loss is not finite, or the workers died too often.
+    """
+    output = storage.absolute(config.output)
+    images = ImageTable.open(config.images)
+    source = {
+        "stage": STAGE,
+        "image_table": images.fingerprint,
+        "sample_order": sample_order(config, images).to_dict(),
+        "options": deciding_options(config),
+    }
+    manifest = tokenizer_store.read_manifest(output)
+    if manifest is not None:
+        _require_same(manifest["source"], source, output)
+        return _result(output, manifest, already_done=True)
+
+    record = _open_output(output, source)
+    with start_run(
+        config.tracking,
+        stage=STAGE,
+        params=flat_options(config),
+        inputs=[
+            Dataset(
+                name="image_table", uri=images.uri, digest=images.fingerprint, context="training"
+            )
+        ],
+        resume_run_id=record["mlflow_run_id"] or None,
+        system_metrics=config.scaling.num_workers == 0,
+    ) as tracking:
+        storage.write_json(
+            storage.join(output, RECORD), {**record, "mlflow_run_id": tracking.run_id}
+        )
+        storage.delete(storage.join(output, FAILURE))
+        job = Job(
+            config=config,
+            output=output,
+            source=source,
+            tracking_uri=tracking.tracking_uri,
+            run_id=tracking.run_id,
+        )
+        _train_somewhere(job)
+        manifest = tokenizer_store.read_manifest(output)
+        assert manifest is not None
+        tracking.set_output(Dataset(name="tokenizer", uri=output, digest=manifest["fingerprint"]))
+    for leftover in (CHECKPOINTS, RAY_STATE):
+        storage.delete_prefix(storage.join(output, leftover))
+    return _result(output, manifest, already_done=False)
+
+
+def train(job: Job, world: World, progress: ProgressSink) -> None:  # noqa: PLR0915
+    """One worker's whole run; rank 0 writes checkpoints and, at the end, the tokenizer.
+
+    Raises:
+        StageFailed: collapse or a loss that is not finite; on all workers at once.
+    """
+    config, total = job.config, job.config.optim.steps
+    device = str(world.device)
+    first = world.rank == 0
+    images = ImageTable.open(config.images)
+    order = sample_order(config, images)
+    policy = view_policy(config.views, seed=config.seed)
+
+    # Set-up: the network, at the start or at the newest whole checkpoint.
+    root = storage.join(job.output, CHECKPOINTS)
+    resumed = _newest_checkpoint(root, world)
+    tokenizer = build_tokenizer(config.model, seed=config.seed)
+    if resumed is None and first:  # the other workers are sent its weights
+        _start_codebook(tokenizer, config, images, device)
+    tokenizer.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    relaxed = RelaxedVae(tokenizer, config.loss)
+    optimizer = torch.optim.AdamW(
+        tokenizer.parameters(),
+        lr=config.optim.lr,
+        betas=(config.optim.beta1, config.optim.beta2),
+        weight_decay=config.optim.weight_decay,
+    )
+    model = wrap_model(relaxed, world, strategy="ddp", compiled=config.scaling.compile)
+    parameters = list(tokenizer.parameters())
+    average = AveragedWeights(tokenizer, config.optim.ema_decay)
+    start_step = 0
+    if resumed is not None:
+        start_step = resumed.step
+        restore(tokenizer, optimizer, resumed.weights, resumed.moments)
+        average.restore(resumed.weights)
+    low_precision = _low_precision(config, world)
+    shards = order.shards_of(world.rank, world.size)
+    noise_shape = (order.shard_batch_size, tokenizer.vocab_size, *tokenizer.grid_size)
+    reader = TokenViewReader(
+        images=images,
+        order=order,
+        policy=policy,
+        size=tokenizer.image_size,
+        interpolation="lanczos",
+        rank=world.rank,
+        num_ranks=world.size,
+        num_threads=config.data.num_threads or config.scaling.cpus_per_worker,
+        prefetch_batches=config.data.prefetch_batches,
+    )
+    logger = MetricLogger(job.tracking_uri, job.run_id if first else "")
+    saver = checkpoint.Saver(
+        root, keep=config.checkpoint.keep, asynchronous=True, failed=_report_failed_checkpoint
+    )
+    period = Period(tokenizer.vocab_size, world)
+    period_start, waited = time.monotonic(), 0.0
+    batches = reader.batches(start_step, total)
+    progress.start(total, start_step)
+
+    # The loop.
+    for step in range(start_step, total):
+        wait_start = time.monotonic()
+        batch = next(batches).to(device, non_blocking=True)
+        waited += time.monotonic() - wait_start
+
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        temperature, kl_weight = relaxation(config, step)
+        noise = relaxation_noise(
+            seed=config.seed, step=step, shards=shards, shape=noise_shape, device=device
+        )
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=low_precision):
+            loss, terms, counts = model(
+                batch, noise, torch.tensor(temperature), torch.tensor(kl_weight)
+            )
+        (loss / world.size).backward()  # gradients are summed over the workers
+        grad_norm = clip_gradients(parameters, config.optim.clip_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        average.update(step)
+        period.add(terms, counts, grad_norm)
+
+        done = step + 1
+        if done % config.log_every == 0 or done == total:
+            metrics = period.metrics()
+            seconds = time.monotonic() - period_start
+            metrics |= {
+                "hard_reconstruction": float(relaxed.hard_reconstruction(batch)),
+                "temperature": temperature,
+                "kl_weight": kl_weight,
+                "lr": learning_rate(config, step),
+                "images_per_second": period.steps * config.data.global_batch_size / seconds,
+                "data_wait_share": waited / seconds,
+            }
+            logger.log(metrics, done)
+            progress.update(
+                done,
+                loss=f"{metrics['loss']:.4f}",
+                codes=f"{metrics['codes_used']:g}",
+                perplexity=f"{metrics['perplexity']:.1f}",
+            )
+            _check_health(metrics, done, config)
+            period.clear()
+            period_start, waited = time.monotonic(), 0.0
+        if done % config.checkpoint.every_steps == 0 or done == total:
+            weights, moments = snapshot(tokenizer, optimizer, keep=first)
+            if first:
+                weights |= average.state()
+                saver.save(
+                    checkpoint.Checkpoint(step=done, weights=weights, moments=moments, state={})
+                )
+
+    # The end: judge the averaged weights and make them the tokenizer.
+    saver.close()
+    if first:
+        if config.optim.ema_decay > 0:
+            average.copy_to(tokenizer)
+        scorecard = score(
+            tokenizer,
+            images,
+            num_images=config.gate.num_images,
+            policy=policy,
+            device=device,
+        )
+        _log_scorecard(scorecard, logger, total)
+        logger.close()
+        check_gate(
+            scorecard,
+            min_perplexity=config.gate.min_perplexity,
+            min_codes=config.gate.min_codes,
+            remedy=REMEDY,
+        )
+        tokenizer_store.save(
+            tokenizer.to("cpu"),
+            job.output,
+            source=job.source,
+            scorecard=scorecard_record(scorecard),
+        )
+    progress.close()
+
+
+def sample_order(config: TrainTokenizerConfig, images: ImageTable) -> SampleOrder:
+    """The order of samples. Raises InputError for a batch larger than the table."""
+    return SampleOrder(
+        images.row_groups.sizes,
+        seed=config.seed,
+        global_batch_size=config.data.global_batch_size,
+        num_shards=config.data.num_shards,
+        window=config.data.window,
+    )
+
+
+def learning_rate(config: TrainTokenizerConfig, step: int) -> float:
+    """Linear warm-up from the first step on, then a cosine; a pure function of the step."""
+    optim = config.optim
+    return warmup_cosine(
+        step,
+        total_steps=optim.steps,
+        warmup_steps=optim.warmup_steps,
+        peak=optim.lr,
+        final=optim.min_lr,
+    )
+
+
+def relaxation(config: TrainTokenizerConfig, step: int) -> tuple[float, float]:
+    """Temperature and KL weight of a step (counted from 0)."""
+    loss = config.loss
+    temperature = cosine_between(
+        step,
+        num_steps=loss.temperature_steps,
+        start=loss.start_temperature,
+        end=loss.end_temperature,
+    )
+    kl_weight = cosine_between(step, num_steps=loss.kl_warmup_steps, start=0.0, end=loss.kl_weight)
+    return temperature, kl_weight
+
+
+def _train_somewhere(job: Job) -> None:
+    """In this process, or in the workers of Ray Train; failures come out as they are meant."""
+    scaling = job.config.scaling
+    if scaling.num_workers == 0:
+        train(job, join_world(use_gpu=scaling.use_gpu, in_ray=False), ProgressSink(STAGE))
+        return
+    fit_with_ray(
+        _worker,
+        job,
+        label=STAGE,
+        num_workers=scaling.num_workers,
+        use_gpu=scaling.use_gpu,
+        cpus_per_worker=scaling.cpus_per_worker,
+        max_failures=scaling.max_failures,
+        state_uri=storage.join(job.output, RAY_STATE),
+    )
+    try:
+        failure = storage.read_json(storage.join(job.output, FAILURE))
+    except FileNotFoundError:
+        return
+    raise StageFailed(failure["message"])
+
+
+def _worker(job: Job, progress: ProgressSink) -> None:
+    world = join_world(use_gpu=job.config.scaling.use_gpu, in_ray=True)
+    try:
+        train(job, world, progress)
+    except StageFailed as error:
+        # A verdict, the same on all workers (or of rank 0 after the last step): no restart.
+        if world.rank == 0:
+            storage.write_json(storage.join(job.output, FAILURE), {"message": str(error)})
+
+
+def _newest_checkpoint(root: str, world: World) -> checkpoint.Checkpoint | None:
+    """The same one on all workers."""
+
+    def rejected(step: int, reason: str) -> None:
+        print(f"checkpoint of step {step} passed over: {reason}", file=sys.stderr)
+
+    newest = checkpoint.load_newest(root, rejected=rejected) if world.rank == 0 else None
+    step = world.broadcast(newest.step if newest else None)
+    return newest if step is None or newest is not None else checkpoint.load(root, step)
+
+
+def _start_codebook(
+    tokenizer: DiscreteVae, config: TrainTokenizerConfig, images: ImageTable, device: str
+) -> None:
+    """K-means centres of real patches, see `beit.tokenizers.dvae`."""
+    if not isinstance(tokenizer, DvaeTokenizer):
+        return
+    rows = evenly_spaced(images.num_rows, config.data.codebook_images)
+    policy = view_policy(config.views, seed=config.seed)
+    views = read_views(
+        images, rows, policy, CODEBOOK_VIEW, tokenizer.image_size, tokenizer.interpolation
+    )
+    batch = torch.stack([torch.from_numpy(view) for view in views]).to(device)
+    tokenizer.to(device)
+    generator = torch.Generator().manual_seed(config.seed)
+    try:
+        tokenizer.initialise_from(batch, generator=generator)
+    except ValueError as error:
+        raise InputError(f"data.codebook_images = {len(batch)}: {error}") from error
+
+
+def _low_precision(config: TrainTokenizerConfig, world: World) -> bool:
+    chosen = config.scaling.precision
+    return chosen == "bf16" or (chosen == "auto" and world.device.type == "cuda")
+
+
+def _check_health(metrics: dict[str, float], step: int, config: TrainTokenizerConfig) -> None:
+    if not math.isfinite(metrics["loss"]):
+        raise StageFailed(
+            f"the loss is {metrics['loss']} at step {step}: lower optim.lr "
+            f"(= {config.optim.lr:g}), set optim.clip_grad_norm, or train in float32"
+        )
+    judged = step > config.gate.grace_steps
+    if judged and metrics["perplexity"] < config.gate.min_perplexity:
+        raise StageFailed(
+            f"the tokenizer has collapsed at step {step}: perplexity {metrics['perplexity']:.2f}, "
+            f"{metrics['codes_used']:g} of {config.model.vocab_size} codes used since the last "
+            f"log, below gate.min_perplexity = {config.gate.min_perplexity:g}; {REMEDY}"
+        )
+
+
+def _log_scorecard(scorecard: Scorecard, logger: MetricLogger, step: int) -> None:
+    logger.log({f"scorecard/{k}": v for k, v in scorecard.metrics().items()}, step)
+    if scorecard.reconstructions is not None:
+        grid = pictures.tokenizer_grid(scorecard.images, scorecard.reconstructions)
+        logger.log_image("tokenizer", grid, step)
+    logger.log_image("codebook_usage", pictures.codebook_usage(scorecard.counts), step)
+
+
+def _report_failed_checkpoint(step: int, reason: str) -> None:
+    print(f"checkpoint of step {step} could not be saved: {reason}", file=sys.stderr)
+
+
+def _open_output(output: str, source: dict[str, Any]) -> dict[str, Any]:
+    """The record of an interrupted run that this one continues, or of a new one."""
+    try:
+        record: dict[str, Any] = storage.read_json(storage.join(output, RECORD))
+    except (FileNotFoundError, NotADirectoryError):
+        record = {"source": source, "mlflow_run_id": ""}
+        storage.write_json(storage.join(output, RECORD), record)
+        return record
+    _require_same(record["source"], source, output)
+    return record
+
+
+def _require_same(old: dict[str, Any], new: dict[str, Any], output: str) -> None:
+    if old.get("stage") != STAGE:
+        raise InputError(
+            f"output = {output}: holds a tokenizer made by {old.get('stage')!r}; give another one"
+        )
+    before = {"image_table": old["image_table"], **old["options"]}
+    after = {"image_table": new["image_table"], **new["options"]}
+    changed = [
+        f"{name} is {after.get(name)!r}, was {before.get(name)!r}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+    if changed:
+        raise InputError(
+            f"output = {output}: begun with other settings ({'; '.join(changed)}); "
+            "restore them, or give another output"
+        )
+
+
+def _result(output: str, manifest: dict[str, Any], *, already_done: bool) -> TrainTokenizerResult:
+    return TrainTokenizerResult(
+        output=output,
+        fingerprint=manifest["fingerprint"],
+        scorecard=manifest["scorecard"],
+        already_done=already_done,
+    )
