@@ -6,6 +6,7 @@ a list of artefacts.
 """
 
 import colorsys
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,7 @@ __all__ = [
     "contact_sheet",
     "curve",
     "masked_input_grid",
+    "png",
     "reconstruction_grid",
     "token_map",
     "tokenizer_grid",
@@ -218,6 +220,13 @@ def contact_sheet(
             text = shortened(str(labels[index]), 11, 96)
             draw.text((x + 48, y + 99), text, fill=FAINT, font=font(11), anchor="ma")
     return canvas
+
+
+def png(picture: Image.Image) -> bytes:
+    """The picture as a PNG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 # Tiles and sheets

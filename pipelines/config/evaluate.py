@@ -1,0 +1,56 @@
+"""Configuration of the `evaluate` stage."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipelines.config.tracking import TrackingConfig
+from pipelines.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Frozen features against labels: nearest neighbours and a linear probe."""
+
+    run: str
+    """Run directory of a pretraining, or a weights directory."""
+    images: str
+    """Labelled image table."""
+    test_images: str = ""
+    """Another labelled table to test on; empty: parts of `images` are held out in turn."""
+    output: str = ""
+    """Directory for evaluation.json and pictures; empty: evaluation/ in the run directory."""
+    num_folds: int = 5
+    """Every group is tested once, by probes that were fitted on the other folds."""
+    one_per_group: bool = True
+    """Use the first image of every group only, so that near-duplicates (skin tones of one emoji)
+    neither leak nor weigh more."""
+    max_images: int = 20_000
+    """Images used, spread evenly over the table; 0: all."""
+    pooling: Literal["mean", "cls"] = "mean"
+    """Features of an image: mean of its patches, or the cls token."""
+    layers: list[int] = field(default_factory=list)
+    """Blocks to choose from, 1-based; empty: all."""
+    knn_k: int = 10
+    """Neighbours that vote."""
+    crop_fraction: float = 1.0
+    """Side of the central square crop, as a share of the shorter side."""
+    baselines: bool = True
+    """Also evaluate the same network at random initialisation, and raw pixels."""
+    batch_size: int = 64
+    """Images per forward pass."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+    seed: int = 0
+    """Folds and the random network follow from it."""
+    force: bool = False
+    """Evaluate again although the same evaluation is there."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        for name, least in {"num_folds": 2, "knn_k": 1, "batch_size": 1, "max_images": 0}.items():
+            if getattr(self, name) < least:
+                raise InputError(f"{name} = {getattr(self, name)}: give {least} or more")
+        if not 0 < self.crop_fraction <= 1:
+            raise InputError(f"crop_fraction = {self.crop_fraction}: give a number in (0, 1]")
+        if any(layer < 1 for layer in self.layers):
+            raise InputError(f"layers = {self.layers}: blocks are counted from 1")

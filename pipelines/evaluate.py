@@ -1,0 +1,377 @@
+"""Evaluation: what frozen features know about labels, beside two baselines.
+
+Pretrained features, those of the same network at random initialisation, and raw pixels go
+through the same nearest neighbours and the same linear probe. Groups of near-duplicates are never
+divided between fitting and testing; the block, the weight decay and everything else that is
+chosen is chosen on rows that no test counts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from beit.mim import BeitMIM
+from pipelines import pictures, storage, tracking
+from pipelines.config.evaluate import EvaluateConfig
+from pipelines.errors import InputError
+from pipelines.features import (
+    LabelledImages,
+    Weights,
+    block_features,
+    joined,
+    open_weights,
+    pixel_features,
+    read_labelled,
+)
+from pipelines.probes import (
+    accuracy_interval,
+    chosen_linear,
+    grouped_folds,
+    knn_accuracy,
+    knn_predict,
+    linear_accuracy,
+)
+from pipelines.progress import Progress
+
+__all__ = ["Result", "knn_accuracy", "linear_accuracy", "run"]
+
+PRETRAINED, RANDOM, PIXELS = "pretrained", "random_init", "pixels"
+TITLES = {PRETRAINED: "pretrained", RANDOM: "random initialisation", PIXELS: "raw pixels"}
+VALIDATION_FOLDS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One probe of one kind of features, over all test rows."""
+
+    accuracy: float
+    low: float
+    high: float
+    """95 % interval, by bootstrap over groups."""
+    class_accuracy: list[float]
+    """Accuracy of each class."""
+    layers: list[int]
+    """Block chosen in each fold; 0 where there are none (pixels)."""
+    layer_accuracy: list[float]
+    """Validation accuracy of every candidate block, mean over folds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What an evaluation found."""
+
+    scores: dict[str, dict[str, Score]]
+    """Features -> probe (linear, knn) -> score."""
+    gains: dict[str, tuple[float, float, float]]
+    """Pretrained minus baseline, linear probe: difference and its paired 95 % interval."""
+    majority: float
+    """Accuracy of always naming the most frequent class."""
+    num_images: int
+    class_names: list[str]
+    layers: list[int]
+    """Candidate blocks."""
+    output: str
+    already_done: bool
+
+    def summary(self) -> str:
+        """One line for people."""
+        linear = {name: score["linear"].accuracy for name, score in self.scores.items()}
+        knn = self.scores[PRETRAINED]["knn"].accuracy
+        text = f"linear probe {100 * linear[PRETRAINED]:.1f} %"
+        others = [
+            f"{TITLES[name]} {100 * linear[name]:.1f} %" for name in linear if name != PRETRAINED
+        ]
+        if others:
+            text += f" ({', '.join(others)})"
+        text += f", k-NN {100 * knn:.1f} %, most frequent class {100 * self.majority:.1f} %"
+        text += f", {self.num_images} images"
+        return text + (", was done already" if self.already_done else "")
+
+
+def run(config: EvaluateConfig) -> Result:
+    """Evaluates and writes `evaluation.json` and pictures to the output directory.
+
+    The same evaluation (weights, images, options) that is there already is returned as it is.
+
+    Raises:
+        InputError: no weights, no labels, or a layer that the network does not have.
+    """
+    weights = open_weights(config.run)
+    output = config.output or storage.join(storage.absolute(config.run), "evaluation")
+    layers = config.layers or list(range(1, weights.model.depth + 1))
+    if max(layers) > weights.model.depth:
+        raise InputError(f"layers = {layers}: this network has {weights.model.depth} blocks")
+    data, test_rows = _read(config, weights.model)
+    identity = {
+        "weights": weights.fingerprint,
+        "image_table": data.fingerprint,
+        "options": {
+            name: value
+            for name, value in asdict(config).items()
+            if name not in ("run", "images", "output", "force", "tracking", "batch_size", "device")
+        },
+    }
+    report_uri = storage.join(output, "evaluation.json")
+    if not config.force and storage.exists(report_uri):
+        report = storage.read_json(report_uri)
+        if report.get("identity") == identity:
+            return _result(report, output, already_done=True)
+    inputs = [
+        tracking.Dataset(name="weights", uri=weights.uri, digest=weights.fingerprint),
+        tracking.Dataset(
+            name="image_table", uri=data.uri, digest=data.fingerprint, context="evaluation"
+        ),
+    ]
+    params = {name: value for name, value in asdict(config).items() if name != "tracking"}
+    tags = {"beit.pretrain_run_id": weights.run_id} if weights.run_id else {}
+    with tracking.start_run(
+        config.tracking, stage="evaluate", params=params, tags=tags, inputs=inputs
+    ) as tracked:
+        splits = _splits(config, data, test_rows)
+        report = _evaluate(config, weights, data, layers, splits)
+        report["identity"] = identity
+        storage.write_json(report_uri, report)
+        result = _result(report, output, already_done=False)
+        _record(tracked, result, report)
+    return result
+
+
+Split = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def _read(config: EvaluateConfig, model: BeitMIM) -> tuple[LabelledImages, int]:
+    # All rows, and how many of the last of them are the test table's (0: no test table).
+    if model.image_size[0] != model.image_size[1]:
+        raise InputError(f"run: image_size {model.image_size} is not square")
+    options: dict[str, Any] = {
+        "size": model.image_size[0],
+        "max_images": config.max_images,
+        "crop_fraction": config.crop_fraction,
+    }
+    data = read_labelled(config.images, one_per_group=config.one_per_group, **options)
+    if not config.test_images:
+        return data, 0
+    test = read_labelled(config.test_images, one_per_group=False, **options)
+    return joined(data, test), len(test.labels)
+
+
+def _splits(config: EvaluateConfig, data: LabelledImages, test_rows: int) -> list[Split]:
+    # Rows to fit on, to choose by, to test on.
+    rows = np.arange(len(data.labels))
+    if test_rows:
+        train = rows[:-test_rows]
+        groups = data.groups[:-test_rows]
+        validation = grouped_folds(groups, VALIDATION_FOLDS, seed=config.seed + 1) == 0
+        return [(train[~validation], train[validation], rows[-test_rows:])]
+    fold = grouped_folds(data.groups, config.num_folds, seed=config.seed)
+    splits = []
+    for number in range(config.num_folds):
+        rest = rows[fold != number]
+        groups = [data.groups[row] for row in rest]
+        validation = grouped_folds(groups, VALIDATION_FOLDS, seed=config.seed + 1) == 0
+        splits.append((rest[~validation], rest[validation], rows[fold == number]))
+    return splits
+
+
+def _evaluate(
+    config: EvaluateConfig,
+    weights: Weights,
+    data: LabelledImages,
+    layers: list[int],
+    splits: list[Split],
+) -> dict[str, Any]:
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    networks = {PRETRAINED: weights.model}
+    if config.baselines:
+        untrained = BeitMIM(**weights.model.config())
+        untrained.init_weights(torch.Generator().manual_seed(config.seed))
+        networks[RANDOM] = untrained
+    features: dict[str, Sequence[np.ndarray]] = {
+        name: block_features(
+            network,
+            data.pixels,
+            layers=layers,
+            mean=weights.mean,
+            std=weights.std,
+            pooling=config.pooling,
+            batch_size=config.batch_size,
+            device=device,
+            label=f"features, {TITLES[name]}",
+        )
+        for name, network in networks.items()
+    }
+    if config.baselines:
+        features[PIXELS] = [pixel_features(data.pixels)]
+    tested = np.concatenate([test for _, _, test in splits])
+    truth, groups = data.labels[tested], [data.groups[row] for row in tested]
+    num_classes = len(data.class_names)
+    progress = Progress(2 * len(features) * len(splits), "probes", "fits")
+    scores: dict[str, dict[str, Any]] = {}
+    correct: dict[str, np.ndarray] = {}
+    matrix = np.zeros((num_classes, num_classes), np.int64)
+    for name, arrays in features.items():
+        scores[name] = {}
+        for probe in ("linear", "knn"):
+            found, chosen, by_layer = [], [], []
+            for train, validation, test in splits:
+                fold = _probe(probe, config, arrays, data.labels, (train, validation, test))
+                found.append(fold[0])
+                chosen.append(0 if name == PIXELS else layers[fold[1]])
+                by_layer.append(fold[2])
+                progress.update(progress.done + 1)
+            predicted = np.concatenate(found)
+            hits = predicted == truth
+            low, high = accuracy_interval(hits, groups, seed=config.seed)
+            scores[name][probe] = asdict(
+                Score(
+                    accuracy=float(hits.mean()),
+                    low=low,
+                    high=high,
+                    class_accuracy=[float(hits[truth == c].mean()) for c in range(num_classes)],
+                    layers=chosen,
+                    layer_accuracy=np.mean(by_layer, axis=0).tolist(),
+                )
+            )
+            if probe == "linear":
+                correct[name] = hits
+                if name == PRETRAINED:
+                    np.add.at(matrix, (truth, predicted), 1)
+    progress.close()
+    gains = {}
+    for name in correct.keys() - {PRETRAINED}:
+        difference = correct[PRETRAINED].astype(float) - correct[name]
+        low, high = accuracy_interval(difference, groups, seed=config.seed)
+        gains[name] = [float(difference.mean()), low, high]
+    counts = np.bincount(data.labels[np.concatenate([splits[0][0], splits[0][1]])])
+    return {
+        "kind": "evaluation",
+        "scores": scores,
+        "gains": gains,
+        "majority": float((truth == counts.argmax()).mean()),
+        "num_images": len(truth),
+        "num_groups": len(set(groups)),
+        "class_names": data.class_names,
+        "class_counts": np.bincount(truth, minlength=num_classes).tolist(),
+        "confusion": matrix.tolist(),
+        "layers": layers,
+    }
+
+
+def _probe(
+    probe: str,
+    config: EvaluateConfig,
+    arrays: Sequence[np.ndarray],
+    labels: np.ndarray,
+    split: Split,
+) -> tuple[np.ndarray, int, list[float]]:
+    # Predicted classes of the test rows, position of the chosen layer, validation accuracies.
+    train, validation, test = split
+    num_classes = int(labels.max()) + 1
+    if probe == "linear":
+        fitted, layer, _, by_layer = chosen_linear(
+            arrays, labels, train, validation, num_classes=num_classes
+        )
+        return fitted.predict(arrays[layer][test]), layer, by_layer
+    by_layer = []
+    for x in arrays:
+        found = knn_predict(
+            x[train], labels[train], x[validation], num_classes=num_classes, k=config.knn_k
+        )
+        by_layer.append(float((found == labels[validation]).mean()))
+    layer = int(np.argmax(by_layer))
+    known = np.concatenate([train, validation])
+    x = arrays[layer]
+    found = knn_predict(x[known], labels[known], x[test], num_classes=num_classes, k=config.knn_k)
+    return found, layer, by_layer
+
+
+def _result(report: dict[str, Any], output: str, *, already_done: bool) -> Result:
+    return Result(
+        scores={
+            name: {probe: Score(**score) for probe, score in probes.items()}
+            for name, probes in report["scores"].items()
+        },
+        gains={name: tuple(values) for name, values in report["gains"].items()},
+        majority=report["majority"],
+        num_images=report["num_images"],
+        class_names=report["class_names"],
+        layers=report["layers"],
+        output=output,
+        already_done=already_done,
+    )
+
+
+def _record(tracked: tracking.Run, result: Result, report: dict[str, Any]) -> None:
+    metrics = {"majority_accuracy": result.majority, "num_images": result.num_images}
+    for name, probes in result.scores.items():
+        for probe, score in probes.items():
+            metrics[f"{probe}_accuracy/{name}"] = score.accuracy
+            for layer, value in zip(result.layers, score.layer_accuracy, strict=False):
+                if name != PIXELS:
+                    key = f"{probe}_validation_by_block/{name}"
+                    tracked.log_metrics({key: value}, step=layer)
+    for name, (gain, low, high) in result.gains.items():
+        metrics |= {f"gain_over/{name}": gain, f"gain_over/{name}_low": low}
+        metrics[f"gain_over/{name}_high"] = high
+    tracked.log_metrics(metrics, step=0)
+    tracked.set_note(_note(result))
+    tracked.log_artifact_file("evaluation.json", storage.canonical_json(report))
+    tracked.log_table(
+        "per_class.json",
+        {
+            "class": result.class_names,
+            "images": report["class_counts"],
+            **{
+                f"{TITLES[name]}, linear": [round(v, 4) for v in probes["linear"].class_accuracy]
+                for name, probes in result.scores.items()
+            },
+        },
+    )
+    best = result.scores[PRETRAINED]["linear"]
+    drawn = {
+        "confusion": pictures.confusion(
+            report["confusion"],
+            result.class_names,
+            title="Linear probe of the pretrained features",
+            note=f"{result.num_images} test images, accuracy {100 * best.accuracy:.1f} % "
+            f"[{100 * best.low:.1f}, {100 * best.high:.1f}]",
+        ),
+        "blocks": pictures.curve(
+            {
+                f"{TITLES[name]}, {probe}": (result.layers, score.layer_accuracy)
+                for name, probes in result.scores.items()
+                for probe, score in probes.items()
+                if name != PIXELS
+            },
+            title="Features block by block",
+            x_label="block",
+            y_label="validation accuracy",
+        ),
+    }
+    for name, picture in drawn.items():
+        tracked.log_image(name, picture)
+        storage.write_bytes(storage.join(result.output, f"{name}.png"), pictures.png(picture))
+
+
+def _note(result: Result) -> str:
+    lines = ["| features | linear probe | k-NN | block |", "| --- | --- | --- | --- |"]
+    for name, probes in result.scores.items():
+        linear, knn = probes["linear"], probes["knn"]
+        block = "-" if name == PIXELS else str(max(set(linear.layers), key=linear.layers.count))
+        lines.append(
+            f"| {TITLES[name]} | {100 * linear.accuracy:.1f} % "
+            f"[{100 * linear.low:.1f}, {100 * linear.high:.1f}] | {100 * knn.accuracy:.1f} % | "
+            f"{block} |"
+        )
+    lines.append(f"| most frequent class | {100 * result.majority:.1f} % | | |")
+    for name, (gain, low, high) in result.gains.items():
+        lines.append(
+            f"\nLinear probe against {TITLES[name]}: {100 * gain:+.1f} points, 95 % interval "
+            f"[{100 * low:+.1f}, {100 * high:+.1f}] (paired, by group)."
+        )
+    return "\n".join(lines)

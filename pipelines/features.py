@@ -1,0 +1,227 @@
+"""Frozen features of images, block by block, and what they are computed from."""
+
+import dataclasses
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from beit.images import decode_image
+from beit.mim import BeitMIM
+from beit.views import center_view, render
+from beit.weights import load_weights, read_weights_config
+from pipelines import storage
+from pipelines.errors import InputError
+from pipelines.image_table import ImageTable
+from pipelines.progress import Progress
+
+READ_ROWS = 512
+MAX_PIXEL_SIDE = 64
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Weights:
+    """A pretrained network and where it comes from."""
+
+    model: BeitMIM
+    uri: str
+    """The weights directory itself."""
+    fingerprint: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    """Of pixels in [0, 1], as in training."""
+    run_id: str
+    """MLflow run that made them; "" where unknown."""
+
+
+def weights_fingerprint(uri: str) -> str:
+    """Identity of a weights directory: the hash of its files' names and contents."""
+    files = storage.list_files(uri)
+    return storage.fingerprint(
+        {file.path: storage.digest(storage.read_bytes(storage.join(uri, file.path)))
+         for file in files}
+    )  # fmt: skip
+
+
+def open_weights(uri: str) -> Weights:
+    """The weights of a run directory, or of a weights directory.
+
+    Raises:
+        InputError: there are none, or they are damaged.
+    """
+    run_uri = storage.absolute(uri)
+    nested = storage.join(run_uri, "weights")
+    weights_uri = nested if storage.exists(storage.join(nested, "config.json")) else run_uri
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            storage.fetch_dir(weights_uri, directory)
+            extra: dict[str, Any] = read_weights_config(directory).get("extra") or {}
+            model = load_weights(directory)
+        except FileNotFoundError as error:
+            raise InputError(
+                f"run: nothing at {weights_uri}; finish `beit pretrain` first"
+            ) from error
+        except ValueError as error:
+            message = str(error).replace(directory, weights_uri)
+            raise InputError(
+                f"run: {message}; give a finished run or a weights directory"
+            ) from error
+    record: dict[str, Any] = {}
+    if weights_uri == nested and storage.exists(storage.join(run_uri, "run.json")):
+        record = storage.read_json(storage.join(run_uri, "run.json"))
+    for name in ("pixel_mean", "pixel_std"):
+        if name not in extra:
+            raise InputError(
+                f"run: {weights_uri}/config.json has no extra.{name}, so pixels cannot be "
+                "normalised as in training; add it"
+            )
+    return Weights(
+        model=model.eval(),
+        uri=weights_uri,
+        fingerprint=weights_fingerprint(weights_uri),
+        mean=tuple(extra["pixel_mean"]),
+        std=tuple(extra["pixel_std"]),
+        run_id=str(record.get("mlflow_run_id") or ""),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LabelledImages:
+    """Labelled images at the size of a network."""
+
+    pixels: np.ndarray
+    """uint8 (n, 3, size, size)."""
+    labels: np.ndarray
+    """int64 (n,), positions in class_names."""
+    groups: list[str]
+    class_names: list[str]
+    fingerprint: str
+    """Of the image table."""
+    uri: str
+
+
+def read_labelled(
+    uri: str, *, size: int, one_per_group: bool, max_images: int, crop_fraction: float
+) -> LabelledImages:
+    """Decodes the labelled images of a table, or a part spread evenly over it.
+
+    Classes without an image are left out.
+
+    Raises:
+        InputError: the table has no labels, or only one class.
+    """
+    table = ImageTable.open(uri)
+    labels, groups = table.labels(), np.asarray(table.groups(), dtype=object)
+    rows = np.flatnonzero(labels >= 0)
+    if one_per_group:
+        _, first = np.unique(groups[rows].astype(str), return_index=True)
+        rows = rows[np.sort(first)]
+    if max_images and len(rows) > max_images:
+        rows = rows[np.linspace(0, len(rows) - 1, max_images).round().astype(np.int64)]
+    classes = np.unique(labels[rows])
+    if len(classes) < 2:
+        raise InputError(
+            f"images: {uri} has labelled images of {len(classes)} classes; evaluation needs two. "
+            "Prepare a table with labels"
+        )
+    pixels = np.empty((len(rows), 3, size, size), np.uint8)
+    progress = Progress(len(rows), "reading images", "images")
+    done = 0
+    for start in range(0, table.num_rows, READ_ROWS):
+        stop = min(start + READ_ROWS, table.num_rows)
+        wanted = rows[(rows >= start) & (rows < stop)]
+        if not len(wanted):
+            continue
+        images = table.read_rows(start, stop, ["image"])["image"]
+        for row in wanted:
+            image = decode_image(images[int(row) - start].as_py())
+            view = center_view(image.height, image.width, crop_fraction)
+            pixels[done] = render(image, view, size).transpose(2, 0, 1)
+            done += 1
+        progress.update(done)
+    progress.close()
+    return LabelledImages(
+        pixels=pixels,
+        labels=np.searchsorted(classes, labels[rows]),
+        groups=[str(group) for group in groups[rows]],
+        class_names=[table.class_names[index] for index in classes],
+        fingerprint=table.fingerprint,
+        uri=table.uri,
+    )
+
+
+def joined(train: LabelledImages, test: LabelledImages) -> LabelledImages:
+    """Rows of both, for tables with the same classes. Raises InputError otherwise."""
+    if train.class_names != test.class_names:
+        raise InputError(
+            f"test_images: classes {test.class_names} are not those of images "
+            f"{train.class_names}; give tables with the same labels"
+        )
+    return dataclasses.replace(
+        train,
+        pixels=np.concatenate([train.pixels, test.pixels]),
+        labels=np.concatenate([train.labels, test.labels]),
+        groups=[*train.groups, *test.groups],
+    )
+
+
+@torch.no_grad()
+def block_features(
+    model: BeitMIM,
+    pixels: np.ndarray,
+    *,
+    layers: list[int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    pooling: str = "mean",
+    batch_size: int = 64,
+    device: str = "cpu",
+    label: str = "features",
+) -> list[np.ndarray]:
+    """Features float32 (n, dim) after each of `layers` (1-based), of uint8 pixels (n, 3, H, W).
+
+    One forward pass serves all layers. `pooling` "mean" averages the patches, "cls" takes the cls
+    token.
+    """
+    model = model.to(device).eval()
+    center = torch.tensor(mean, device=device).view(3, 1, 1)
+    scale = torch.tensor(std, device=device).view(3, 1, 1)
+    kept: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+
+    def keep(layer: int, output: Tensor) -> None:
+        pooled = output[:, 0] if pooling == "cls" else output[:, 1:].mean(1)
+        kept[layer].append(pooled.float().cpu())
+
+    hooks = [
+        model.blocks[layer - 1].register_forward_hook(
+            lambda _module, _inputs, output, layer=layer: keep(layer, output)
+        )
+        for layer in layers
+    ]
+    progress = Progress(len(pixels), label, "images")
+    try:
+        for start in range(0, len(pixels), batch_size):
+            batch = torch.from_numpy(pixels[start : start + batch_size]).to(device)
+            model.features((batch.float() / 255 - center) / scale, layer=max(layers))
+            progress.update(min(start + batch_size, len(pixels)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    progress.close()
+    return [torch.cat(kept[layer]).numpy() for layer in layers]
+
+
+def pixel_features(pixels: np.ndarray) -> np.ndarray:
+    """Raw pixels float32 (n, d) in [0, 1]; larger images are shrunk to 64 pixels a side."""
+    if pixels.shape[-1] > MAX_PIXEL_SIDE:
+        side = (MAX_PIXEL_SIDE, MAX_PIXEL_SIDE)
+        small = [
+            np.asarray(Image.fromarray(image.transpose(1, 2, 0)).resize(side, Image.Resampling.BOX))
+            for image in pixels
+        ]
+        pixels = np.stack(small)
+    return pixels.reshape(len(pixels), -1).astype(np.float32) / 255

@@ -1,0 +1,83 @@
+"""Weights as MLflow models: safetensors and code, no pickle.
+
+The model is logged "from code": MLflow runs `served_model.py` to build it, with the package `beit`
+beside it, so that `mlflow.pyfunc.load_model` works where only torch and MLflow are installed.
+"""
+
+import importlib.metadata
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipelines import storage
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+REQUIREMENTS = ("torch", "numpy", "pillow", "safetensors")
+MODEL_NAME = "weights"
+
+
+def log_weights(
+    client: "MlflowClient",
+    run_id: str,
+    weights_uri: str,
+    *,
+    registered_model_name: str = "",
+) -> str:
+    """Stores a weights directory as a model of a run, and registers it on request.
+
+    Nothing of MLflow's process-wide state (active run, tracking URI) is touched.
+
+    Args:
+        client: client of the store that holds the run.
+        run_id: the run that made the weights.
+        weights_uri: directory with `model.safetensors` and `config.json`.
+        registered_model_name: name in the model registry; a new version is made.
+
+    Returns:
+        the model's URI, `models:/...`, for `mlflow.pyfunc.load_model`.
+    """
+    import mlflow.pyfunc
+
+    import beit
+
+    packages = [f"{name}=={importlib.metadata.version(name)}" for name in REQUIREMENTS]
+    with tempfile.TemporaryDirectory() as directory:
+        weights = Path(directory, "weights")
+        storage.fetch_dir(weights_uri, weights)
+        target = Path(directory, "model")
+        mlflow.pyfunc.save_model(
+            str(target),
+            python_model=str(Path(__file__).with_name("served_model.py")),
+            artifacts={"weights": str(weights)},
+            code_paths=[str(Path(beit.__file__).parent)],
+            pip_requirements=packages,
+        )
+        experiment_id = client.get_run(run_id).info.experiment_id
+        model = client.create_logged_model(experiment_id, name=MODEL_NAME, source_run_id=run_id)
+        client.log_model_artifacts(model.model_id, str(target))
+        client.finalize_logged_model(model.model_id, "READY")
+    _link(client, run_id, model.model_id)
+    if registered_model_name:
+        _register(client, run_id, model.model_id, model.artifact_location, registered_model_name)
+    return f"models:/{model.model_id}"
+
+
+def _link(client: "MlflowClient", run_id: str, model_id: str) -> None:
+    from mlflow.entities import LoggedModelOutput
+
+    client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
+
+
+def _register(
+    client: "MlflowClient", run_id: str, model_id: str, source: str, model_name: str
+) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(model_name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    client.create_model_version(model_name, source=source, run_id=run_id, model_id=model_id)
