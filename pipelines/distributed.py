@@ -1,0 +1,246 @@
+"""The workers of a training run: who they are, their device, and how they share the model.
+
+Own helpers instead of Ray's: those assume that a reserved GPU is a CUDA device, scale gradients
+by the number of workers, and hide what is wrapped.
+"""
+
+import contextlib
+import functools
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import GradBucket  # type: ignore[attr-defined]
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+# Moments of AdamW, and its own step count, as they are named in optimizer.state.
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class World:
+    """This worker among all workers. Without a process group it is the only one."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def grouped(self) -> bool:
+        """Whether there is a process group (also for a group of one)."""
+        return dist.is_available() and dist.is_initialized()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sums a tensor on `device` over the workers, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def largest(self, value: float) -> float:
+        """The largest of the workers' values."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor([value], dtype=torch.float32, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return float(tensor)
+
+    def broadcast(self, value: Any) -> Any:
+        """The value of worker 0: JSON-like and small."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors (equal shape) of all workers, by rank."""
+        if self.size == 1:
+            return [tensor]
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor)
+        return parts
+
+    def barrier(self) -> None:
+        """Waits for all workers."""
+        if self.size > 1:
+            self.sum(torch.zeros(1, device=self.device))
+
+
+def join_world(*, use_gpu: bool, in_ray: bool) -> World:
+    """This process's place; in a Ray Train worker the process group exists already.
+
+    The device is CUDA only if it was asked for and is there: a GPU that Ray merely counts (tests,
+    a CPU build of torch) is none.
+    """
+    device = torch.device("cpu")
+    if use_gpu and torch.cuda.is_available():
+        index = 0
+        if in_ray:
+            from ray.train.torch import get_device
+
+            index = get_device().index or 0
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    if not in_ray:
+        return World(rank=0, size=1, device=device)
+    return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
+
+
+def wrap_model(model: nn.Module, world: World, *, strategy: str, compiled: bool) -> nn.Module:
+    """The model as training calls it: DDP, FSDP2, or itself; compiled first if asked for.
+
+    Gradients are summed over workers, not averaged: the loss is already a share of the global
+    mean. With FSDP2 the parameters of `model` itself become sharded.
+    """
+    if strategy == "fsdp":
+        return _shard(model, world, compiled=compiled)
+    if compiled:
+        model.compile()
+    if not world.grouped:
+        return model
+    wrapped = nn.parallel.DistributedDataParallel(
+        model,
+        device_ids=[world.device.index] if world.device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+    if world.device.type == "cpu" and world.size > 2:
+        wrapped.register_comm_hook(world.size, _sum_in_rank_order)
+    else:
+        wrapped.register_comm_hook(None, _sum)
+    return wrapped
+
+
+def _sum(_: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return cast(
+        "torch.futures.Future[Tensor]", work.get_future().then(lambda done: done.value()[0])
+    )
+
+
+def _sum_in_rank_order(size: int, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    """A sum whose rounding does not depend on how gradients fall into buckets.
+
+    Gloo's ring adds each chunk in another order, and DDP arranges the buckets anew after its first
+    step, so with three or more workers a resumed run would round differently.
+    """
+    buffer = bucket.buffer()
+    parts = [torch.empty_like(buffer) for _ in range(size)]
+    work = dist.all_gather(parts, buffer, async_op=True)
+    return cast(
+        "torch.futures.Future[Tensor]",
+        work.get_future().then(lambda _: functools.reduce(torch.add, parts)),
+    )
+
+
+def _shard(model: nn.Module, world: World, *, compiled: bool) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for block in cast("Sequence[nn.Module]", model.get_submodule("blocks")):
+        if compiled:
+            block.compile()
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "features")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+    return model
+
+
+def without_sync(model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+    """Around a micro-batch: gradients are exchanged after the last one only."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(model, nn.parallel.DistributedDataParallel) and not last:
+        return cast("AbstractContextManager[None]", model.no_sync())
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    return contextlib.nullcontext()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with nothing sharded; all workers must call it for a sharded one."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def snapshot(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Copies of model and optimizer state on the CPU, by parameter name.
+
+    All workers call it (sharded tensors are collected); those with `keep` false get nothing. The
+    optimizer's entries are named `exp_avg.blocks.0.mlp.fc1.weight` and so on.
+    """
+    weights: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        _copy(parameter, name, weights if keep else None)
+        for moment, value in sorted(optimizer.state[parameter].items()):
+            _copy(value, f"{moment}.{name}", moments if keep else None)
+    for name, buffer in model.state_dict().items():
+        if name not in weights:
+            _copy(buffer, name, weights if keep else None)
+    return weights, moments
+
+
+def _copy(tensor: Tensor, name: str, into: dict[str, Tensor] | None) -> None:
+    full = whole(tensor.detach())
+    if into is not None:
+        into[name] = full.to("cpu", copy=True).contiguous()
+
+
+def restore(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    weights: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
+) -> None:
+    """Takes over what `snapshot` gave, whatever the number of workers then and now.
+
+    Raises:
+        KeyError: a tensor is missing.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(_like(weights[name], parameter))
+            state: dict[str, Tensor] = {}
+            for moment in MOMENTS:
+                key = f"{moment}.{name}"
+                if key not in moments:  # a checkpoint of step 0 has none
+                    continue
+                value = moments[key]
+                state[moment] = (
+                    value.to(parameter.device)
+                    if moment == "step"
+                    else _like(value, parameter).clone()
+                )
+            optimizer.state[parameter] = state
+        buffers = dict(model.named_buffers())
+        for name in weights.keys() & buffers.keys():
+            buffers[name].copy_(weights[name])
+
+
+def _like(value: Tensor, parameter: Tensor) -> Tensor:
+    value = value.to(parameter.device)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(
+            value, parameter.device_mesh, parameter.placements, src_data_rank=None
+        )
+    return value
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
+    """Scales the gradients to norm `limit`; returns the norm before, on the device, unsynced."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = whole(torch.nn.utils.get_total_norm(gradients))
+    if limit is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm

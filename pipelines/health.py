@@ -1,0 +1,181 @@
+"""Whether training is going wrong: checks on reduced metrics, the same on every worker.
+
+The monitor sees only numbers that were summed over all workers, so every worker comes to the same
+findings without asking the others. Its memory travels in the checkpoint: a resumed run judges as
+the undisturbed one does.
+"""
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from pipelines.config.pretrain import HealthConfig
+
+MEMORY = 100  # gradient norms the median is taken over
+MIN_MEMORY = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that is wrong, and what the configuration says to do about it."""
+
+    kind: str
+    """Field of the `health` section that decides about it."""
+    action: str
+    """warn, stop or rollback."""
+    step: int
+    """Step it was seen at."""
+    value: float | None
+    """The measured number; None stands for one that is not finite."""
+    limit: float | None
+    message: str
+
+    def stopping(self, reason: str) -> "Finding":
+        """The same, ending the run."""
+        return replace(self, action="stop", message=f"{self.message} Stopped: {reason}.")
+
+    def to_event(self) -> dict[str, Any]:
+        """Plain values for the run's events."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Period:
+    """Metrics of consecutive steps, reduced over the workers."""
+
+    first_step: int
+    losses: Sequence[float]
+    grad_norms: Sequence[float]
+    accuracy: float
+    """Share of masked patches whose most likely token is the right one."""
+    predicted_perplexity: float
+    """exp(entropy) of the predicted tokens."""
+    data_wait_share: float
+    """Largest share of wall-clock that a worker waited for data."""
+
+
+class HealthMonitor:
+    """Judges one period of metrics after the other.
+
+    `judged_from` is the step from which collapse and accuracy are judged: warm-up plus grace.
+    `unigram_accuracy` is what always guessing the most frequent token would reach.
+    """
+
+    def __init__(self, config: HealthConfig, *, judged_from: int, unigram_accuracy: float) -> None:
+        self.config = config
+        self.judged_from = judged_from
+        self.unigram_accuracy = unigram_accuracy
+        self.norms: deque[float] = deque(maxlen=MEMORY)
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs to judge alike."""
+        return {"norms": list(self.norms)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes over `state()` of an earlier process."""
+        self.norms = deque(state.get("norms", []), maxlen=MEMORY)
+
+    def check(self, period: Period) -> list[Finding]:
+        """Findings of a period, most severe action first."""
+        findings = [*self._non_finite(period), *self._exploding(period)]
+        last = period.first_step + len(period.losses) - 1
+        if period.first_step >= self.judged_from and not findings:
+            findings += [*self._collapse(period, last), *self._floor(period, last)]
+        findings += self._starvation(period, last)
+        order = {"rollback": 0, "stop": 1, "warn": 2}
+        return sorted(findings, key=lambda finding: order[finding.action])
+
+    def _non_finite(self, period: Period) -> list[Finding]:
+        if self.config.non_finite == "off":
+            return []
+        for offset, (loss, norm) in enumerate(zip(period.losses, period.grad_norms, strict=True)):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                step = period.first_step + offset
+                return [
+                    Finding(
+                        kind="non_finite",
+                        action=self.config.non_finite,
+                        step=step,
+                        value=None,
+                        limit=None,
+                        message=f"step {step}: loss {loss}, gradient norm {norm}; the update was "
+                        "not applied. Look at the learning rate (optim.lr) and the precision.",
+                    )
+                ]
+        return []
+
+    def _exploding(self, period: Period) -> list[Finding]:
+        found: list[Finding] = []
+        for offset, norm in enumerate(period.grad_norms):
+            if not math.isfinite(norm):
+                continue
+            step = period.first_step + offset
+            if len(self.norms) >= MIN_MEMORY and not found:
+                limit = self.config.gradient_ratio * statistics.median(self.norms)
+                if norm > limit and self.config.exploding_gradient != "off":
+                    found.append(
+                        Finding(
+                            kind="exploding_gradient",
+                            action=self.config.exploding_gradient,
+                            step=step,
+                            value=norm,
+                            limit=limit,
+                            message=f"step {step}: gradient norm {norm:.3g} is above {limit:.3g} "
+                            f"(health.gradient_ratio = {self.config.gradient_ratio:g} times the "
+                            "recent median); lower optim.lr or optim.clip_grad_norm.",
+                        )
+                    )
+            self.norms.append(norm)
+        return found
+
+    def _collapse(self, period: Period, step: int) -> list[Finding]:
+        perplexity, limit = period.predicted_perplexity, self.config.min_perplexity
+        if self.config.code_collapse == "off" or perplexity >= limit:
+            return []
+        return [
+            Finding(
+                kind="code_collapse",
+                action=self.config.code_collapse,
+                step=step,
+                value=perplexity,
+                limit=limit,
+                message=f"step {step}: predictions use {perplexity:.2f} tokens (perplexity), fewer "
+                f"than health.min_perplexity = {limit:g}; the tokenizer may have collapsed, or "
+                "optim.lr is too high.",
+            )
+        ]
+
+    def _floor(self, period: Period, step: int) -> list[Finding]:
+        if self.config.accuracy_floor == "off" or period.accuracy > self.unigram_accuracy:
+            return []
+        return [
+            Finding(
+                kind="accuracy_floor",
+                action=self.config.accuracy_floor,
+                step=step,
+                value=period.accuracy,
+                limit=self.unigram_accuracy,
+                message=f"step {step}: masked-token accuracy {period.accuracy:.4f} is no better "
+                f"than always guessing the most frequent token ({self.unigram_accuracy:.4f}); the "
+                "model has learned nothing from its context yet.",
+            )
+        ]
+
+    def _starvation(self, period: Period, step: int) -> list[Finding]:
+        share, limit = period.data_wait_share, self.config.max_data_wait
+        if self.config.data_starvation == "off" or share <= limit:
+            return []
+        return [
+            Finding(
+                kind="data_starvation",
+                action=self.config.data_starvation,
+                step=step,
+                value=share,
+                limit=limit,
+                message=f"step {step}: {share:.0%} of the time went into waiting for data "
+                f"(health.max_data_wait = {limit:.0%}).",
+            )
+        ]

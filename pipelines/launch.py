@@ -1,0 +1,382 @@
+"""The driver of a pretraining run: checks, run directory, MLflow run, Ray Train, report."""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipelines import checkpoint, storage, tracking, train_data
+from pipelines.config.pretrain import PretrainConfig, flatten, to_dict
+from pipelines.errors import InputError, StageFailed
+from pipelines.features import weights_fingerprint
+from pipelines.goodput import account, flops_per_image
+from pipelines.ingest import TrainingData
+from pipelines.run_dir import RunDir, open_run
+from pipelines.train_log import Board, ProgressThread
+
+FLOOR_ROWS = 4096  # rows of the token table that the unigram floor is estimated from
+FLOOR_SLICES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the driver works out once for all workers and restarts."""
+
+    total_steps: int
+    warmup_steps: int
+    steps_per_epoch: int
+    vocab_size: int
+    unigram_accuracy: float
+    """Masked-token accuracy of always guessing the most frequent token."""
+    unigram_entropy: float
+    """Loss of a model that knows the tokens' frequencies and nothing else, in nats."""
+    flops_per_image: float
+    fingerprints: Mapping[str, Any]
+    launched_at: float
+    """Seconds since the epoch."""
+    tracking_uri: str = ""
+    mlflow_run_id: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a finished run has to say."""
+
+    run_uri: str
+    weights_uri: str
+    mlflow_run_id: str
+    steps: int
+    resumed_from: int
+    """Steps that were done before this call; equal to `steps` if there was nothing left to do."""
+    loss: float
+    """Of the last logging period, as all figures here."""
+    mim_accuracy: float
+    unigram_accuracy: float
+    images_per_second: float
+    data_wait_share: float
+    mfu: float
+    report: Mapping[str, Any]
+    """report.json."""
+
+    def summary(self) -> str:
+        """A few lines for a person."""
+        books = self.report["goodput"]
+        done = "was done already" if self.resumed_from == self.steps else "done"
+        return (
+            f"pretrain: {self.steps} steps {done}; loss {self.loss:.3f}, masked-token accuracy "
+            f"{self.mim_accuracy:.3f} (always the most frequent token: "
+            f"{self.unigram_accuracy:.3f})\n"
+            f"{self.images_per_second:.0f} images/s, {self.data_wait_share:.0%} waiting for data, "
+            f"MFU {self.mfu:.1%}; {books['goodput']:.0%} of {books['wall_seconds']:.0f} s were "
+            f"training; look first at {books['bottleneck']}: {books['knob']}\n"
+            f"run: {self.run_uri}"
+        )
+
+
+TrainLoop = Callable[..., None]
+
+
+def launch(config: PretrainConfig, train_loop: TrainLoop) -> Result:
+    """Checks everything that can be checked, runs `train_loop`, and reports.
+
+    Raises:
+        InputError: a value, table or fingerprint does not fit; names it.
+        StageFailed: a health check stopped the run, or the workers failed too often.
+    """
+    launched_at = time.time()
+    run = open_run(config)
+    data = train_data.open_tables(config)
+    plan = make_plan(config, data, launched_at)
+    check_workers(config)
+    record = run.prepare(config, plan.fingerprints)
+    before = max(checkpoint.complete_steps(run.checkpoints), default=0)
+    if before == plan.total_steps and storage.exists(run.at("report.json")):
+        return _result(
+            run, plan, record["mlflow_run_id"], before, storage.read_json(run.at("report.json"))
+        )
+    with tracking.start_run(
+        config.tracking,
+        stage="pretrain",
+        params=flatten(to_dict(config)),
+        tags={"beit.run_dir": run.uri},
+        inputs=_inputs(config, data),
+        resume_run_id=record["mlflow_run_id"] or None,
+        system_metrics=False,
+    ) as tracked:
+        run.set_run_id(record, tracked.run_id)
+        plan = dataclasses.replace(
+            plan, tracking_uri=tracked.tracking_uri, mlflow_run_id=tracked.run_id
+        )
+        try:
+            if config.scaling.worker_range[1] == 0:
+                _train_here(config, plan, train_loop, before)
+            else:
+                _train_on_ray(config, plan, train_loop, before, run)
+        finally:
+            report = _report(run, plan)
+            run.write_report(report)
+        if report["outcome"] != "finished":
+            raise StageFailed(
+                report["message"] or f"the run did not finish; see {run.at('events')}"
+            )
+        result = _result(run, plan, tracked.run_id, before, report)
+        tracked.log_artifact_file("report.json", storage.canonical_json(report))
+        tracked.log_artifact_file("config.yaml", storage.read_bytes(run.at("config.yaml")))
+        tracked.set_note(result.summary())
+        identity = weights_fingerprint(run.weights)
+        tracked.set_output(tracking.Dataset(name="weights", uri=run.weights, digest=identity))
+        tracked.log_weights(run.weights)
+    return result
+
+
+def make_plan(config: PretrainConfig, data: TrainingData, launched_at: float) -> Plan:
+    """Everything that follows from configuration and tables.
+
+    Raises:
+        InputError: warm-up as long as the run, or a batch larger than the table.
+    """
+    order = train_data.make_order(config, data)
+    total = config.optim.total_steps(order.steps_per_epoch)
+    warmup = config.optim.total_warmup_steps(order.steps_per_epoch)
+    if warmup >= total:
+        raise InputError(
+            f"optim.warmup_steps / warmup_epochs = {warmup} steps, but the run has {total}: "
+            "shorten the warm-up (--optim.warmup_steps) or lengthen the run"
+        )
+    assert data.vocab_size is not None
+    accuracy, entropy = unigram_floor(data)
+    return Plan(
+        total_steps=total,
+        warmup_steps=warmup,
+        steps_per_epoch=order.steps_per_epoch,
+        vocab_size=data.vocab_size,
+        unigram_accuracy=accuracy,
+        unigram_entropy=entropy,
+        flops_per_image=flops_per_image(
+            dim=config.model.dim,
+            depth=config.model.depth,
+            mlp_ratio=config.model.mlp_ratio,
+            num_patches=config.model.num_patches,
+            patch_size=config.model.patch_size,
+            vocab_size=data.vocab_size,
+            num_masked=config.masking.num_masked,
+        ),
+        fingerprints={**data.fingerprints(), "order": storage.fingerprint(order.to_dict())},
+        launched_at=launched_at,
+    )
+
+
+def unigram_floor(data: TrainingData) -> tuple[float, float]:
+    """Largest frequency and entropy (nats) of the tokens, from slices spread over the table."""
+    table, counts = data.tokens[0], np.zeros(65536, np.int64)
+    slice_rows = max(1, min(FLOOR_ROWS, table.num_rows) // FLOOR_SLICES)
+    for start in np.linspace(0, table.num_rows - slice_rows, FLOOR_SLICES).astype(int).tolist():
+        _, token_ids = table.read_rows(start, start + slice_rows)
+        counts += np.bincount(token_ids.ravel(), minlength=len(counts))
+    share = counts[counts > 0] / counts.sum()
+    return float(share.max()), float(-(share * np.log(share)).sum())
+
+
+def check_workers(config: PretrainConfig) -> None:
+    """A fixed number of workers must divide the canonical shards.
+
+    Raises:
+        InputError: it does not.
+    """
+    low, high = config.scaling.worker_range
+    if low == high > 0 and config.data.num_shards % high:
+        raise InputError(
+            f"scaling.num_workers = {high} does not divide data.num_shards = "
+            f"{config.data.num_shards}: choose "
+            f"{train_data.largest_divisor(config.data.num_shards, high)} workers, or start a new "
+            "run with another data.num_shards"
+        )
+
+
+def _inputs(config: PretrainConfig, data: TrainingData) -> list[tracking.Dataset]:
+    prints = data.fingerprints()
+    inputs = [
+        tracking.Dataset(
+            name="image_table",
+            uri=data.images.uri,
+            digest=data.images.fingerprint,
+            context="training",
+        )
+    ]
+    inputs += [
+        tracking.Dataset(
+            name="token_table", uri=table.uri, digest=table.fingerprint, context="training"
+        )
+        for table in data.tokens
+    ]
+    return [
+        *inputs,
+        tracking.Dataset(name="tokenizer", uri=config.tokenizer, digest=str(prints["tokenizer"])),
+    ]
+
+
+def _train_here(config: PretrainConfig, plan: Plan, train_loop: TrainLoop, before: int) -> None:
+    board = Board()
+    with ProgressThread(board.read, total_steps=plan.total_steps, start_step=before):
+        train_loop(config, plan, in_ray=False, post=board.post)
+
+
+def _train_on_ray(
+    config: PretrainConfig, plan: Plan, train_loop: TrainLoop, before: int, run: RunDir
+) -> None:
+    import ray
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    scaling = config.scaling
+    here = ray.get_runtime_context().get_node_id()
+    # Beside the driver, so that it is lost only with the driver itself.
+    board = (
+        ray.remote(Board)
+        .options(
+            num_cpus=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=here, soft=False),
+        )
+        .remote()
+    )
+    low, high = scaling.worker_range
+    _say_if_too_small(config)
+    filesystem, path = storage.resolve(run.at("ray"))
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={
+            "config": config,
+            "plan": plan,
+            "train_loop": train_loop,
+            "board": board,
+        },
+        torch_config=TorchConfig(
+            backend="nccl" if scaling.use_gpu and _has_cuda() else "gloo", timeout_s=300
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=low if low == high else (low, high),
+            use_gpu=scaling.use_gpu,
+            resources_per_worker={
+                "CPU": scaling.cpus_per_worker,
+                **({"GPU": 1} if scaling.use_gpu else {}),
+            },
+        ),
+        run_config=RunConfig(
+            # A fresh name each time: what Ray remembers of earlier launches is not used, and a
+            # half-written record of it cannot stand in the way.
+            name=f"launch_{plan.launched_at:.3f}",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=scaling.max_failures),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    try:
+        with ProgressThread(
+            lambda: ray.get(board.read.remote(), timeout=20),
+            total_steps=plan.total_steps,
+            start_step=before,
+        ):
+            trainer.fit()
+    except TrainingFailedError as error:
+        last = str(error).strip().splitlines()[-1]
+        raise StageFailed(
+            f"the workers failed more than scaling.max_failures = {scaling.max_failures} times; "
+            f"the last time: {last}. Events: {run.at('events')}"
+        ) from error
+    finally:
+        ray.kill(board)
+        storage.delete_prefix(run.at("ray"))
+
+
+def _worker(payload: Mapping[str, Any]) -> None:
+    board = payload["board"]
+
+    def post(record: dict[str, Any]) -> None:
+        board.post.remote(record)
+
+    payload["train_loop"](payload["config"], payload["plan"], in_ray=True, post=post)
+
+
+def _has_cuda() -> bool:
+    # The driver may run on a node without GPU: then what the cluster counts must be believed.
+    import ray
+    import torch
+
+    return torch.version.cuda is not None and ray.cluster_resources().get("GPU", 0) > 0
+
+
+def _say_if_too_small(config: PretrainConfig) -> None:
+    import ray
+
+    need = config.scaling.worker_range[0] * config.scaling.cpus_per_worker
+    have = ray.cluster_resources().get("CPU", 0)
+    if need > have:
+        print(
+            f"pretrain: {need} CPUs are needed (scaling.num_workers x scaling.cpus_per_worker), "
+            f"the cluster has {have:.0f}; waiting for more nodes",
+            file=sys.stderr,
+        )
+
+
+def _report(run: RunDir, plan: Plan) -> dict[str, Any]:
+    attempts = run.attempts()
+    events = run.events()
+    last = attempts[-1] if attempts else None
+    counts: dict[str, int] = {}
+    for event in events:
+        counts[event["event"]] = counts.get(event["event"], 0) + 1
+    return {
+        "outcome": last.outcome if last else "",
+        "message": last.message if last else "",
+        "steps": last.next_step if last else 0,
+        "total_steps": plan.total_steps,
+        "goodput": account(attempts, time.time()).to_dict(),
+        "events": counts,
+        "flops_per_image": plan.flops_per_image,
+        "unigram_accuracy": plan.unigram_accuracy,
+        "unigram_entropy": plan.unigram_entropy,
+        "last_period": _last_period(run),
+    }
+
+
+def _last_period(run: RunDir) -> dict[str, Any]:
+    try:
+        lines = storage.read_bytes(run.at("metrics.jsonl")).decode().splitlines()
+    except FileNotFoundError:
+        return {}
+    if not lines:
+        return {}
+    period: dict[str, Any] = json.loads(lines[-1])
+    return {name: value for name, value in period.items() if not isinstance(value, list)}
+
+
+def _result(run: RunDir, plan: Plan, run_id: str, before: int, report: Mapping[str, Any]) -> Result:
+    period = report["last_period"]
+
+    def figure(name: str) -> float:
+        value = period.get(name)
+        return math.nan if value is None else float(value)
+
+    return Result(
+        run_uri=run.uri,
+        weights_uri=run.weights,
+        mlflow_run_id=run_id,
+        steps=report["steps"],
+        resumed_from=before,
+        loss=figure("loss"),
+        mim_accuracy=figure("mim_accuracy"),
+        unigram_accuracy=plan.unigram_accuracy,
+        images_per_second=figure("images_per_second"),
+        data_wait_share=figure("data_wait_share"),
+        mfu=figure("mfu"),
+        report=report,
+    )

@@ -1,0 +1,195 @@
+"""The run directory: what a pretraining run leaves, and what lets it go on.
+
+    config.yaml            the effective configuration of the first start
+    run.json               fingerprints of the inputs, MLflow run id
+    checkpoints/step_*/    see `pipelines.checkpoint`
+    weights/               the final model (safetensors + config.json)
+    metrics.jsonl          one line a logging period
+    events/*.json          one file an event: resumed, checkpoint_rejected, health findings, ...
+    attempts/*.json        one file a start of the worker group, with its time books
+    skips.json             data that a rollback skipped
+    report.json            where the time went, what to change, how it ended
+
+Everything is one small atomic file, except metrics.jsonl, which has one writer at a time.
+"""
+
+import dataclasses
+import itertools
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipelines import storage
+from pipelines.config.pretrain import PretrainConfig, changed_fields, run_uri, to_dict
+from pipelines.errors import InputError
+from pipelines.goodput import Attempt
+
+
+class RunDir:
+    """Reads and writes one run directory."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = storage.absolute(uri)
+        self.checkpoints = self.at("checkpoints")
+        self.weights = self.at("weights")
+
+    def at(self, *parts: str) -> str:
+        """URI of something inside."""
+        return storage.join(self.uri, *parts)
+
+    def prepare(self, config: PretrainConfig, fingerprints: Mapping[str, Any]) -> dict[str, Any]:
+        """Starts the directory, or checks that this is the run it holds; returns run.json.
+
+        Raises:
+            InputError: a field or fingerprint differs from the first start; names all of them.
+        """
+        values = to_dict(config)
+        try:
+            old = yaml.safe_load(storage.read_bytes(self.at("config.yaml")))
+            record: dict[str, Any] = storage.read_json(self.at("run.json"))
+        except FileNotFoundError:
+            text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+            record = {"fingerprints": dict(fingerprints), "mlflow_run_id": ""}
+            storage.write_bytes(self.at("config.yaml"), text.encode())
+            storage.write_json(self.at("run.json"), record)
+            return record
+        except yaml.YAMLError as error:
+            raise InputError(f"{self.at('config.yaml')}: not valid YAML ({error})") from error
+        remedy = "undo the change, or give another output or name for a new run"
+        changed = changed_fields(old, values)
+        if changed:
+            listed = "; ".join(f"{name}: {a!r} != {b!r}" for name, (a, b) in changed.items())
+            raise InputError(
+                f"{self.uri} was started with another configuration: {listed}: {remedy}"
+            )
+        for name, value in fingerprints.items():
+            known = record["fingerprints"].get(name)
+            if known != value:
+                raise InputError(
+                    f"{self.uri} was started with other data: fingerprint of {name} {known!r} != "
+                    f"{value!r}: {remedy}"
+                )
+        return record
+
+    def set_run_id(self, record: Mapping[str, Any], run_id: str) -> None:
+        """Keeps the MLflow run id for the next start."""
+        if run_id != record["mlflow_run_id"]:
+            storage.write_json(self.at("run.json"), {**record, "mlflow_run_id": run_id})
+
+    def event(self, kind: str, **fields: Any) -> dict[str, Any]:
+        """Writes one event down and returns it."""
+        now = time.time()
+        event = {"event": kind, "time": now, **fields}
+        storage.write_json(self.at("events", f"{now:017.6f}-{kind}.json"), event)
+        return event
+
+    def events(self) -> list[dict[str, Any]]:
+        """All events, oldest first."""
+        return [
+            storage.read_json(self.at("events", file.path))
+            for file in storage.list_files(self.at("events"), ".json")
+        ]
+
+    def attempts(self) -> list[Attempt]:
+        """All starts of the worker group, oldest first."""
+        records = [
+            Attempt(**storage.read_json(self.at("attempts", file.path)))
+            for file in storage.list_files(self.at("attempts"), ".json")
+        ]
+        return sorted(records, key=lambda attempt: attempt.number)
+
+    def write_attempt(self, attempt: Attempt) -> None:
+        """Creates or updates the record of an attempt."""
+        name = f"{attempt.number:06d}.json"
+        storage.write_json(self.at("attempts", name), dataclasses.asdict(attempt))
+
+    def skips(self) -> "Skips":
+        """The data skipped so far."""
+        try:
+            return Skips(storage.read_json(self.at("skips.json")))
+        except FileNotFoundError:
+            return Skips([])
+
+    def write_skips(self, skips: "Skips") -> None:
+        """Makes skips durable; to be done before the first step that uses them."""
+        storage.write_json(self.at("skips.json"), skips.entries)
+
+    def write_report(self, report: Mapping[str, Any]) -> None:
+        """Writes report.json."""
+        storage.write_json(self.at("report.json"), dict(report))
+
+
+def open_run(config: PretrainConfig) -> RunDir:
+    """The directory of this configuration's run."""
+    if not config.output:
+        raise InputError("output = '': name the directory (or URI) of the run")
+    return RunDir(run_uri(config))
+
+
+class Skips:
+    """From optimizer steps to positions in the order of samples.
+
+    Without rollbacks step s takes batch s of the order. A rollback to step a that skips c batches
+    adds c to every step from a on. Entries are never removed, so that a run continued from any
+    checkpoint, also an older one, maps its steps alike.
+    """
+
+    def __init__(self, entries: Sequence[Mapping[str, int]]) -> None:
+        self.entries = [dict(entry) for entry in entries]
+
+    def position(self, step: int) -> int:
+        """Batch of the order that this step takes."""
+        return step + sum(e["batches"] for e in self.entries if e["from_step"] <= step)
+
+    def add(self, *, from_step: int, batches: int) -> "Skips":
+        """With `batches` more left out before `from_step`."""
+        return Skips([*self.entries, {"from_step": from_step, "batches": batches}])
+
+    def segments(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Steps [start, stop) as runs of consecutive positions: [(first position, count), ...]."""
+        cuts = {e["from_step"] for e in self.entries if start < e["from_step"] < stop}
+        edges = [start, *sorted(cuts), stop]
+        return [(self.position(a), b - a) for a, b in itertools.pairwise(edges) if b > a]
+
+
+class MetricsFile:
+    """metrics.jsonl, written by one worker; object stores get the whole file at every flush.
+
+    Opening it for a run that continues at `start_step` drops the lines of later steps: they will
+    be written again, equal.
+    """
+
+    def __init__(self, uri: str, *, start_step: int) -> None:
+        self.uri = uri
+        try:
+            text = storage.read_bytes(uri).decode()
+        except FileNotFoundError:
+            text = ""
+        kept = [line for line in text.splitlines() if _ends_by(line, start_step)]
+        self.lines = [] if storage.is_local(uri) else kept
+        storage.write_bytes(uri, "".join(line + "\n" for line in kept).encode())
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Adds a line; on object stores it becomes visible with the next flush."""
+        line = json.dumps(record, sort_keys=True)
+        if storage.is_local(self.uri):
+            with Path(storage.absolute(self.uri)).open("a") as file:
+                file.write(line + "\n")
+        else:
+            self.lines.append(line)
+
+    def flush(self) -> None:
+        """Makes all lines durable."""
+        if self.lines:
+            storage.write_bytes(self.uri, "".join(line + "\n" for line in self.lines).encode())
+
+
+def _ends_by(line: str, start_step: int) -> bool:
+    try:
+        return bool(json.loads(line)["step"] < start_step)
+    except (ValueError, KeyError):  # a line cut off by a kill
+        return False

@@ -1,0 +1,233 @@
+"""Batches as the training loop wants them: on the device, in micro-batches, for any worker count.
+
+The order of samples and the reading ahead are `pipelines.sample_order` and `pipelines.ingest`;
+here they meet the workers, the steps that a rollback skipped, and the device.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipelines import ingest
+from pipelines.config.pretrain import PretrainConfig
+from pipelines.distributed import World
+from pipelines.errors import InputError
+from pipelines.health import Finding
+from pipelines.ingest import Batch, BatchStream, Counters
+from pipelines.sample_order import SampleOrder
+
+Tensors = TypeVar("Tensors", Tensor, NDArray[np.int64])
+
+# Above this share of their time at work, the decoding threads are what training waits for.
+DECODERS_BUSY = 0.6
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """What one forward and backward pass takes; tensors on the device."""
+
+    pixels: Tensor
+    """uint8 (B, 3, H, W)."""
+    mask: Tensor
+    """bool (B, N)."""
+    targets: Tensor
+    """int64 (num_masked,): tokens of the masked patches, row-major."""
+    num_masked: int
+    """Known on the host, so that nobody waits for the device to count."""
+    rows: slice
+    """Its images within this worker's share of the global batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """This worker's share of one step."""
+
+    parts: Sequence[MicroBatch]
+    host: Batch
+    """As it came from the tables."""
+
+    @property
+    def num_masked(self) -> int:
+        """Masked patches in all micro-batches."""
+        return sum(part.num_masked for part in self.parts)
+
+    @property
+    def row_ids(self) -> NDArray[np.int64]:
+        """int64 (B,)."""
+        ids: NDArray[np.int64] = self.host.row_ids.numpy()
+        return ids
+
+
+def make_order(config: PretrainConfig, data: ingest.TrainingData) -> SampleOrder:
+    """The order of samples of a run."""
+    return SampleOrder(
+        data.row_group_sizes,
+        seed=config.seed,
+        global_batch_size=config.data.global_batch_size,
+        num_shards=config.data.num_shards,
+        window=config.data.window,
+    )
+
+
+def open_tables(config: PretrainConfig) -> ingest.TrainingData:
+    """The tables of a run, checked against each other and against the model.
+
+    Raises:
+        InputError: naming field and values.
+    """
+    if not config.tokens:
+        raise InputError("tokens = []: name at least one token table")
+    data = ingest.open_training_data(config.images, config.tokens)
+    if data.grid_size != config.model.grid_size:
+        raise InputError(
+            f"model.image_size / model.patch_size = {config.model.grid_size} patches, but the "
+            f"token tables have grid_size {data.grid_size}; change model.image_size or "
+            "model.patch_size, or tokenize for this grid"
+        )
+    return data
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` that is at most `limit`."""
+    return max(value for value in range(1, limit + 1) if number % value == 0)
+
+
+class TrainData:
+    """The data of one worker.
+
+    An elastic run may get a number of workers that does not divide the canonical shards. Then the
+    largest number that does takes part, and the other workers contribute empty batches.
+    """
+
+    def __init__(self, config: PretrainConfig, world: World) -> None:
+        self.config, self.world = config, world
+        self.tables = open_tables(config)
+        self.order = make_order(config, self.tables)
+        self.active = largest_divisor(config.data.num_shards, world.size)
+        shape = (1, 3, 1, 1)
+        self._mean = torch.tensor(config.data.mean, device=world.device).view(shape) * 255
+        self._std = torch.tensor(config.data.std, device=world.device).view(shape) * 255
+        self._stream: BatchStream | None = None
+        self._counters = Counters()
+
+    def batches(self, segments: Sequence[tuple[int, int]]) -> Iterator[StepBatch]:
+        """Batches of [(first position, count), ...] of the order, read ahead, on the device."""
+        for first, count in segments:
+            for batch in self._host_batches(first, count):
+                yield self._on_device(batch)
+
+    def close(self) -> None:
+        """Stops reading ahead."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) to float32, by the configured mean and standard deviation."""
+        return (pixels.float() - self._mean) / self._std
+
+    def my_rows(self, values: Tensor) -> Tensor:
+        """This worker's rows of something drawn for the whole global batch."""
+        share = len(values) // self.active
+        start = self.world.rank * share
+        return values[start : start + share if self.world.rank < self.active else start]
+
+    def explain_starvation(self, finding: Finding, elapsed: float) -> Finding:
+        """Says what the read-ahead of this worker was busy with in the last `elapsed` seconds."""
+        before, now = self._counters, self._stream.counters if self._stream else Counters()
+        self._counters = now
+        read = now.read_seconds - before.read_seconds
+        decode = now.decode_seconds - before.decode_seconds
+        rows, num_bytes = now.rows_decoded - before.rows_decoded, now.bytes_read - before.bytes_read
+        busy = decode / (self.num_threads * elapsed) if elapsed > 0 else 0.0
+        rate = f"{num_bytes / 2**20 / read:.1f} MB/s" if read > 0 else "nothing read"
+        if self.config.data.executor == "threads" and busy >= DECODERS_BUSY:
+            cause = (
+                f"Cause: decoding. {self.num_threads} decoding threads were busy {busy:.0%} of "
+                f"the time at {decode / max(rows, 1) * 1e3:.1f} ms an image. Raise "
+                "data.num_threads and scaling.cpus_per_worker, decode on other nodes "
+                "(data.executor=ray_tasks), or shrink the images (`beit prepare --max_side`)."
+            )
+        else:
+            cause = (
+                f"Cause: reading. Storage gave {rate} to each of its readers while decoding was "
+                f"busy {busy:.0%} of the time. Put the image table on faster storage, or raise "
+                "data.window (longer reads) and data.prefetch_batches."
+            )
+        return dataclasses.replace(finding, message=f"{finding.message} {cause}")
+
+    def start_period(self) -> None:
+        """Begins the period that `explain_starvation` speaks of."""
+        self._counters = self._stream.counters if self._stream else Counters()
+
+    @property
+    def num_threads(self) -> int:
+        """Decoding threads."""
+        return self.config.data.num_threads or self.config.scaling.cpus_per_worker
+
+    def _host_batches(self, first: int, count: int) -> Iterator[Batch]:
+        config = self.config
+        if self.world.rank >= self.active:
+            for position in range(first, first + count):
+                yield self._empty(position)
+            return
+        self.close()
+        self._stream = ingest.train_batches(
+            self.tables,
+            self.order,
+            image_size=config.model.image_size,
+            seed=config.seed,
+            start_step=first,
+            stop_step=first + count,
+            masking=config.masking,
+            rank=self.world.rank,
+            num_ranks=self.active,
+            executor=config.data.executor,
+            num_threads=self.num_threads,
+            prefetch_batches=config.data.prefetch_batches,
+            pin_memory=self.world.device.type == "cuda",
+        )
+        self._counters = Counters()
+        yield from self._stream
+
+    def _empty(self, position: int) -> Batch:
+        side, patches = self.config.model.image_size, self.config.model.num_patches
+        return Batch(
+            step=position,
+            epoch=self.order.locate(position)[0],
+            row_ids=torch.zeros(0, dtype=torch.int64),
+            views=torch.zeros(0, dtype=torch.int64),
+            pixels=torch.zeros(0, 3, side, side, dtype=torch.uint8),
+            mask=torch.zeros(0, patches, dtype=torch.bool),
+            token_ids=torch.zeros(0, patches, dtype=torch.int64),
+        )
+
+    def _on_device(self, batch: Batch) -> StepBatch:
+        assert batch.token_ids is not None
+        count = len(batch.row_ids)
+        pieces = min(self.config.scaling.accumulate_steps, max(count, 1))
+        edges = [count * i // pieces for i in range(pieces + 1)]
+        parts = []
+        for start, stop in itertools.pairwise(edges):
+            mask = batch.mask[start:stop]
+            targets = batch.token_ids[start:stop][mask]
+            parts.append(
+                MicroBatch(
+                    pixels=self._move(batch.pixels[start:stop]),
+                    mask=self._move(mask),
+                    targets=self._move(targets),
+                    num_masked=len(targets),
+                    rows=slice(start, stop),
+                )
+            )
+        return StepBatch(parts=parts, host=batch)
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.world.device, non_blocking=True)

@@ -1,0 +1,299 @@
+"""What a training run tells while it runs: metrics, events, time books, progress.
+
+Worker 0 writes; the others hold a `TrainLog` that writes nothing. The device is read only in
+`StepMetrics.reduce`, once a logging period.
+"""
+
+import dataclasses
+import json
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from pipelines import storage
+from pipelines.distributed import World
+from pipelines.goodput import Attempt, Books
+from pipelines.health import Finding, Period
+from pipelines.metric_logger import MetricLogger
+from pipelines.progress import Progress
+from pipelines.run_dir import MetricsFile, RunDir
+
+Post = Callable[[dict[str, Any]], None]
+
+
+class StepMetrics:
+    """Sums of the steps of one logging period, kept on the device.
+
+    A step's loss is this worker's share of the global mean, so that shares add up to it.
+    """
+
+    def __init__(self, capacity: int, vocab_size: int, device: torch.device) -> None:
+        self.shares = torch.zeros(capacity, 3, device=device)  # loss, correct, masked
+        self.norms = torch.zeros(capacity, device=device)
+        self.predicted = torch.zeros(vocab_size, dtype=torch.int64, device=device)
+        self.samples: list[int] = []
+        self.steps = 0
+
+    def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """Adds a micro-batch of the current step: loss share (), logits (M, V), targets (M,)."""
+        guesses = logits.argmax(dim=-1)
+        self.shares[self.steps, 0] += loss
+        self.shares[self.steps, 1] += (guesses == targets).sum()
+        self.shares[self.steps, 2] += len(targets)
+        self.predicted.index_add_(0, guesses, torch.ones_like(guesses))
+
+    def close_step(self, norm: Tensor, row_ids: NDArray[np.int64]) -> None:
+        """Ends the step: its gradient norm, and the rows this worker took."""
+        self.norms[self.steps] = norm
+        self.samples.append(sample_hash(row_ids))
+        self.steps += 1
+
+    def reduce(self, world: World) -> dict[str, Any]:
+        """Per-step and period values over all workers, equal on all; starts the next period."""
+        count = self.steps
+        samples = torch.tensor(self.samples, dtype=torch.int64, device=world.device)
+        shares = world.sum(self.shares[:count].clone()).tolist()
+        predicted = world.sum(self.predicted.clone()).double()
+        hashes = world.sum(samples).tolist()
+        share = predicted / predicted.sum().clamp(min=1)
+        entropy = float(-(share * share.clamp(min=1e-30).log()).sum())
+        losses = [row[0] for row in shares]
+        masked = sum(row[2] for row in shares)
+        values = {
+            "losses": losses,
+            "grad_norms": self.norms[:count].tolist(),
+            "loss": sum(losses) / count,
+            "mim_accuracy": sum(row[1] for row in shares) / max(masked, 1),
+            "masked_patches": masked,
+            "predicted_perplexity": math.exp(entropy),
+            "samples": [f"{value % 2**64:016x}" for value in hashes],
+        }
+        self.shares.zero_()
+        self.predicted.zero_()
+        self.samples, self.steps = [], 0
+        return values
+
+
+def sample_hash(row_ids: NDArray[np.int64]) -> int:
+    """Identity of a set of rows as int64, such that the hashes of disjoint sets add up.
+
+    The sum over workers therefore identifies the global batch, however it was divided.
+    """
+    x = row_ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return int((x ^ (x >> np.uint64(31))).sum(dtype=np.uint64).astype(np.int64))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogTargets:
+    """Where a worker reports to."""
+
+    tracking_uri: str
+    mlflow_run_id: str
+    post: Post
+    """Takes progress records; must not block."""
+
+
+class TrainLog:
+    """Outputs of worker 0."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        targets: LogTargets,
+        *,
+        books: Books,
+        entered_at: float,
+        launched_at: float,
+        start_step: int,
+        world: World,
+    ) -> None:
+        self.run, self.books, self.post = run, books, targets.post
+        self.active = world.rank == 0
+        # A worker of a later launch counts its attempt after those that are on record.
+        number = 1 + max((a.number for a in run.attempts()), default=0) if self.active else 0
+        self.attempt = Attempt(
+            number=number,
+            launched_at=launched_at,
+            entered_at=entered_at,
+            start_step=start_step,
+            next_step=start_step,
+            workers=world.size,
+        )
+        self.pause = 1.0 if storage.is_local(run.uri) else 20.0
+        self.written = -math.inf
+        self.metrics: MetricsFile | None = None
+        self.tracker: MetricLogger | None = None
+        if self.active:
+            self.metrics = MetricsFile(run.at("metrics.jsonl"), start_step=start_step)
+            self.tracker = MetricLogger(
+                targets.tracking_uri, targets.mlflow_run_id, system_metrics=True
+            )
+            self.write_attempt(start_step)
+
+    def period(self, step: int, record: Mapping[str, Any], tracked: Mapping[str, float]) -> None:
+        """A logging period that ends with `step`; `tracked` goes to MLflow."""
+        if not self.active:
+            return
+        assert self.metrics and self.tracker
+        self.metrics.append(clean({"step": step, **record}))
+        self.tracker.log({k: v for k, v in tracked.items() if math.isfinite(v)}, step)
+        self.post({"step": step + 1, **tracked})
+        if time.monotonic() - self.written >= self.pause:
+            self.write_attempt(step + 1)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Something that a person should be able to find out later."""
+        if not self.active:
+            return
+        event = self.run.event(kind, **clean(fields))
+        self.post({"event": event})
+        if self.tracker and "step" in fields:
+            self.tracker.log({f"events/{kind}": 1.0}, int(fields["step"]))
+
+    def finding(self, finding: Finding) -> None:
+        """A health finding."""
+        values = finding.to_event()
+        self.event(values.pop("kind"), **values)
+
+    def tracked(self, metrics: Mapping[str, float], step: int) -> None:
+        """Values for MLflow only."""
+        if self.tracker:
+            self.tracker.log(metrics, step)
+
+    def picture(self, key: str, image: Image.Image, step: int) -> None:
+        """A picture for MLflow."""
+        if self.tracker:
+            self.tracker.log_image(key, image, step)
+
+    def rewind(self, start_step: int) -> None:
+        """Drops metrics of steps that will be done again."""
+        if self.active:
+            self.metrics = MetricsFile(self.run.at("metrics.jsonl"), start_step=start_step)
+
+    def write_attempt(self, next_step: int, *, outcome: str = "", message: str = "") -> None:
+        """Writes the books of this attempt down."""
+        if not self.active:
+            return
+        self.attempt = dataclasses.replace(
+            self.attempt,
+            next_step=next_step,
+            seconds=self.books.seconds(),
+            outcome=outcome,
+            message=message,
+        )
+        self.run.write_attempt(self.attempt)
+        self.written = time.monotonic()
+
+    def flush(self) -> None:
+        """Makes metrics durable; done with every checkpoint."""
+        if self.metrics:
+            self.metrics.flush()
+
+    def close(self) -> None:
+        """Sends what waits."""
+        self.flush()
+        if self.tracker:
+            self.tracker.close()
+
+
+def to_period(first_step: int, values: Mapping[str, Any], data_wait_share: float) -> Period:
+    """The part of reduced metrics that health is judged by."""
+    return Period(
+        first_step=first_step,
+        losses=values["losses"],
+        grad_norms=values["grad_norms"],
+        accuracy=values["mim_accuracy"],
+        predicted_perplexity=values["predicted_perplexity"],
+        data_wait_share=data_wait_share,
+    )
+
+
+def clean(values: Any) -> Any:
+    """JSON values: numbers that are not finite become null."""
+    if isinstance(values, Mapping):
+        return {name: clean(value) for name, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [clean(value) for value in values]
+    if isinstance(values, float) and not math.isfinite(values):
+        return None
+    return values
+
+
+class Board:
+    """Last progress record and unread events; as a Ray actor, or in this process."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, Any] = {}
+        self.events: list[dict[str, Any]] = []
+
+    def post(self, record: dict[str, Any]) -> None:
+        """Called by worker 0."""
+        if "event" in record:
+            self.events.append(record["event"])
+        else:
+            self.state = record
+
+    def read(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Called by the driver: the last record, and events since the last call."""
+        events, self.events = self.events, []
+        return self.state, events
+
+
+class ProgressThread:
+    """Shows on the driver what worker 0 posts while the training call blocks."""
+
+    def __init__(
+        self,
+        read: Callable[[], tuple[dict[str, Any], list[dict[str, Any]]]],
+        *,
+        total_steps: int,
+        start_step: int,
+    ) -> None:
+        self.read = read
+        self.progress = Progress(total_steps, "pretrain", "step", initial=start_step)
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._work, name="progress", daemon=True)
+
+    def __enter__(self) -> "ProgressThread":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join(timeout=10)
+        self.progress.close()
+
+    def _work(self) -> None:
+        while not self.stop.wait(0.5):
+            self._show()
+        self._show()
+
+    def _show(self) -> None:
+        try:
+            state, events = self.read()
+        except Exception as error:  # the board died: no progress, but training goes on
+            self.progress.stream.write(f"progress is not available: {error}\n")
+            self.stop.set()
+            return
+        for event in events:
+            text = event.get("message") or json.dumps(event)
+            self.progress.stream.write(f"\n{event['event']}: {text}\n")
+        if state:
+            self.progress.update(
+                state["step"],
+                loss=f"{state['loss']:.3f}",
+                accuracy=f"{state['mim_accuracy']:.3f}",
+                **{"img/s": f"{state['images_per_second']:.0f}"},
+                wait=f"{state['data_wait_share']:.0%}",
+            )

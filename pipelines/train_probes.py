@@ -1,0 +1,164 @@
+"""Looks at a model in training: probes of its features, and pictures of its predictions.
+
+All workers take part, since the model may be sharded. Nothing here touches the order of samples,
+the weights, or any generator that training draws from.
+"""
+
+import functools
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from beit.images import decode_image
+from beit.mim import BeitMIM
+from beit.tokenizers.base import DiscreteVae
+from beit.views import center_view, render
+from pipelines import pictures, probes, tokenizer_store
+from pipelines.config.pretrain import PretrainConfig
+from pipelines.distributed import World
+from pipelines.image_table import ImageTable
+from pipelines.train_data import StepBatch, TrainData
+from pipelines.train_log import TrainLog
+
+HELD_OUT = 0.2
+PROBE_BATCH = 64
+PICTURES = 8
+
+
+def run_probe(
+    config: PretrainConfig, model: BeitMIM, data: TrainData, world: World, log: TrainLog, step: int
+) -> None:
+    """kNN and linear accuracy of mean patch features on a labelled table, recorded as an event.
+
+    A fifth of the table's leak groups, always the same, is held out.
+    """
+    start = time.monotonic()
+    table, rows, labels, held_out = _probe_rows(config.probe.images, config.probe.max_images)
+    # Workers take turns row by row; all make the same number of passes, for a sharded model waits
+    # for everyone. Rows that only fill up are cut off after gathering.
+    share = -(-len(rows) // world.size)
+    mine = np.resize(rows[world.rank :: world.size], share)
+    layer = config.probe.layer or max(1, round(config.model.depth * 0.75))
+    chunks = []
+    model.eval()
+    with torch.no_grad(), ThreadPoolExecutor(data.num_threads) as pool:
+        for first in range(0, share, PROBE_BATCH):
+            pixels = _read(table, mine[first : first + PROBE_BATCH], config.model.image_size, pool)
+            tokens = model.features(data.normalise(pixels.to(world.device)), layer=layer)
+            chunks.append(tokens[:, 1:].float().mean(dim=1))
+    model.train()
+    gathered = torch.stack(world.gather(torch.cat(chunks)), dim=1).flatten(0, 1)[: len(rows)]
+    if log.active:
+        x = gathered.cpu().numpy()
+        train, test = ~held_out, held_out
+        knn = probes.knn_accuracy(x[train], labels[train], x[test], labels[test])
+        linear = probes.linear_accuracy(x[train], labels[train], x[test], labels[test])
+        seconds = time.monotonic() - start
+        log.tracked({"probe/knn_accuracy": knn, "probe/linear_accuracy": linear}, step)
+        log.event(
+            "probe",
+            step=step,
+            knn_accuracy=knn,
+            linear_accuracy=linear,
+            layer=layer,
+            images=len(rows),
+            seconds=seconds,
+            message=f"step {step}: kNN {knn:.3f}, linear {linear:.3f} on {int(test.sum())} "
+            f"held-out images, from {int(train.sum())} others (block {layer}, {seconds:.0f} s)",
+        )
+    world.barrier()
+
+
+@functools.lru_cache(maxsize=2)
+def _probe_rows(
+    uri: str, max_images: int
+) -> tuple[ImageTable, NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    table = ImageTable.open(uri)
+    labels = table.labels()
+    rows = np.flatnonzero(labels >= 0)
+    if len(rows) > max_images:
+        rows = rows[np.linspace(0, len(rows) - 1, max_images).astype(np.int64)]
+    return table, rows, labels[rows].astype(np.int64), table.held_out(HELD_OUT)[rows]
+
+
+def _read(
+    table: ImageTable, rows: NDArray[np.int64], size: int, pool: ThreadPoolExecutor
+) -> Tensor:
+    """uint8 (len(rows), 3, size, size): the central crop of each row."""
+
+    def one(row: int) -> NDArray[np.uint8]:
+        image = decode_image(table.read_rows(row, row + 1, ["image"])["image"][0].as_py())
+        view = center_view(image.height, image.width)
+        pixels: NDArray[np.uint8] = render(image, view, size, "bicubic").transpose(2, 0, 1)
+        return pixels
+
+    return torch.from_numpy(np.stack(list(pool.map(one, rows.tolist()))))
+
+
+def log_pictures(
+    config: PretrainConfig,
+    model: BeitMIM,
+    data: TrainData,
+    batch: StepBatch,
+    world: World,
+    log: TrainLog,
+    step: int,
+) -> None:
+    """Masked input, true and predicted tokens of a few images of the current batch, to MLflow.
+
+    With a tokenizer its decoder shows the tokens; without, they are shown as maps of colours.
+    """
+    host = batch.host
+    assert host.token_ids is not None
+    pixels, mask = host.pixels[:PICTURES], host.mask[:PICTURES]
+    true = host.token_ids[:PICTURES]
+    model.eval()
+    with torch.no_grad():
+        logits = model(
+            data.normalise(pixels.to(world.device)), mask.to(world.device), all_tokens=True
+        )
+    model.train()
+    if not log.active:
+        return
+    guesses = logits.argmax(dim=-1).cpu()
+    predicted = torch.where(mask, guesses, true)
+    hits = ((guesses == true) & mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+    tokenizer = _tokenizer(config.tokenizer) if config.tokenizer else None
+    if tokenizer is None or tokenizer.decoder is None:
+        log.picture(
+            "masked_input",
+            pictures.masked_input_grid(pixels, mask, patch_size=config.model.patch_size),
+            step,
+        )
+        for name, token_ids in (("true", true), ("predicted", predicted)):
+            sheet = pictures.token_map(
+                token_ids, grid_size=config.model.grid_size, images=pixels, title=f"Tokens, {name}"
+            )
+            log.picture(f"tokens_{name}", sheet, step)
+        return
+    log.picture(
+        "reconstruction",
+        pictures.reconstruction_grid(
+            pixels,
+            mask,
+            tokenizer.decode(true),
+            tokenizer.decode(predicted),
+            patch_size=config.model.patch_size,
+            accuracy=_floats(hits),
+        ),
+        step,
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(uri: str) -> DiscreteVae:
+    return tokenizer_store.load(uri)
+
+
+def _floats(values: Tensor) -> Sequence[float]:
+    return [float(value) for value in values]
