@@ -22,6 +22,8 @@ from beit.tokenizers.base import PIXEL_MARGIN, DiscreteVae, map_pixels
 MAX_POINTS = 32_768
 POINTS_PER_CENTRE = 32
 """K-means looks at no more patches than the larger of MAX_POINTS and so many per centre."""
+SHARPNESS = 0.3
+"""Share of the mixture's own precision that the starting posterior gets."""
 
 
 def _zero(conv: nn.Conv2d) -> None:
@@ -169,7 +171,8 @@ class DvaeTokenizer(DiscreteVae):
             decoder.mu.weight.copy_(basis.T[:, :, None, None])
             decoder.mu.bias.copy_(mean)
         projected = (centres - 0.5) @ encoder.stem.weight.flatten(1).T + encoder.stem.bias
-        precision = 1 / (2 * max(error / patches.shape[1], 1e-4))
+        # At full precision posteriors are certain, and their gradients gone, before training.
+        precision = SHARPNESS / (2 * max(error / patches.shape[1], 1e-4))
         encoder.head.weight.copy_((2 * precision * projected)[:, :, None, None])
         encoder.head.bias.copy_(-precision * projected.square().sum(1))
         # The columns of the mu head are orthonormal, or its rows: the transpose is its inverse.

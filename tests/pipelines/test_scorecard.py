@@ -1,0 +1,145 @@
+"""The scorecard against brute force, and the gate."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from beit.images import decode_image
+from beit.tokenizers import DalleTokenizer, DvaeTokenizer
+from beit.views import ViewPolicy, render, sample_view
+from pipelines.errors import StageFailed
+from pipelines.scorecard import (
+    SCORE_VIEW,
+    check_gate,
+    evenly_spaced,
+    read_views,
+    score,
+    score_batches,
+    scorecard_record,
+    token_statistics,
+)
+from tests.pipelines.tokenizer_fixtures import disc, image_table
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    uri = str(tmp_path_factory.mktemp("images"))
+    return image_table(uri, [disc(seed) for seed in range(50)])
+
+
+@pytest.fixture
+def tokenizer():
+    torch.manual_seed(0)
+    return DvaeTokenizer(image_size=16, patch_size=4, dim=48, vocab_size=32)
+
+
+def test_statistics_by_hand():
+    grids = np.array([[[0, 1], [0, 1]], [[0, 1], [0, 2]]])
+    found = token_statistics(grids, vocab_size=8)
+    shares = np.array([4, 3, 1]) / 8
+    entropy = -(shares * np.log(shares)).sum()
+    assert (found.num_tokens, found.codes_used, found.dead_codes) == (8, 3, 5)
+    assert found.perplexity == pytest.approx(math.exp(entropy))
+    assert found.top_share == 0.5
+    assert found.unigram_entropy == pytest.approx(entropy + 2 / 16)
+    # To the right: (0,1) three times and (0,2) once, from 0 always.
+    pairs = np.array([3, 1]) / 4
+    right = -(pairs * np.log(pairs)).sum() + 1 / 8 - 0
+    # Down: (0,0), (1,1), (0,0), (1,2); from 0 twice and 1 twice.
+    pairs = np.array([2, 1, 1]) / 4
+    down = -(pairs * np.log(pairs)).sum() + 2 / 8 - (math.log(2) + 1 / 8)
+    assert found.neighbour_entropy == pytest.approx((right + down) / 2)
+
+
+def test_entropies_of_known_sources():
+    generator = np.random.default_rng(0)
+    independent = generator.integers(0, 64, (400, 8, 8))
+    found = token_statistics(independent, 64)
+    assert found.perplexity == pytest.approx(64, rel=0.01)
+    assert found.unigram_entropy == pytest.approx(math.log(64), abs=0.01)
+    # Miller-Madow keeps the neighbour's information near its true value, zero.
+    assert found.neighbour_entropy == pytest.approx(math.log(64), abs=0.05)
+    rows = np.repeat(generator.integers(0, 8, (400, 8, 1)), 8, axis=2)
+    columns = np.repeat(generator.integers(0, 8, (400, 1, 8)), 8, axis=1)
+    for copied in (rows, columns):  # one neighbour tells all, the other nothing
+        found = token_statistics(copied, 8)
+        assert found.neighbour_entropy == pytest.approx(math.log(8) / 2, abs=0.02)
+    constant = token_statistics(np.zeros((3, 4, 4), int), 64)
+    assert (constant.perplexity, constant.unigram_entropy, constant.neighbour_entropy) == (1, 0, 0)
+    assert token_statistics(np.zeros((3, 1, 1), int), 64).neighbour_entropy == 0
+
+
+@pytest.mark.parametrize(
+    "bad", [np.zeros((0, 2, 2), int), np.full((1, 2, 2), 8), -np.ones((1, 1, 1), int)]
+)
+def test_bad_tokens_are_refused(bad):
+    with pytest.raises(ValueError, match=r"\[0, 8\)"):
+        token_statistics(bad, 8)
+
+
+def test_rows_are_spread_and_distinct():
+    assert evenly_spaced(10, 3).tolist() == [0, 3, 6]
+    assert evenly_spaced(3, 10).tolist() == [0, 1, 2]
+    rows = evenly_spaced(10**9, 1000)
+    assert len(set(rows.tolist())) == 1000
+    assert rows.max() < 10**9
+
+
+def test_views_are_those_of_the_view_functions(images):
+    policy = ViewPolicy(seed=3)
+    rows = np.array([0, 7, 8, 31, 49])
+    views = list(read_views(images, rows, policy, 5, 16, "lanczos"))
+    assert len(views) == 5
+    for row, view in zip(rows, views, strict=True):
+        record = images.read_rows(row, row + 1).to_pylist()[0]
+        image = decode_image(record["image"])
+        expected = sample_view(policy, record["digest"], 5, image.height, image.width)
+        assert np.array_equal(view.transpose(1, 2, 0), render(image, expected, 16, "lanczos"))
+
+
+def test_score_of_a_table(images, tokenizer):
+    card = score(tokenizer, images, num_images=20, batch_size=6)
+    assert card.num_images == 20
+    assert card.counts.sum() == card.tokens.num_tokens == 20 * 16
+    assert (card.counts > 0).sum() == card.tokens.codes_used
+    assert card.images.shape == card.reconstructions.shape == (8, 3, 16, 16)
+    assert card.token_ids.shape == (8, 4, 4)
+    # Brute force over the same views.
+    rows = evenly_spaced(images.num_rows, 20)
+    views = np.stack(list(read_views(images, rows, ViewPolicy(), SCORE_VIEW, 16, "lanczos")))
+    decoded = tokenizer.decode(tokenizer.encode(torch.from_numpy(views))).numpy()
+    difference = (decoded.astype(float) - views) / 255
+    assert card.mse == pytest.approx((difference**2).mean(), rel=1e-5)
+    assert card.mae == pytest.approx(np.abs(difference).mean(), rel=1e-5)
+    assert card.psnr == pytest.approx(-10 * math.log10(card.mse))
+    assert np.array_equal(card.images, views[:8])
+    assert np.array_equal(card.reconstructions, decoded[:8])
+    # The same whatever the batches.
+    again = score(tokenizer, images, num_images=20, batch_size=20)
+    assert again.metrics() == pytest.approx(card.metrics())
+    assert set(scorecard_record(card)) == set(card.metrics())
+    assert "codes used" in card.summary()
+
+
+def test_score_without_decoder():
+    torch.manual_seed(0)
+    tokenizer = DalleTokenizer(image_size=16, hidden_dim=8, vocab_size=32, has_decoder=False)
+    card = score_batches(tokenizer, [torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)])
+    assert card.mse is card.mae is card.psnr is card.reconstructions is None
+    assert "mse" not in card.metrics()
+    assert "reconstruction" not in card.summary()
+
+
+def test_gate(images, tokenizer):
+    good = score(tokenizer, images, num_images=20)
+    check_gate(good, min_perplexity=1.0, min_codes=1, remedy="never")
+    with torch.no_grad():
+        tokenizer.encoder.head.bias[5] = 1e4
+    collapsed = score(tokenizer, images, num_images=20)
+    assert collapsed.tokens.codes_used == 1
+    with pytest.raises(StageFailed, match=r"perplexity 1 of 32 .*min_perplexity = 2 .*; do this"):
+        check_gate(collapsed, min_perplexity=2, min_codes=1, remedy="do this")
+    with pytest.raises(StageFailed, match=r"codes used 1 of 32 .*min_codes = 4 "):
+        check_gate(collapsed, min_perplexity=0, min_codes=4, remedy="do this")
