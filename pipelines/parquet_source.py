@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from pipelines import storage
 from pipelines.config.prepare import PrepareConfig
 from pipelines.errors import InputError
-from pipelines.source_readers import Reader
+from pipelines.source_readers import Reader, is_damage
 from pipelines.sources import MAX_CONTAINER_BYTES, Entry, Source, mapped_ahead
 
 THREADS = 16
@@ -76,13 +76,18 @@ class ParquetPlan:
 
 
 def _footer(source: Source, entry: Entry) -> pq.FileMetaData | None:
+    """None: the file is damaged."""
+    uri = storage.join(source.root, entry.path)
+
     def read() -> pq.FileMetaData:
-        with storage.open_input(storage.join(source.root, entry.path)) as file:
+        with storage.open_input(uri) as file:
             return pq.read_metadata(file)
 
     try:
-        return storage.retry(read)
-    except pa.ArrowException:
+        return read() if storage.is_local(uri) else storage.retry(read)
+    except (pa.ArrowException, OSError) as error:
+        if not is_damage(error, uri):
+            raise
         return None
 
 
@@ -188,12 +193,16 @@ def _names_in_metadata(schema: pa.Schema, column: str) -> tuple[str, ...]:
 
 
 def _distinct(source: Source, entry: Entry, column: str) -> set[str]:
+    uri = storage.join(source.root, entry.path)
+
     def read() -> set[str]:
-        with storage.open_input(storage.join(source.root, entry.path)) as file:
+        with storage.open_input(uri) as file:
             values = pq.ParquetFile(file).read(columns=[column])[column]
             return {value for value in values.unique().to_pylist() if value is not None}
 
     try:
-        return storage.retry(read)
-    except pa.ArrowException:
+        return read() if storage.is_local(uri) else storage.retry(read)
+    except (pa.ArrowException, OSError) as error:
+        if not is_damage(error, uri):
+            raise
         return set()  # the rows are rejected when their turn comes

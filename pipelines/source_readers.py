@@ -202,8 +202,7 @@ class Reader:
                         yield self._parquet_item(entry.path, row, values)
                         row += 1
             except (pa.ArrowException, OSError) as error:
-                damage = isinstance(error, pa.ArrowException) or storage.is_local(uri)
-                if not damage or isinstance(error, FileNotFoundError):
+                if not is_damage(error, uri):
                     raise
                 # The rows that cannot be had are known by number and are all listed.
                 for lost in range(row, end):
@@ -240,6 +239,16 @@ class Reader:
         if self.class_names and value >= len(self.class_names):
             raise ValueError(value)
         return int(value) if value >= 0 else None
+
+
+def is_damage(error: Exception, uri: str) -> bool:
+    """Whether reading Parquet failed because of the file, not because of the way to it."""
+    if isinstance(error, FileNotFoundError):
+        return False
+    if isinstance(error, pa.ArrowException) or storage.is_local(uri):
+        return True
+    message = str(error).lower()
+    return not any(mark in message for mark in ("aws", "curl", "http", "s3"))
 
 
 def tar_members(file: BinaryIO) -> tuple[list[tarfile.TarInfo], bool]:
@@ -296,6 +305,7 @@ def _batches(uri: str, group: int, columns: list[str]) -> Iterator[pa.RecordBatc
                 return
         except OSError as error:
             attempt += 1
-            if attempt >= storage.NUM_TRIES or not storage.is_transient(error):
+            final = storage.is_local(uri) or not storage.is_transient(error)
+            if final or attempt >= storage.NUM_TRIES:
                 raise
             time.sleep(storage.pause(attempt))

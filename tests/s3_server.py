@@ -8,6 +8,7 @@ before any test starts Ray. The port travels in the URI.
 
 import atexit
 import functools
+import logging
 import os
 import shutil
 import signal
@@ -36,6 +37,7 @@ os.environ |= {
 }
 KIND = "ceph" if all(map(shutil.which, ("radosgw", "ceph-mon", "ceph-osd"))) else "moto"
 START_SECONDS = 180
+START_ATTEMPTS = 10
 
 CEPH_CONF = """
 [global]
@@ -141,6 +143,7 @@ def free_port() -> int:
 def _start_moto() -> int:
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     atexit.register(server.stop)
@@ -182,7 +185,14 @@ def _start_ceph() -> int:
     osd = str(uuid.uuid4())
     ceph("ceph", "osd", "new", osd)
     ceph("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd)
-    ceph("ceph-osd", "-i", "0")
+    # It may speak to the monitor before it has learnt the cluster's id, and then gives up at once.
+    for attempt in range(START_ATTEMPTS):
+        try:
+            ceph("ceph-osd", "-i", "0")
+            break
+        except AssertionError:
+            if attempt == START_ATTEMPTS - 1:
+                raise
     ceph("radosgw", "-n", "client.rgw")
     _wait_for(f"http://127.0.0.1:{port}/")
     ceph("radosgw-admin", "user", "create", "--uid=test", "--display-name=test",
