@@ -1,6 +1,8 @@
 """One Ray for the whole session of tests, a tiny image folder, and its image table."""
 
+import fcntl
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +21,15 @@ REPOSITORY = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
+def ray_turn() -> Iterator[None]:
+    """One session of tests at a time starts Ray on this machine: two starve each other."""
+    with Path(tempfile.gettempdir(), "beit-ray-tests.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(ray_turn: None) -> Iterator[None]:
     """A local Ray with 8 logical CPUs, started once."""
     import ray
 
