@@ -113,6 +113,7 @@ def encode_file(
         compression="zstd",
         use_dictionary=False,
         write_statistics=False,
+        write_page_checksum=True,
         column_encoding={"key": "PLAIN", "token_ids.list.element": "BYTE_STREAM_SPLIT"},
     )
     data: bytes = sink.getvalue().to_pybytes()
@@ -145,22 +146,28 @@ class RejectedUnit:
 
 
 @functools.lru_cache(maxsize=4096)
-def read_metadata(uri: str) -> pq.FileMetaData:
-    """The footer of a Parquet file, remembered."""
-    with storage.open_input(uri) as file:
-        return pq.read_metadata(file)
+def _footer(uri: str, content_hash: str) -> pq.FileMetaData:
+    # The hash keeps a file made anew at the same place apart from the old one.
+    del content_hash
+    try:
+        with storage.open_input(uri) as file:
+            return storage.retry(lambda: pq.read_metadata(file))
+    except FileNotFoundError as error:
+        raise InputError(f"{uri}: missing, though the manifest lists it; tokenize again") from error
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{uri}: not a file of a token table ({error})") from error
 
 
-def read_stamp(uri: str) -> dict[str, Any]:
+def read_stamp(uri: str, content_hash: str) -> dict[str, Any]:
     """The identity stored in a token file.
 
     Raises:
-        InputError: the file is no token file.
+        InputError: the file is missing or is no token file.
     """
+    metadata = _footer(uri, content_hash).metadata or {}
     try:
-        metadata = read_metadata(uri).metadata or {}
         stamp: dict[str, Any] = json.loads(metadata[STAMP])
-    except (KeyError, ValueError, pa.ArrowInvalid) as error:
+    except (KeyError, ValueError) as error:
         raise InputError(f"{uri}: not a file of a token table ({error})") from error
     return stamp
 
@@ -178,15 +185,30 @@ def differing_field(expected: dict[str, Any], found: dict[str, Any]) -> str | No
 
 
 def read_rows(
-    uri: str, identity: Identity, start: int, stop: int
+    uri: str, identity: Identity, start: int, stop: int, *, content_hash: str
 ) -> tuple[list[str], NDArray[np.uint16]]:
-    """Keys and token ids (stop - start, V, N) of rows [start, stop), counted inside the file."""
-    metadata = read_metadata(uri)
+    """Keys and token ids (stop - start, V, N) of rows [start, stop), counted inside the file.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    metadata = _footer(uri, content_hash)
     first_group = start // ROW_GROUP_ROWS
     groups = list(range(first_group, (stop - 1) // ROW_GROUP_ROWS + 1))
-    with storage.open_input(uri) as file:
-        reader = pq.ParquetFile(file, metadata=metadata, pre_buffer=True)
-        table = reader.read_row_groups(groups, use_threads=False)
+
+    def read() -> pa.Table:
+        with storage.open_input(uri) as file:
+            reader = pq.ParquetFile(
+                file, metadata=metadata, pre_buffer=True, page_checksum_verification=True
+            )
+            return reader.read_row_groups(groups, use_threads=False)
+
+    try:
+        table = storage.retry(read)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(
+            f"{uri}: cannot be read ({str(error).splitlines()[0]}); `beit audit` lists all damage"
+        ) from error
     table = table.slice(start - first_group * ROW_GROUP_ROWS, stop - start)
     return split_columns(table, identity)
 

@@ -331,13 +331,13 @@ def tokenize_alone(unit: Unit, job: Job) -> Receipt:
 
 def run_alone(units: Sequence[Unit], job: Job) -> Iterator[Receipt]:
     """Tries units that killed their process in a process of their own, three times at most."""
-    task = ray.remote(tokenize_alone).options(
+    task = ray.remote(
         num_gpus=job.num_gpus,
         num_cpus=0 if job.num_gpus else job.num_cpus,
         max_retries=0,
         # A process that served one unit is not used for the next.
         max_calls=1,
-    )
+    )(tokenize_alone)
     running = {task.remote(unit, job): (unit, 0) for unit in units}
     while running:
         (done,), _ = ray.wait(list(running), num_returns=1)

@@ -100,6 +100,7 @@ class TokenTable:
             [[0], np.cumsum(manifest["parts"]["rows"], dtype=np.int64)]
         )
         files = manifest["files"]
+        self._hash: list[str] = files["hash"]
         self._part = np.asarray(files["part"], np.int64)
         self._start = np.asarray(files["start"], np.int64)
         self._stop = np.asarray(files["stop"], np.int64)
@@ -142,7 +143,7 @@ class TokenTable:
 
     def _check_untouched(self, path: str) -> None:
         if self.num_files:
-            stamp = read_stamp(storage.join(self.uri, self.file_name(0)))
+            stamp = read_stamp(storage.join(self.uri, self.file_name(0)), self._hash[0])
             difference = differing_field(self.identity.to_dict(), stamp)
             if difference:
                 raise InputError(
@@ -229,7 +230,9 @@ class TokenTable:
     def _read(self, index: int, start: int, stop: int) -> tuple[list[str], NDArray[np.uint16]]:
         uri = storage.join(self.uri, self.file_name(index))
         base = int(self._first[index])
-        return read_rows(uri, self.identity, start - base, stop - base)
+        return read_rows(
+            uri, self.identity, start - base, stop - base, content_hash=self._hash[index]
+        )
 
     def check_compatible(
         self,

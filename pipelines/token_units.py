@@ -166,6 +166,7 @@ class Ledger:
     def add(self, unit: int, size: int, digest: str) -> None:
         """Notes that the file of a unit is written; `save` makes the note durable."""
         self._set(unit, size, digest)
+        self.rejected.pop(unit, None)
         self._unsaved.append((unit, size, digest))
 
     def forget(self, unit: int) -> None:

@@ -10,27 +10,23 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from typing import Any
 
 import numpy as np
 import ray
 import ray.data
 
-from beit.views import ViewPolicy
-from pipelines import scorecard, storage, token_pool, token_report, tokenizer_store, tracking
-from pipelines.config.tokenize_images import EncoderConfig, TokenizeConfig
+from pipelines import scorecard, token_pool, token_report, tracking
+from pipelines.config.tokenize_images import TokenizeConfig
 from pipelines.errors import InputError, StageFailed
 from pipelines.image_table import ImageTable
 from pipelines.progress import Progress
-from pipelines.token_files import Identity
+from pipelines.token_job import finished_manifest, plan_job
 from pipelines.token_pool import UNITS_PER_ROUND, Job, Receipt
-from pipelines.token_table import MANIFEST, MAX_VOCAB_SIZE, TokenTable, build_manifest
-from pipelines.token_units import Ledger, Units, plan_units, refuse_other_options
+from pipelines.token_table import TokenTable, build_manifest
+from pipelines.token_units import Ledger, Units, plan_units
 from pipelines.token_work import Unit
 
 SAVE_EVERY_SECONDS = 20.0
-LIBRARIES = ("numpy", "pillow", "pyarrow", "torch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +48,17 @@ class TokenizeResult:
     codes_used: int
     perplexity: float
 
+    def summary(self) -> str:
+        """One line for the user."""
+        if not self.fingerprint:
+            return f"{self.uri}: nothing was done (dry run)"
+        done = f", {self.rejected_units} units rejected" if self.rejected_units else ""
+        rate = f" at {self.images_per_second:,.1f} images/s" if self.units_computed else ""
+        return (
+            f"{self.uri}: {self.num_views} views of {self.num_rows:,} images{rate}{done}; "
+            f"{self.codes_used} codes used, perplexity {self.perplexity:.1f}"
+        )
+
 
 def run(config: TokenizeConfig) -> TokenizeResult:
     """Makes the token table, or goes on with it. Ray must be running.
@@ -62,7 +69,7 @@ def run(config: TokenizeConfig) -> TokenizeResult:
         KeyboardInterrupt: stopped by the user; what is done stays done.
     """
     images = ImageTable.open(config.images)
-    job, libraries = _plan_job(config, images)
+    job, libraries = plan_job(config, images)
     units = plan_units(
         [part.name for part in images.parts],
         [part.rows for part in images.parts],
@@ -72,7 +79,7 @@ def run(config: TokenizeConfig) -> TokenizeResult:
         raise InputError(f"{images.uri}: the image table has no rows; prepare images first")
     ledger = Ledger(job.output, units)
     options = {"rows_per_unit": config.rows_per_unit}
-    finished = _finished_manifest(job, options)
+    finished = finished_manifest(job, options)
     if finished is not None:
         ledger.load_manifest(finished)
         if not (config.retry_rejected and ledger.rejected):
@@ -113,96 +120,6 @@ def run(config: TokenizeConfig) -> TokenizeResult:
 def say(text: str) -> None:
     """A line for the user."""
     print(text, file=sys.stderr)
-
-
-def _plan_job(config: TokenizeConfig, images: ImageTable) -> tuple[Job, dict[str, str]]:
-    """Everything the workers must know, decided once: what the user left open is filled in."""
-    if not ray.is_initialized():
-        raise RuntimeError("Ray is not running: call ray.init first (jobs/ does)")
-    gpus = ray.cluster_resources().get("GPU", 0)
-    encoders = config.encoders
-    num_gpus = (1.0 if gpus else 0.0) if encoders.num_gpus is None else encoders.num_gpus
-    precision = config.precision
-    if precision == "auto":
-        precision = "float16" if num_gpus else "float32"
-    tokenizer_uri = storage.absolute(config.tokenizer)
-    tokenizer = tokenizer_store.load(tokenizer_uri)
-    if tokenizer.vocab_size > MAX_VOCAB_SIZE:
-        raise InputError(
-            f"{tokenizer_uri}: vocab_size {tokenizer.vocab_size} does not fit token tables, "
-            f"which hold at most {MAX_VOCAB_SIZE} codes"
-        )
-    try:
-        policy = ViewPolicy(**asdict(config.policy))
-    except ValueError as error:
-        raise InputError(f"policy: {error}") from error
-    identity = Identity(
-        image_fingerprint=images.fingerprint,
-        num_rows=images.num_rows,
-        tokenizer_fingerprint=tokenizer.fingerprint(),
-        vocab_size=tokenizer.vocab_size,
-        grid_size=tokenizer.grid_size,
-        image_size=tokenizer.image_size,
-        interpolation=tokenizer.interpolation,
-        policy=policy.to_dict(),
-        views=(config.first_view, config.first_view + config.num_views),
-        precision=precision,
-        # A unit smaller than a batch would be filled up with views nobody wants.
-        batch_size=min(config.batch_size, config.rows_per_unit * config.num_views),
-    )
-    job = Job(
-        images_uri=images.uri,
-        tokenizer_uri=tokenizer_uri,
-        output=storage.absolute(config.output),
-        identity=identity,
-        num_gpus=num_gpus,
-        num_cpus=encoders.num_cpus,
-        decode_cpus=encoders.decode_cpus,
-        min_actors=encoders.min_actors,
-        max_actors=_most_actors(encoders, num_gpus),
-        rows_per_unit=config.rows_per_unit,
-    )
-    return job, {name: version(name) for name in LIBRARIES}
-
-
-def _most_actors(encoders: EncoderConfig, num_gpus: float) -> int:
-    """Largest size of the pool. Raises InputError where decoding would find no CPU."""
-    resources = ray.cluster_resources()
-    cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
-    taken = 0 if num_gpus else encoders.num_cpus * encoders.min_actors
-    if cpus < taken + encoders.decode_cpus or gpus < num_gpus * encoders.min_actors:
-        raise InputError(
-            f"encoders: {encoders.min_actors} actors of {encoders.num_cpus:g} CPUs or "
-            f"{num_gpus:g} GPUs and a decode task of {encoders.decode_cpus:g} CPUs do not fit the "
-            f"cluster's {cpus:g} CPUs and {gpus:g} GPUs; lower encoders.min_actors, num_cpus, "
-            "num_gpus or decode_cpus (fractions are allowed)"
-        )
-    if encoders.max_actors:
-        return max(encoders.max_actors, encoders.min_actors)
-    if num_gpus:
-        fitting = gpus / num_gpus
-    else:
-        fitting = cpus / max(encoders.num_cpus + encoders.decode_cpus, 0.1)
-    return max(int(fitting), encoders.min_actors)
-
-
-def _finished_manifest(job: Job, options: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest that is already there, if it is of this table.
-
-    Raises:
-        InputError: it is of another one; names the field and both values.
-    """
-    try:
-        manifest: dict[str, Any] = storage.read_json(storage.join(job.output, MANIFEST))
-    except FileNotFoundError:
-        return None
-    if manifest.get("kind") != "token_table":
-        raise InputError(
-            f"{job.output}: holds a {manifest.get('kind')!r}, not a token table; "
-            "use another --output"
-        )
-    refuse_other_options(job.output, manifest, job.identity.to_dict() | options)
-    return manifest
 
 
 def _dry_run(job: Job, ledger: Ledger, unverified: int) -> TokenizeResult:
@@ -270,11 +187,10 @@ def _compute(
             gate.check()
         gate.check(last=True)
     except KeyboardInterrupt:
-        say(
-            f"\nstopped: {ledger.rows_done():,} of {images.num_rows:,} images are done; "
-            "the same command goes on from here"
-        )
-        raise
+        raise KeyboardInterrupt(
+            f"{ledger.rows_done():,} of {images.num_rows:,} images are done; the same command goes "
+            "on from here."
+        ) from None
     finally:
         ledger.save()
         progress.close()

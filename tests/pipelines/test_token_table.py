@@ -236,3 +236,19 @@ def test_a_view_takes_less_than_two_bytes_a_token():
     ids = np.random.default_rng(0).integers(0, 8192, (1024, 4, 196)).astype(np.uint16)
     data = encode_file([f"{row:08d}" for row in range(1024)], ids, identity)
     assert len(data) / (1024 * 4) < 392
+
+
+def test_a_damaged_file_is_named_when_its_rows_are_read(tmp_path):
+    write_table(str(tmp_path))
+    table = TokenTable.open(str(tmp_path))
+    path = tmp_path / table.file_name(1)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1
+    path.write_bytes(data)
+    table.read_rows(0, 300)
+    with pytest.raises(InputError, match=f"{table.file_name(1)}: cannot be read"):
+        table.read_rows(250, 350)
+    path.unlink()
+    (tmp_path / table.file_name(2)).unlink()
+    with pytest.raises(InputError, match=f"{table.file_name(2)}: missing"):
+        table.read_rows(600, 650)

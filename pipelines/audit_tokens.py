@@ -1,0 +1,184 @@
+"""The audit of a token table: its files, its keys, and its tokens computed again."""
+
+import sys
+from typing import cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from beit.tokenizers import DiscreteVae, Precision
+from pipelines import storage, token_work, tokenizer_store
+from pipelines.audit_files import Findings, check_files, sample_files
+from pipelines.config.audit import AuditConfig
+from pipelines.errors import InputError
+from pipelines.image_table import ImageTable
+from pipelines.token_files import check_file, split_columns
+from pipelines.token_table import MISSING, TokenTable
+
+# Rows of a changed file that are computed again to find the first wrong one.
+MAX_ROWS_SEARCHED = 64
+
+
+def audit_tokens(
+    config: AuditConfig, table: TokenTable, findings: Findings
+) -> tuple[int, int, int, float]:
+    """Returns files and bytes read, views computed again, and the share of equal tokens."""
+    generator = np.random.default_rng(config.seed)
+    images = ImageTable.open(config.images) if config.images else None
+    if images is not None:
+        table.check_compatible(images, allow_missing=True)
+    tokenizer, device = _load_tokenizer(config, table)
+    files = table.manifest["files"]
+    names = [table.file_name(index) for index in range(table.num_files)]
+    sample = sample_files(len(names), config.share, generator)
+    changed, total = check_files(
+        table.uri,
+        names,
+        lambda index: (files["size"][index], files["hash"][index]),
+        sample,
+        config,
+        findings,
+    )
+    online = _Online(table, images, tokenizer, device) if images is not None else None
+    for index in changed:
+        _search_file(table, index, online, findings)
+    samples, agreement = 0, 1.0
+    if online is not None:
+        samples, agreement = _tokenize_again(config, online, set(changed), generator, findings)
+    return len(sample), total, samples, agreement
+
+
+def _load_tokenizer(config: AuditConfig, table: TokenTable) -> tuple[DiscreteVae | None, str]:
+    import torch
+
+    device = config.device
+    if device == "auto":
+        device = "cuda" if table.precision == "float16" and torch.cuda.is_available() else "cpu"
+    if not config.tokenizer:
+        return None, device
+    if not config.images:
+        raise InputError("images is empty: computing tokens again needs the image table, too")
+    tokenizer = tokenizer_store.load(
+        config.tokenizer, device=device, precision=cast(Precision, table.precision)
+    )
+    if tokenizer.fingerprint() != table.tokenizer_fingerprint:
+        raise InputError(
+            f"{config.tokenizer}: tokenizer_fingerprint {tokenizer.fingerprint()!r} != "
+            f"{table.tokenizer_fingerprint!r} of {table.uri}; give the tokenizer of this table"
+        )
+    token_work.set_reference_arithmetic()
+    return tokenizer, device
+
+
+class _Online:
+    """Keys and tokens as they are made from the image table now."""
+
+    def __init__(
+        self,
+        table: TokenTable,
+        images: ImageTable,
+        tokenizer: DiscreteVae | None,
+        device: str,
+    ) -> None:
+        self.table, self.images = table, images
+        self.tokenizer, self.device = tokenizer, device
+
+    def keys(self, start: int, stop: int) -> list[str]:
+        keys: list[str] = self.images.read_rows(start, stop, ["key"])["key"].to_pylist()
+        return keys
+
+    def pixels(self, row: int) -> NDArray[np.uint8]:
+        """All views of one row, (V, size, size, 3)."""
+        record = self.images.read_rows(row, row + 1, ["key", "image", "digest"]).to_pylist()[0]
+        return token_work.render_views(
+            record["image"], record["digest"], self.table.identity, key=record["key"]
+        )
+
+    def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint16]:
+        """Token ids (n, N) of views (n, size, size, 3)."""
+        assert self.tokenizer is not None
+        return token_work.encode_views(
+            self.tokenizer, pixels, batch_size=self.table.identity.batch_size, device=self.device
+        )
+
+
+def _search_file(table: TokenTable, index: int, online: _Online | None, findings: Findings) -> None:
+    """Names row and field of a file that is not what was written, as far as it can be read."""
+    name, span = table.file_name(index), table.file_rows(index)
+    data = storage.read_bytes(storage.join(table.uri, name))
+    whole, difference = check_file(data, table.identity, len(span))
+    if difference:
+        findings.add(f"{name}: {difference} (file != manifest)")
+    elif not whole:
+        findings.add(f"{name}: not a whole file of {len(span)} rows")
+    if difference or not whole:
+        return
+    keys, token_ids = split_columns(pq.read_table(pa.BufferReader(data)), table.identity)
+    above = np.flatnonzero((token_ids >= table.vocab_size).any(axis=(1, 2)))
+    if len(above):
+        findings.add(f"{name}: row {span.start + above[0]}: token_ids above vocab_size")
+    if online is None:
+        return
+    for row, (found, wanted) in enumerate(
+        zip(keys, online.keys(span.start, span.stop), strict=True)
+    ):
+        if found != wanted:
+            findings.add(f"{name}: row {span.start + row}: key {found!r} != {wanted!r}")
+            break
+    if online.tokenizer is None:
+        return
+    for row in range(min(len(span), MAX_ROWS_SEARCHED)):
+        again = online.encode(online.pixels(span.start + row))
+        if (again != token_ids[row]).any():
+            view, position = np.argwhere(again != token_ids[row])[0]
+            findings.add(
+                f"{name}: row {span.start + row}: token_ids: view {table.views[int(view)]}, "
+                f"position {position}: {token_ids[row, view, position]} != {again[view, position]} "
+                "(file != computed now)"
+            )
+            break
+
+
+def _tokenize_again(
+    config: AuditConfig,
+    online: _Online,
+    broken: set[int],
+    generator: np.random.Generator,
+    findings: Findings,
+) -> tuple[int, float]:
+    """Compares random views with what is computed now; returns their number and agreement."""
+    table = online.table
+    rows = np.sort(generator.integers(0, table.num_rows, config.samples))
+    views = generator.integers(0, len(table.views), config.samples)
+    bad_rows = [table.file_rows(index) for index in broken]
+    pixels, cached, chosen = [], [], []
+    for row, view in zip(rows.tolist(), views.tolist(), strict=True):
+        if any(row in span for span in bad_rows):
+            continue
+        keys, token_ids = table.read_rows(row, row + 1)
+        if token_ids[0, 0, 0] == MISSING:
+            continue
+        wanted = online.keys(row, row + 1)
+        if keys != wanted:
+            findings.add(f"row {row}: key {keys[0]!r} != {wanted[0]!r} (token table != images)")
+        chosen.append((row, view))
+        if online.tokenizer is not None:
+            pixels.append(online.pixels(row)[view])
+            cached.append(token_ids[0, view])
+    if not pixels:
+        return len(chosen), 1.0
+    same = online.encode(np.stack(pixels)) == np.stack(cached)
+    agreement = float(same.mean())
+    if agreement < config.min_agreement:
+        for position in np.flatnonzero(~same.all(axis=1)):
+            row, view = chosen[position]
+            findings.add(
+                f"row {row}: token_ids: view {table.views[view]}: "
+                f"{int((~same[position]).sum())} of {same.shape[1]} tokens differ from those "
+                "computed now"
+            )
+    elif agreement < 1:
+        print(f"{agreement:.3%} of the tokens computed again are the same", file=sys.stderr)
+    return len(chosen), agreement

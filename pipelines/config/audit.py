@@ -1,0 +1,43 @@
+"""Configuration of the `audit` stage."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pipelines.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditConfig:
+    """Reads a table again and checks that it is what its manifest says."""
+
+    table: str
+    """URI of an image table or a token table."""
+    images: str = ""
+    """Image table of a token table. Empty: keys and tokens are not compared with the images."""
+    tokenizer: str = ""
+    """Tokenizer of a token table. Empty: tokens are not computed again."""
+    share: float = 1.0
+    """Share of the files that is read; 1 reads all, 0.01 is a sample of one in a hundred."""
+    samples: int = 200
+    """Images of a table that are decoded again, or views whose tokens are computed again."""
+    min_agreement: float = 1.0
+    """Least share of tokens that come out the same. Below 1 only for an audit on another kind of
+    device than the tokens were made on."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where tokens are computed. auto: the GPU for tokens made in float16, else the CPU."""
+    seed: int = 0
+    """Another seed takes another sample."""
+    num_threads: int = 8
+    """Files read at a time."""
+
+    def __post_init__(self) -> None:
+        """Raises InputError naming the field that makes no sense."""
+        for name in ("share", "min_agreement"):
+            if not 0 < getattr(self, name) <= 1:
+                raise InputError(f"{name} = {getattr(self, name)}: give a share above 0, at most 1")
+        if self.samples < 0:
+            raise InputError(f"samples = {self.samples}: give 0 or more")
+        if self.num_threads < 1:
+            raise InputError(f"num_threads = {self.num_threads}: give 1 or more")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise InputError(f"device = {self.device!r}: give auto, cpu or cuda")

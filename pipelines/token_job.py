@@ -1,0 +1,109 @@
+"""What a tokenize run will do, decided once by the driver, and what is there already."""
+
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import ray
+
+from beit.views import ViewPolicy
+from pipelines import storage, tokenizer_store
+from pipelines.config.tokenize_images import EncoderConfig, TokenizeConfig
+from pipelines.errors import InputError
+from pipelines.image_table import ImageTable
+from pipelines.token_files import Identity
+from pipelines.token_pool import Job
+from pipelines.token_table import MANIFEST, MAX_VOCAB_SIZE
+from pipelines.token_units import refuse_other_options
+
+LIBRARIES = ("numpy", "pillow", "pyarrow", "torch")
+
+
+def plan_job(config: TokenizeConfig, images: ImageTable) -> tuple[Job, dict[str, str]]:
+    """Everything the workers must know, decided once: what the user left open is filled in."""
+    if not ray.is_initialized():
+        raise RuntimeError("Ray is not running: call ray.init first (jobs/ does)")
+    gpus = ray.cluster_resources().get("GPU", 0)
+    encoders = config.encoders
+    num_gpus = (1.0 if gpus else 0.0) if encoders.num_gpus is None else encoders.num_gpus
+    precision = config.precision
+    if precision == "auto":
+        precision = "float16" if num_gpus else "float32"
+    tokenizer_uri = storage.absolute(config.tokenizer)
+    tokenizer = tokenizer_store.load(tokenizer_uri)
+    if tokenizer.vocab_size > MAX_VOCAB_SIZE:
+        raise InputError(
+            f"{tokenizer_uri}: vocab_size {tokenizer.vocab_size} does not fit token tables, "
+            f"which hold at most {MAX_VOCAB_SIZE} codes"
+        )
+    try:
+        policy = ViewPolicy(**asdict(config.policy))
+    except ValueError as error:
+        raise InputError(f"policy: {error}") from error
+    identity = Identity(
+        image_fingerprint=images.fingerprint,
+        num_rows=images.num_rows,
+        tokenizer_fingerprint=tokenizer.fingerprint(),
+        vocab_size=tokenizer.vocab_size,
+        grid_size=tokenizer.grid_size,
+        image_size=tokenizer.image_size,
+        interpolation=tokenizer.interpolation,
+        policy=policy.to_dict(),
+        views=(config.first_view, config.first_view + config.num_views),
+        precision=precision,
+        # A unit smaller than a batch would be filled up with views nobody wants.
+        batch_size=min(config.batch_size, config.rows_per_unit * config.num_views),
+    )
+    job = Job(
+        images_uri=images.uri,
+        tokenizer_uri=tokenizer_uri,
+        output=storage.absolute(config.output),
+        identity=identity,
+        num_gpus=num_gpus,
+        num_cpus=encoders.num_cpus,
+        decode_cpus=encoders.decode_cpus,
+        min_actors=encoders.min_actors,
+        max_actors=_most_actors(encoders, num_gpus),
+        rows_per_unit=config.rows_per_unit,
+    )
+    return job, {name: version(name) for name in LIBRARIES}
+
+
+def _most_actors(encoders: EncoderConfig, num_gpus: float) -> int:
+    """Largest size of the pool. Raises InputError where decoding would find no CPU."""
+    resources = ray.cluster_resources()
+    cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
+    taken = 0 if num_gpus else encoders.num_cpus * encoders.min_actors
+    if cpus < taken + encoders.decode_cpus or gpus < num_gpus * encoders.min_actors:
+        raise InputError(
+            f"encoders: {encoders.min_actors} actors of {encoders.num_cpus:g} CPUs or "
+            f"{num_gpus:g} GPUs and a decode task of {encoders.decode_cpus:g} CPUs do not fit the "
+            f"cluster's {cpus:g} CPUs and {gpus:g} GPUs; lower encoders.min_actors, num_cpus, "
+            "num_gpus or decode_cpus (fractions are allowed)"
+        )
+    if encoders.max_actors:
+        return max(encoders.max_actors, encoders.min_actors)
+    if num_gpus:
+        fitting = gpus / num_gpus
+    else:
+        fitting = cpus / max(encoders.num_cpus + encoders.decode_cpus, 0.1)
+    return max(int(fitting), encoders.min_actors)
+
+
+def finished_manifest(job: Job, options: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest that is already there, if it is of this table.
+
+    Raises:
+        InputError: it is of another one; names the field and both values.
+    """
+    try:
+        manifest: dict[str, Any] = storage.read_json(storage.join(job.output, MANIFEST))
+    except FileNotFoundError:
+        return None
+    if manifest.get("kind") != "token_table":
+        raise InputError(
+            f"{job.output}: holds a {manifest.get('kind')!r}, not a token table; "
+            "use another --output"
+        )
+    refuse_other_options(job.output, manifest, job.identity.to_dict() | options)
+    return manifest

@@ -1,0 +1,128 @@
+"""A small image table and tokenizer to tokenize, and workers that die on command."""
+
+import io
+import itertools
+import os
+import signal
+
+import numpy as np
+import torch
+from PIL import Image
+
+from beit.images import image_digest
+from beit.tokenizers import DvaeTokenizer
+from pipelines import image_table, token_pool, token_work, tokenizer_store
+from pipelines.config.tokenize_images import EncoderConfig, TokenizeConfig
+from pipelines.config.tracking import TrackingConfig
+
+
+def make_images(uri, *, count=240, parts=3, side=48):
+    """An image table of `count` smooth random JPEGs of different shapes."""
+    generator = np.random.default_rng(0)
+    rows = []
+    for index in range(count):
+        height, width = (int(side * factor) for factor in generator.uniform(0.6, 1.4, 2))
+        coarse = Image.fromarray(generator.integers(0, 255, (5, 5, 3), dtype=np.uint8))
+        encoded = io.BytesIO()
+        coarse.resize((width, height), Image.Resampling.BICUBIC).save(encoded, "JPEG")
+        data = encoded.getvalue()
+        rows.append(
+            image_table.ImageRow(
+                key=f"{index:06d}.jpg",
+                image=data,
+                height=height,
+                width=width,
+                label=index % 3,
+                digest=image_digest(data),
+            )
+        )
+    bounds = np.linspace(0, count, parts + 1).astype(int)
+    written = [
+        image_table.write_part(
+            uri, f"part-{part:05d}.parquet", rows[first:last], row_group_bytes=20_000
+        )
+        for part, (first, last) in enumerate(itertools.pairwise(bounds))
+    ]
+    image_table.commit_manifest(
+        uri,
+        parts=written,
+        class_names=["a", "b", "c"],
+        source={},
+        options={},
+        rejected={},
+        num_items=count,
+    )
+    return uri
+
+
+def make_tokenizer(uri, *, seed=0, dim=16, vocab_size=64, blocks=1):
+    """A dVAE of random weights: 32 px, 4 x 4 tokens."""
+    torch.manual_seed(seed)
+    tokenizer = DvaeTokenizer(
+        image_size=32,
+        patch_size=8,
+        dim=dim,
+        vocab_size=vocab_size,
+        encoder_blocks=blocks,
+        decoder_blocks=1,
+    )
+    tokenizer_store.save(tokenizer, uri, source={"stage": "test"})
+    return uri
+
+
+def make_config(images, tokenizer, output, **changes):
+    values = {
+        "images": str(images),
+        "tokenizer": str(tokenizer),
+        "output": str(output),
+        "num_views": 2,
+        "rows_per_unit": 20,
+        "batch_size": 16,
+        "encoders": EncoderConfig(min_actors=1, max_actors=1),
+        "tracking": TrackingConfig(enabled=False),
+    }
+    return TokenizeConfig(**values | changes)
+
+
+def deadly(unit):
+    """Rows 40 to 59 of the second part: the unit that no process survives."""
+    return unit.start == 40 and unit.part["name"] == "part-00001.parquet"
+
+
+def render_and_die(batch, job, attempts):
+    """`render_blocks` that does not survive the deadly unit."""
+    real = token_work.render_unit
+
+    def render_unit(images_uri, unit, identity):
+        if deadly(unit):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(images_uri, unit, identity)
+
+    token_work.render_unit = render_unit
+    try:
+        yield from token_pool.render_blocks(batch, job, attempts)
+    finally:
+        token_work.render_unit = real
+
+
+class Deadly:
+    """A tokenizer that kills its process."""
+
+    def encode(self, images):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class EncodeAndDie(token_pool.EncodeUnits):
+    """`EncodeUnits` that does not survive the deadly unit."""
+
+    def _encode(self, unit, keys, pixels, receipt):
+        if deadly(unit):
+            self.tokenizer = Deadly()
+        return super()._encode(unit, keys, pixels, receipt)
+
+
+def alone_and_die(unit, job):
+    """`tokenize_alone` that does not survive the deadly unit."""
+    if deadly(unit):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return token_pool.tokenize_alone(unit, job)

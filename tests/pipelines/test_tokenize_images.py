@@ -1,0 +1,320 @@
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from beit.images import decode_image
+from beit.views import ViewPolicy, render, sample_view
+from pipelines import storage, token_pool, tokenize_images, tokenizer_store
+from pipelines.config.tokenize_images import (
+    EncoderConfig,
+    GateConfig,
+    PolicyConfig,
+    TokenizeConfig,
+)
+from pipelines.config.tracking import TrackingConfig
+from pipelines.errors import InputError, StageFailed
+from pipelines.image_table import ImageTable
+from pipelines.token_table import MISSING, TokenTable, check_together
+from pipelines.token_units import Ledger, plan_units
+from tests.chaos import world
+
+ROWS = 240
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return world.make_images(str(tmp_path_factory.mktemp("images")), count=ROWS)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return world.make_tokenizer(str(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture(scope="module")
+def finished(images, tokenizer, tmp_path_factory, ray_cluster):
+    output = str(tmp_path_factory.mktemp("tokens") / "table")
+    result = tokenize_images.run(world.make_config(images, tokenizer, output))
+    return output, result
+
+
+def contents(directory):
+    root = Path(directory)
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
+
+
+# -- without Ray ---------------------------------------------------------------------------
+
+
+def test_units_cover_every_row_once():
+    units = plan_units(["a", "b", "c"], [100, 7, 33], 10)
+    rows = [
+        (int(part), row)
+        for part, start, stop in zip(units.part, units.start, units.stop, strict=True)
+        for row in range(start, stop)
+    ]
+    assert rows == [(part, row) for part, count in enumerate([100, 7, 33]) for row in range(count)]
+    assert units.sizes.max() == 10
+    assert units.sizes.min() >= 7
+    assert units.name(10) == "b-00000000-00000007.parquet"
+    assert list(units.first[-4:]) == [107, 115, 123, 131]
+
+
+def test_policy_defaults_are_those_of_the_library():
+    assert ViewPolicy(**dataclasses.asdict(PolicyConfig())) == ViewPolicy()
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("num_views", {"num_views": 0}),
+        ("rows_per_unit", {"rows_per_unit": 0}),
+        ("precision", {"precision": "bfloat16"}),
+        ("encoders.min_actors", {"encoders": EncoderConfig(min_actors=0)}),
+        ("encoders.num_gpus", {"encoders": EncoderConfig(num_gpus=-1)}),
+        ("gate.num_units", {"gate": GateConfig(num_units=0)}),
+    ],
+)
+def test_a_senseless_option_is_named(field, changes):
+    with pytest.raises(InputError, match=field):
+        TokenizeConfig(images="i", tokenizer="t", output="o", **changes)
+
+
+def test_a_ledger_knows_what_was_committed(tmp_path):
+    units = plan_units(["part-00000.parquet"], [40], 10)
+    ledger = Ledger(str(tmp_path), units)
+    for unit in (0, 2):
+        (tmp_path / units.name(unit)).write_bytes(b"x" * (unit + 1))
+    ledger.add(0, 1, "ab" * 16)
+    ledger.save()
+    ledger.reject(3, "bad")
+    again = Ledger(str(tmp_path), units)
+    # Unit 2 has a file but no receipt: it must be read before it is believed.
+    assert list(again.load()) == [2]
+    assert again.rejected == {3: "bad"}
+    assert list(again.todo()) == [1, 2]
+    assert [file.hash for file in again.files()] == ["ab" * 16]
+    # A file that changed size is not the one of the receipt.
+    (tmp_path / units.name(0)).write_bytes(b"longer")
+    assert again.changed_files() == [0]
+    third = Ledger(str(tmp_path), units)
+    assert list(third.load()) == [0, 2]
+    third.retry_rejected()
+    assert list(third.todo()) == [0, 1, 2, 3]
+
+
+# -- the whole stage -----------------------------------------------------------------------
+
+
+@pytest.mark.ray
+def test_cached_tokens_equal_online_tokens(finished, images, tokenizer):
+    """200 random (image, view): the table's tokens are those of the replayed view, exactly."""
+    table, source = TokenTable.open(finished[0]), ImageTable.open(images)
+    table.check_compatible(source)
+    encoder = tokenizer_store.load(tokenizer)
+    generator = np.random.default_rng(1)
+    import torch
+
+    for _ in range(200):
+        row, view = int(generator.integers(ROWS)), int(generator.integers(2))
+        record = source.read_rows(row, row + 1).to_pylist()[0]
+        image = decode_image(record["image"])
+        drawn = sample_view(table.policy, record["digest"], view, image.height, image.width)
+        pixels = render(image, drawn, encoder.image_size, encoder.interpolation)
+        batch = torch.from_numpy(pixels.transpose(2, 0, 1)[None].copy())
+        online = encoder.encode(batch)[0].numpy()
+        keys, cached = table.read_rows(row, row + 1)
+        assert keys == [record["key"]]
+        np.testing.assert_array_equal(cached[0, view].astype(np.int64), online)
+
+
+@pytest.mark.ray
+def test_a_finished_table_says_what_it_is(finished, images):
+    output, result = finished
+    table = TokenTable.open(output)
+    assert result.fingerprint == table.fingerprint
+    assert result.units_computed == result.num_units == table.num_files == 12
+    assert table.num_rows == ROWS
+    assert table.manifest["libraries"].keys() == {"numpy", "pillow", "pyarrow", "torch"}
+    assert not (Path(output) / "_work").exists()
+    hashes = table.manifest["files"]["hash"]
+    for index in range(table.num_files):
+        data = storage.read_bytes(storage.join(output, table.file_name(index)))
+        assert storage.digest(data) == hashes[index]
+    keys, _ = table.read_rows(0, ROWS)
+    assert keys == ImageTable.open(images).read_rows(0, ROWS)["key"].to_pylist()
+
+
+@pytest.mark.ray
+def test_the_same_command_again_does_nothing(finished, images, tokenizer, capsys):
+    output, result = finished
+    before = contents(output)
+    again = tokenize_images.run(world.make_config(images, tokenizer, output))
+    assert again.units_computed == 0
+    assert again.fingerprint == result.fingerprint
+    assert "already done" in capsys.readouterr().err
+    assert contents(output) == before
+
+
+@pytest.mark.ray
+def test_other_options_on_the_same_output_are_refused_by_name(
+    finished, images, tokenizer, tmp_path
+):
+    output, _ = finished
+    with pytest.raises(InputError, match=r"views: \[0, 2\] != \[0, 3\]"):
+        tokenize_images.run(world.make_config(images, tokenizer, output, num_views=3))
+    with pytest.raises(InputError, match=r"policy\.seed: 0 != 9"):
+        policy = PolicyConfig(seed=9)
+        tokenize_images.run(world.make_config(images, tokenizer, output, policy=policy))
+    with pytest.raises(InputError, match="rows_per_unit: 20 != 40"):
+        tokenize_images.run(world.make_config(images, tokenizer, output, rows_per_unit=40))
+    with pytest.raises(InputError, match="not a token table"):
+        tokenize_images.run(world.make_config(images, tokenizer, images))
+    other = world.make_tokenizer(str(tmp_path / "other"), seed=1)
+    with pytest.raises(InputError, match="tokenizer_fingerprint"):
+        tokenize_images.run(world.make_config(images, other, output))
+    # The same for a table that was only begun.
+    begun = tmp_path / "begun"
+    shutil.copytree(output, begun)
+    manifest = json.loads((begun / "manifest.json").read_text())
+    (begun / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"precision: 'float32' != 'float16'"):
+        tokenize_images.run(world.make_config(images, tokenizer, begun, precision="float16"))
+    # Files without receipts are read, believed, and completed.
+    shutil.rmtree(begun / "_work")
+    (begun / "part-00001-00000020-00000040.parquet").write_bytes(b"half a file")
+    (begun / "part-00002-00000000-00000020.parquet").unlink()
+    result = tokenize_images.run(world.make_config(images, tokenizer, begun))
+    assert result.units_computed == 2
+    assert result.fingerprint == manifest["fingerprint"]
+    assert contents(begun) == contents(output)
+
+
+@pytest.mark.ray
+def test_views_can_be_added_later_and_a_run_is_recorded(finished, images, tokenizer, tmp_path):
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    config = world.make_config(
+        images,
+        tokenizer,
+        tmp_path / "more",
+        first_view=1,
+        num_views=2,
+        tracking=TrackingConfig(uri=uri, experiment="x"),
+    )
+    result = tokenize_images.run(config)
+    first, more = TokenTable.open(finished[0]), TokenTable.open(str(tmp_path / "more"))
+    assert more.views == range(1, 3)
+    # View 1 is in both, and is the same.
+    np.testing.assert_array_equal(
+        first.read_rows(0, ROWS)[1][:, 1], more.read_rows(0, ROWS)[1][:, 0]
+    )
+    with pytest.raises(InputError, match="view 1 is in both"):
+        check_together([first, more])
+
+    client = MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("x").experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["beit.input.image_table"] == ImageTable.open(images).fingerprint
+    assert run.data.tags["beit.input.tokenizer"] == more.tokenizer_fingerprint
+    assert run.data.tags["beit.output.token_table"] == result.fingerprint
+    assert run.data.metrics["codes_used"] == result.codes_used
+    assert run.data.params["rows_per_unit"] == "20"
+    pictures = {file.path for file in client.list_artifacts(run.info.run_id, "images")}
+    assert any("code" in path for path in pictures)
+    assert any("views" in path for path in pictures)
+
+
+@pytest.mark.ray
+def test_a_dry_run_touches_nothing(images, tokenizer, tmp_path, ray_cluster, capsys):
+    config = world.make_config(images, tokenizer, tmp_path / "none", dry_run=True)
+    assert tokenize_images.run(config).units_computed == 0
+    assert "12 of 12 units to do" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.ray
+def test_a_collapsed_tokenizer_is_stopped(images, tokenizer, tmp_path, ray_cluster):
+    gate = GateConfig(min_codes=65, num_units=3)
+    config = world.make_config(images, tokenizer, tmp_path / "t", gate=gate)
+    with pytest.raises(StageFailed, match=r"collapsed: gate\.min_codes = 65"):
+        tokenize_images.run(config)
+    # What was done before the gate closed is kept; a lower gate goes on with it.
+    passing = dataclasses.replace(config, gate=GateConfig(min_codes=2, num_units=3))
+    assert tokenize_images.run(passing).units_computed < 12
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["render", "encode"])
+def test_a_unit_that_kills_its_process_is_quarantined(
+    stage, finished, images, tokenizer, tmp_path, monkeypatch
+):
+    if stage == "render":
+        monkeypatch.setattr(token_pool, "render_blocks", world.render_and_die)
+    else:
+        monkeypatch.setattr(token_pool, "EncodeUnits", world.EncodeAndDie)
+    monkeypatch.setattr(token_pool, "tokenize_alone", world.alone_and_die)
+    output = tmp_path / "table"
+    config = world.make_config(images, tokenizer, output)
+    with pytest.raises(StageFailed, match=r"part-00001-00000040-00000060\.parquet \(killed its"):
+        tokenize_images.run(config)
+    assert not (output / "manifest.json").exists()
+    # The verdict is remembered: nothing is tried again, nothing else was lost.
+    with pytest.raises(StageFailed, match="max_rejected_units = 0"):
+        tokenize_images.run(config)
+    allowed = tokenize_images.run(dataclasses.replace(config, max_rejected_units=1))
+    assert (allowed.units_computed, allowed.rejected_units) == (0, 1)
+    table = TokenTable.open(str(output))
+    assert table.missing_rows() == [range(120, 140)]
+    keys, token_ids = table.read_rows(119, 141)
+    assert (token_ids[1:21] == MISSING).all()
+    assert keys[0]
+    assert keys[21]
+    with pytest.raises(InputError, match="rejected: 20 of 240 rows"):
+        table.check_compatible(ImageTable.open(images))
+    # With the cause gone, the units are made on request, and the table is as if nothing had been.
+    monkeypatch.undo()
+    assert tokenize_images.run(dataclasses.replace(config, max_rejected_units=1)).rejected_units
+    mended = tokenize_images.run(dataclasses.replace(config, retry_rejected=True))
+    assert (mended.units_computed, mended.rejected_units) == (1, 0)
+    assert contents(output) == contents(finished[0])
+
+
+@pytest.mark.ray
+def test_ctrl_c_stops_cleanly_and_the_next_run_goes_on(
+    finished, images, tokenizer, tmp_path, monkeypatch
+):
+    config = world.make_config(images, tokenizer, tmp_path / "t")
+    book, seen = tokenize_images._book, []
+
+    def interrupted(receipt, ledger, options):
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        seen.append(receipt.unit)
+        return book(receipt, ledger, options)
+
+    monkeypatch.setattr(tokenize_images, "_book", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="60 of 240 images are done; the same command"):
+        tokenize_images.run(config)
+    monkeypatch.undo()
+    result = tokenize_images.run(config)
+    assert result.units_computed <= 12 - 3
+    assert contents(tmp_path / "t") == contents(finished[0])
+
+
+def test_without_images_the_message_says_what_to_do(tmp_path, tokenizer, ray_cluster):
+    with pytest.raises(InputError, match="beit prepare"):
+        tokenize_images.run(world.make_config(tmp_path / "no", tokenizer, tmp_path / "t"))
+    with pytest.raises(InputError, match="tokenizer"):
+        images = world.make_images(str(tmp_path / "images"), count=6)
+        tokenize_images.run(world.make_config(images, tmp_path / "no", tmp_path / "t"))
