@@ -334,7 +334,7 @@ class BeitEncoder(nn.Module):
                 raise ValueError("this model has no mask_token, so it takes no mask")
             # Before positions are added: a masked slot still knows where it is.
             x = torch.where(mask[:, :, None], mask_token, x)
-        x = torch.cat((self.cls_token.to(x.dtype).expand(len(x), -1, -1), x), dim=1)
+        x = torch.cat((self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x), dim=1)
         return x if self.pos_embed is None else x + self.pos_embed
 
     def run_blocks(
@@ -355,9 +355,9 @@ class BeitEncoder(nn.Module):
         if not self.training or self.drop_path == 0:
             noise = None
         elif noise is None:
-            noise = torch.rand(len(x), self.depth, 2, device=x.device)
-        elif tuple(noise.shape) != (len(x), self.depth, 2):
-            raise ValueError(f"noise is {tuple(noise.shape)}, not {(len(x), self.depth, 2)}")
+            noise = torch.rand(x.shape[0], self.depth, 2, device=x.device)
+        elif tuple(noise.shape) != (x.shape[0], self.depth, 2):
+            raise ValueError(f"noise is {tuple(noise.shape)}, not {(x.shape[0], self.depth, 2)}")
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
         for i, block in enumerate(blocks):
             draws = None if noise is None else noise[:, i]

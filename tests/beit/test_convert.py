@@ -252,8 +252,9 @@ def test_every_defect_of_a_state_is_an_error_with_its_name(layout, change):
         del state[given]
         message = f"missing: {name}"
     elif change == "unknown":
-        state["blocks.1.attn.novelty"] = torch.zeros(3)
-        message = "unknown: blocks.1.attn.novelty"
+        stem = "beit.encoder.layer" if layout == "huggingface" else "blocks"
+        state[f"{stem}.1.novelty"] = torch.zeros(3)
+        message = rf"unknown: {stem.removeprefix('beit.')}\.1\.novelty"
     else:
         state[given] = torch.zeros(31)
         message = rf"{name} is \(31,\), expected \(32,\)"

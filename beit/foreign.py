@@ -1,0 +1,253 @@
+"""Files of other libraries: read any BEiT checkpoint into a network, write one for them.
+
+Reading executes nothing: safetensors, or torch files through the restricted unpickler.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from beit.convert import (
+    Network,
+    from_huggingface,
+    from_timm,
+    from_unilm,
+    to_huggingface,
+    to_timm,
+    to_unilm,
+)
+from beit.mim import BeitMIM
+from beit.weights import FORMAT, load_weights
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+UNILM_FILE = "checkpoint.pth"
+ONNX_FILE = "encoder.onnx"
+ONNX_OPSET = 18
+_BICUBIC = 3  # Pillow's number, which preprocessor_config.json wants
+
+
+def load_network(
+    path: str | Path,
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    num_heads: int | None = None,
+) -> Network:
+    """The network in `path`: our weights folder, a transformers or timm folder, a unilm file.
+
+    image_size and num_heads serve files that do not tell them (see `beit.convert.from_unilm`).
+    ValueError if it is none of these, or does not fit.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise ValueError(f"{place} does not exist")
+    if place.is_file():
+        state = _read_tensors(place)
+        return from_unilm(state, image_size=image_size, num_heads=num_heads, source=str(place))
+    config = _read_config(place)
+    if config is None:
+        file = place / UNILM_FILE
+        if not file.exists():
+            raise ValueError(f"{place} has no config.json and no {UNILM_FILE}: no BEiT weights")
+        return load_network(file, image_size=image_size, num_heads=num_heads)
+    if config.get("format") == FORMAT:
+        return load_weights(place)
+    if config.get("model_type") == "beit":
+        return from_huggingface(_read_folder(place), config, source=str(place))
+    arguments = config.get("model_args")
+    if isinstance(arguments, Mapping) and str(config.get("architecture")).startswith("beit"):
+        return from_timm(
+            _read_folder(place),
+            image_size=_pair(arguments.get("img_size", image_size)),
+            num_heads=arguments.get("num_heads", num_heads),
+            source=str(place),
+        )
+    raise ValueError(
+        f"{place / 'config.json'} describes no BEiT: expected format {FORMAT!r}, model_type "
+        "'beit' (transformers) or architecture 'beit...' (timm)"
+    )
+
+
+def write_unilm(model: Network, folder: str | Path) -> list[str]:
+    """`checkpoint.pth` for the official scripts (`--finetune`, or `--resume` without optimiser)."""
+    directory = _made(folder)
+    torch.save(to_unilm(model), directory / UNILM_FILE)
+    return [UNILM_FILE]
+
+
+def write_huggingface(
+    model: Network,
+    folder: str | Path,
+    *,
+    encoder_only: bool = False,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> list[str]:
+    """A folder for `from_pretrained`: weights, configuration and image preprocessing."""
+    directory = _made(folder)
+    state, config = to_huggingface(model, encoder_only=encoder_only)
+    _save(state, directory / "model.safetensors")
+    _write_json(directory / "config.json", config)
+    preprocessing = {
+        "image_processor_type": "BeitImageProcessor",
+        "do_resize": True,
+        "size": {"height": model.image_size[0], "width": model.image_size[1]},
+        "resample": _BICUBIC,
+        "do_center_crop": False,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+        "do_reduce_labels": False,
+    }
+    _write_json(directory / "preprocessor_config.json", preprocessing)
+    return ["model.safetensors", "config.json", "preprocessor_config.json"]
+
+
+def write_timm(
+    model: Network,
+    folder: str | Path,
+    *,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> list[str]:
+    """A folder for `timm.create_model("local-dir:FOLDER")`."""
+    directory = _made(folder)
+    state, arguments = to_timm(model)
+    _save(state, directory / "model.safetensors")
+    config = {
+        "architecture": "beit_base_patch16_224",
+        "num_classes": arguments["num_classes"],
+        "num_features": model.dim,
+        "global_pool": arguments["global_pool"],
+        "model_args": {k: v for k, v in arguments.items() if k != "num_classes"},
+        "pretrained_cfg": {
+            "tag": "beit_ray",
+            "num_classes": arguments["num_classes"],
+            "input_size": [3, *model.image_size],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": 0.9,
+            "mean": list(mean),
+            "std": list(std),
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+    _write_json(directory / "config.json", config)
+    return ["model.safetensors", "config.json"]
+
+
+class _Features(nn.Module):
+    def __init__(self, model: BeitMIM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.model.features(pixels)
+
+
+def write_onnx(model: Network, folder: str | Path) -> list[str]:
+    """`encoder.onnx`: `pixels` (batch, 3, H, W) float32 to an output, for any batch size.
+
+    A `BeitMIM` gives `features` (batch, 1+N, dim) after the final norm, a classifier `logits`.
+    """
+    directory = _made(folder)
+    pretraining = isinstance(model, BeitMIM)
+    network = _Features(model) if isinstance(model, BeitMIM) else model
+    was_training = model.training
+    network.eval()
+    try:
+        # A fused kernel's memory layout would be traced, and does not fit what replaces it.
+        with sdpa_kernel(SDPBackend.MATH):
+            program = torch.onnx.export(
+                network,
+                (torch.zeros(2, 3, *model.image_size),),
+                input_names=["pixels"],
+                output_names=["features" if pretraining else "logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+                opset_version=ONNX_OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+    finally:
+        model.train(was_training)
+    if program is None:
+        raise RuntimeError("torch.onnx.export returned nothing")
+    program.save(str(directory / ONNX_FILE), external_data=False)
+    return [ONNX_FILE]
+
+
+#: What `write_*` each format has.
+WRITERS: Mapping[str, Callable[..., list[str]]] = {
+    "hf": write_huggingface,
+    "timm": write_timm,
+    "unilm": write_unilm,
+    "onnx": write_onnx,
+}
+
+
+def _made(folder: str | Path) -> Path:
+    directory = Path(folder)
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def _save(state: Mapping[str, Tensor], path: Path) -> None:
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _read_config(folder: Path) -> dict[str, Any] | None:
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no JSON object")  # noqa: TRY004 - a bad file
+    return config
+
+
+def _read_folder(folder: Path) -> dict[str, Tensor]:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return dict(_read_tensors(folder / name))
+    raise ValueError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
+
+
+def _read_tensors(path: Path) -> Mapping[str, Any]:
+    """Tensors of a safetensors or torch file; nothing in it is executed."""
+    try:
+        if path.suffix == ".safetensors":
+            tensors: dict[str, Tensor] = load_file(path)
+            return tensors
+        # Training saves of the official code carry their argparse options.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as plain tensors: {error}") from error
+    if not isinstance(state, Mapping):
+        kind = type(state).__name__
+        raise ValueError(f"{path} holds a {kind}, no tensors by name")  # noqa: TRY004 - a bad file
+    return state
+
+
+def _pair(size: Any) -> int | tuple[int, int] | None:
+    if isinstance(size, list | tuple):
+        return int(size[0]), int(size[1])
+    return None if size is None else int(size)

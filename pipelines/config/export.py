@@ -1,0 +1,38 @@
+"""Configuration of the `export` stage."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pipelines.errors import InputError
+
+FORMATS = ("hf", "timm", "unilm", "onnx", "weights")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Weights of a run, or published ones, in the layout of another library."""
+
+    run: str
+    """URI of a run directory, a weights folder, or published weights: a transformers or timm
+    folder, or a unilm file (.pth)."""
+    output: str
+    """URI of the folder to write; it must be empty or absent."""
+    format: Literal["hf", "timm", "unilm", "onnx", "weights"] = "hf"
+    """hf: transformers, for from_pretrained; timm: for create_model("local-dir:..."); unilm: the
+    official code's file; onnx: the encoder; weights: this project's own folder."""
+    encoder_only: bool = False
+    """hf: a BeitModel, without the head."""
+    image_size: int | None = None
+    """Resize positions to this image side, in pixels; null: as trained."""
+    num_heads: int | None = None
+    """Attention heads of a unilm file without bias tables whose heads are not 64 wide."""
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise InputError(f"format = {self.format!r}: choose one of {', '.join(FORMATS)}")
+        if self.encoder_only and self.format != "hf":
+            raise InputError(
+                f"encoder_only = True: goes with format hf, not {self.format}; leave it out"
+            )
+        if self.image_size is not None and self.image_size < 1:
+            raise InputError(f"image_size = {self.image_size}: must be positive, or null")
