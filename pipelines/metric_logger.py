@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 MAX_METRICS_PER_BATCH = 1000  # what one MLflow request may carry
 MAX_PAUSE = 60.0
+MAX_IMPORT = 180.0
 # Answers that will not change by asking again.
 FINAL_CODES = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST"}
 
@@ -93,6 +94,7 @@ class MetricLogger:
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._closing = threading.Event()
+        self._imported = threading.Event()
         self._sampler = _SystemSampler(node_id) if system_metrics and run_id else None
         self._thread: threading.Thread | None = None
         if run_id:
@@ -126,11 +128,16 @@ class MetricLogger:
                 self.dropped += 1
 
     def close(self, timeout: float = 30.0) -> None:
-        """Sends what waits, for at most `timeout` seconds, and ends the thread."""
+        """Sends what waits, for at most `timeout` seconds, and ends the thread.
+
+        The import of MLflow, tens of seconds on a busy machine, does not count: a short stage
+        may end before it is through.
+        """
         if self._thread is None:
             return
         self._closing.set()
         self._wake.set()
+        self._imported.wait(MAX_IMPORT)
         self._thread.join(timeout)
         with self._lock:
             left = len(self._entries) + len(self._sending) + len(self._pictures)
@@ -193,11 +200,19 @@ class MetricLogger:
 
     def _connect(self) -> "MlflowClient":
         if self._client is None:
-            from mlflow import MlflowClient
-
+            try:
+                from mlflow import MlflowClient
+                from mlflow.exceptions import MlflowException
+            finally:
+                self._imported.set()
             quiet_mlflow()
             client = MlflowClient(self.tracking_uri)
-            self._last_steps = last_steps(client, self.run_id)
+            try:
+                self._last_steps = last_steps(client, self.run_id)
+            except MlflowException as error:
+                # A run that is gone refuses the values too, which counts and tells them.
+                if error.error_code not in FINAL_CODES:
+                    raise
             self._client = client
         return self._client
 

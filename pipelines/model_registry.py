@@ -6,13 +6,17 @@ beside it, so that `mlflow.pyfunc.load_model` works where only torch and MLflow 
 
 import importlib.metadata
 import tempfile
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from beit.vit import image_hw
+from beit.weights import read_weights_config
 from pipelines import storage
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.models import ModelSignature
 
 REQUIREMENTS = ("torch", "numpy", "pillow", "safetensors")
 MODEL_NAME = "weights"
@@ -47,13 +51,17 @@ def log_weights(
         weights = Path(directory, "weights")
         storage.fetch_dir(weights_uri, weights)
         target = Path(directory, "model")
-        mlflow.pyfunc.save_model(
-            str(target),
-            python_model=str(Path(__file__).with_name("served_model.py")),
-            artifacts={"weights": str(weights)},
-            code_paths=[str(Path(beit.__file__).parent)],
-            pip_requirements=packages,
-        )
+        with warnings.catch_warnings():
+            # MLflow would like an example input; the signature says all there is to say.
+            warnings.simplefilter("ignore")
+            mlflow.pyfunc.save_model(
+                str(target),
+                python_model=str(Path(__file__).with_name("served_model.py")),
+                artifacts={"weights": str(weights)},
+                code_paths=[str(Path(beit.__file__).parent)],
+                pip_requirements=packages,
+                signature=_signature(weights),
+            )
         experiment_id = client.get_run(run_id).info.experiment_id
         model = client.create_logged_model(experiment_id, name=MODEL_NAME, source_run_id=run_id)
         client.log_model_artifacts(model.model_id, str(target))
@@ -62,6 +70,22 @@ def log_weights(
     if registered_model_name:
         _register(client, run_id, model.model_id, model.artifact_location, registered_model_name)
     return f"models:/{model.model_id}"
+
+
+def _signature(weights: Path) -> "ModelSignature":
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
+
+    config = read_weights_config(weights)["model"]
+    height, width = image_hw(config["image_size"], config["patch_size"])
+    images = TensorSpec(np.dtype(np.uint8), (-1, height, width, 3))
+    features = TensorSpec(np.dtype(np.float32), (-1, config["dim"]))
+    # MLflow hands on only the parameters that the signature names.
+    layer = ParamSpec("layer", "long", 0)
+    return ModelSignature(
+        inputs=Schema([images]), outputs=Schema([features]), params=ParamSchema([layer])
+    )
 
 
 def _link(client: "MlflowClient", run_id: str, model_id: str) -> None:

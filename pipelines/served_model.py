@@ -30,9 +30,9 @@ class FeatureModel(PythonModel):
         model_input: np.ndarray,
         params: dict[str, Any] | None = None,
     ) -> np.ndarray:
-        """Features (B, dim); `params={"layer": k}` takes them after block k instead."""
+        """Features (B, dim) after the final norm; with `params={"layer": k}` after block k."""
         pixels = torch.from_numpy(np.ascontiguousarray(model_input)).permute(0, 3, 1, 2)
-        layer = (params or {}).get("layer")
+        layer = (params or {}).get("layer") or None
         with torch.inference_mode():
             normalised = (pixels.float() / 255 - self.mean) / self.std
             features = self.model.features(normalised, layer=layer)

@@ -1,0 +1,464 @@
+"""Runs, their lineage, and a logger that survives its server, against a real MLflow store."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+from PIL import Image
+
+from beit.mim import BeitMIM
+from beit.weights import save_weights
+from pipelines import tracking
+from pipelines.config.tracking import TrackingConfig
+from pipelines.errors import InputError
+from pipelines.lineage import lineage, users
+from pipelines.metric_logger import MetricLogger, known_pictures
+
+REPOSITORY = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory):
+    """An SQLite store with MLflow's tables, made once: its migrations take seconds."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def config(empty_store, tmp_path):
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    return TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
+
+
+def start(config, stage="tokenize", **options):
+    return tracking.start_run(
+        config, stage=stage, params=options.pop("params", {}), system_metrics=False, **options
+    )
+
+
+def dataset(name, digest, uri="/data/table"):
+    return tracking.Dataset(name=name, uri=uri, digest=digest, context="training")
+
+
+def steps(client, run, name):
+    return [metric.step for metric in client.get_metric_history(run.run_id, name)]
+
+
+def wait_until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.1)
+
+
+# Driver
+
+
+def test_a_run_holds_everything_that_was_said(config, tmp_path):
+    inputs = [dataset("image_table", "a" * 32), dataset("tokenizer", "t" * 32)]
+    with start(config, params={"optim.lr": 1e-3}, inputs=inputs, note="**hello**") as run:
+        for step in range(5):
+            run.log_metrics({"loss": 1 / (1 + step), "odd name?": step}, step)
+        run.log_image("pictures/masked", Image.new("RGB", (32, 32)), 4)
+        run.log_text("a: 1", "config.yaml")
+        run.log_artifact_file("deep/er/data.bin", b"\x00\x01")
+        run.log_table("table.json", {"class": ["cat", "dog"], "share": [0.5, 0.25]})
+        run.set_output(dataset("token_table", "k" * 32, uri="/data/tokens"))
+        assert "make ui" in run.where
+        assert str(tmp_path / "mlflow.db") in run.where
+
+    client = MlflowClient(config.uri)
+    stored = client.get_run(run.run_id)
+    assert stored.info.status == "FINISHED"
+    assert stored.data.params == {"optim.lr": "0.001"}
+    assert steps(client, run, "loss") == [0, 1, 2, 3, 4]
+    assert stored.data.metrics["odd name_"] == 4
+    tags = stored.data.tags
+    assert tags["mlflow.note.content"] == "**hello**"
+    assert tags["beit.stage"] == "tokenize"
+    assert tags["mlflow.source.name"] == "beit tokenize"
+    assert tags["beit.input.tokenizer"] == "t" * 32
+    assert tags["beit.output.token_table"] == "k" * 32
+    assert tags["beit.output.token_table.uri"] == "/data/tokens"
+    [table] = stored.inputs.dataset_inputs
+    assert (table.dataset.name, table.dataset.digest) == ("image_table", "a" * 32)
+    assert {tag.key: tag.value for tag in table.tags} == {"mlflow.data.context": "training"}
+    assert known_pictures(client, run.run_id) == {("pictures/masked", 4)}
+    files = tmp_path / "mlartifacts" / "beit" / run.run_id / "artifacts"
+    assert (files / "deep/er/data.bin").read_bytes() == b"\x00\x01"
+    assert (files / "config.yaml").read_text() == "a: 1"
+    assert (files / "table.json").exists()
+
+
+def test_files_lie_beside_the_store_wherever_a_process_runs(config, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    with start(config) as run:
+        run.log_text("x", "x.txt")
+    assert list(elsewhere.iterdir()) == []
+    assert (tmp_path / "mlartifacts/beit" / run.run_id / "artifacts/x.txt").exists()
+
+
+def test_the_default_store_is_in_the_working_directory(empty_store, tmp_path, monkeypatch):
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    with start(TrackingConfig()) as run:
+        pass
+    assert run.tracking_uri == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(ValueError("no"), "FAILED"), (KeyboardInterrupt(), "KILLED")]
+)
+def test_the_status_tells_how_a_stage_ended(config, error, status):
+    with pytest.raises(type(error)), start(config) as run:
+        raise error
+    stored = MlflowClient(config.uri).get_run(run.run_id)
+    assert stored.info.status == status
+    assert stored.data.tags["beit.error"].startswith(type(error).__name__)
+
+
+def test_a_resumed_run_goes_on_without_repeating_steps(config):
+    with start(config, params={"lr": 1, "steps": 10}) as run:
+        for step in range(10):
+            run.log_metrics({"loss": 0.0}, step)
+        run.log_metrics({"probe": 0.5}, 4)
+        run.log_image("tokens", Image.new("RGB", (8, 8)), 5)
+
+    again = start(config, params={"lr": 2, "more": 3}, resume_run_id=run.run_id)
+    client = MlflowClient(config.uri)
+    assert again.run_id == run.run_id
+    assert client.get_run(run.run_id).info.status == "RUNNING"
+    for step in range(6, 15):
+        again.log_metrics({"loss": 1.0}, step)
+    again.log_metrics({"probe": 0.6}, 8)
+    again.log_image("tokens", Image.new("RGB", (8, 8)), 5)
+    again.log_image("tokens", Image.new("RGB", (8, 8)), 10)
+    again.finish()
+
+    assert steps(client, run, "loss") == list(range(15))
+    assert steps(client, run, "probe") == [4, 8]
+    assert known_pictures(client, run.run_id) == {("tokens", 5), ("tokens", 10)}
+    assert len(client.list_artifacts(run.run_id, "images")) == 4  # two files a picture
+    data = client.get_run(run.run_id).data
+    assert data.params == {"lr": "1", "steps": "10", "more": "3"}
+    assert data.tags["beit.resumed.lr"] == "2"
+
+
+def test_a_run_that_the_store_lost_is_replaced(config):
+    with start(config, resume_run_id="0" * 32) as run:
+        assert run.run_id
+        assert run.run_id != "0" * 32
+
+
+def test_switched_off_tracking_does_nothing_and_imports_nothing(tmp_path):
+    program = """
+        import sys
+        from PIL import Image
+        from pipelines import tracking
+        from pipelines.config.tracking import TrackingConfig
+        with tracking.start_run(TrackingConfig(enabled=False), stage="x", params={}) as run:
+            run.log_metrics({"loss": 1.0}, 1)
+            run.log_image("a", Image.new("RGB", (4, 4)), 1)
+            run.log_text("x", "x.txt")
+            run.log_weights("/nowhere")
+        logger = tracking.MetricLogger(run.tracking_uri, run.run_id)
+        logger.log({"loss": 1.0}, 1)
+        logger.close()
+        assert "mlflow" not in sys.modules
+    """
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], cwd=tmp_path, env=environment, check=True
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unusable_uris_are_refused_with_the_remedy(tmp_path):
+    with pytest.raises(InputError, match=r"tracking\.uri: '/some/dir'.*sqlite:////some/dir"):
+        start(TrackingConfig(uri="/some/dir"))
+    with pytest.raises(InputError, match=r"tracking\.artifact_uri"):
+        tracking.tracking_store.artifact_location(TrackingConfig(), "postgresql://host/db")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"tracking\.uri: .*cannot be used"):
+        start(TrackingConfig(uri=f"sqlite:///{tmp_path}/file/mlflow.db"))
+
+
+def test_a_server_that_is_away_is_told_within_seconds():
+    begin = time.monotonic()
+    with pytest.raises(InputError, match=r"tracking\.uri: no answer from http://127\.0\.0\.1"):
+        start(TrackingConfig(uri=f"http://127.0.0.1:{free_port()}"))
+    assert time.monotonic() - begin < 10
+
+
+def test_a_deleted_experiment_is_refused(config):
+    with start(config):
+        pass
+    client = MlflowClient(config.uri)
+    client.delete_experiment(client.get_experiment_by_name("beit").experiment_id)
+    with pytest.raises(InputError, match=r"tracking\.experiment: 'beit' is deleted"):
+        start(config)
+
+
+def test_a_stage_outlives_a_store_that_fails_under_it(config, tmp_path, caplog):
+    with start(config) as run:
+        (tmp_path / "mlflow.db").write_bytes(b"no database")
+        run.set_tags({"a": "b"})
+        run.log_text("x", "x.txt")
+        run._logger.close(timeout=0.1)
+    assert "tags could not be stored" in caplog.text
+    assert "the status could not be stored" in caplog.text
+
+
+# Lineage
+
+
+def chain(config):
+    runs = {}
+    for name, stage, inputs, outputs in (
+        ("prepare", "prepare", [], [("image_table", "I")]),
+        ("tokenizer", "train-tokenizer", [("image_table", "I")], [("tokenizer", "T")]),
+        ("tokens", "tokenize", [("image_table", "I"), ("tokenizer", "T")], [("token_table", "K")]),
+        ("more", "tokenize", [("image_table", "I"), ("tokenizer", "T")], [("token_table", "L")]),
+        (
+            "pretrain",
+            "pretrain",
+            [("image_table", "I"), ("token_table", "K"), ("token_table", "L")],
+            [("weights", "W")],
+        ),
+        ("evaluate", "evaluate", [("weights", "W"), ("image_table", "J")], []),
+    ):
+        given = [dataset(kind, digest * 32) for kind, digest in inputs]
+        with start(config, stage=stage, inputs=given) as run:
+            for kind, digest in outputs:
+                run.set_output(dataset(kind, digest * 32))
+        runs[name] = run.run_id
+    return runs
+
+
+def test_lineage_walks_from_an_evaluation_to_the_images(config):
+    runs = chain(config)
+    node = lineage(runs["evaluate"], tracking_uri=config.uri)
+    assert node.inputs == {"image_table": ["J" * 32], "weights": ["W" * 32]}
+    [pretrain] = node.parents
+    assert pretrain.stage == "pretrain"
+    assert pretrain.inputs["token_table"] == ["K" * 32, "L" * 32]
+    walked = {found.run_id for found in node.walk()}
+    assert walked == set(runs.values())
+
+
+def test_users_of_an_artefact_are_found(config):
+    runs = chain(config)
+    found = users("token_table", "L" * 32, tracking_uri=config.uri)
+    assert [node.run_id for node in found] == [runs["pretrain"]]
+    assert {node.stage for node in users("weights", "W" * 32, tracking_uri=config.uri)} == {
+        "evaluate"
+    }
+
+
+def test_weights_become_a_model_without_pickle(config, tmp_path):
+    model = BeitMIM(
+        image_size=16, patch_size=8, dim=16, depth=2, num_heads=2, vocab_size=8,
+        absolute_positions=True, relative_positions="none", layer_scale_init=None,
+    )  # fmt: skip
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    save_weights(model, tmp_path / "weights", extra={"pixel_mean": mean, "pixel_std": std})
+    with start(config, stage="pretrain") as run:
+        run.log_weights(str(tmp_path / "weights"), registered_model_name="beit-small")
+
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    # Loaded where this repository is not on the path: the code travels with the model.
+    program = f"""
+        import mlflow, numpy as np
+        mlflow.set_tracking_uri({config.uri!r})
+        model = mlflow.pyfunc.load_model("models:/beit-small/1")
+        images = np.load("images.npy")
+        np.save("last.npy", model.predict(images))
+        np.save("first.npy", model.predict(images, params={{"layer": 1}}))
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], cwd=tmp_path, env=environment, check=True
+    )
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    pixels = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    with torch.no_grad():
+        for name, layer in (("last", None), ("first", 1)):
+            expected = model.eval().features(pixels, layer=layer)[:, 1:].mean(1).numpy()
+            np.testing.assert_allclose(np.load(tmp_path / f"{name}.npy"), expected, atol=1e-5)
+    stored = [path.suffix for path in (tmp_path / "mlartifacts").rglob("*") if path.is_file()]
+    assert ".safetensors" in stored
+    assert not {".pkl", ".pickle", ".pt", ".pth", ".bin"} & set(stored)
+    outputs = MlflowClient(config.uri).get_run(run.run_id).outputs.model_outputs
+    assert len(outputs) == 1
+
+
+# Worker
+
+
+def test_a_killed_worker_leaves_every_step_once(config):
+    """SIGKILL at step 40, continued from a checkpoint of step 25 in a new process."""
+    run = start(config)
+    program = f"""
+        import os, signal, sys, time
+        from pipelines.metric_logger import MetricLogger
+        first, last, kill = (int(value) for value in sys.argv[1:])
+        logger = MetricLogger({run.tracking_uri!r}, {run.run_id!r}, flush_every=0.05)
+        for step in range(first, last):
+            logger.log({{"loss": 1 / (1 + step)}}, step)
+            time.sleep(0.01)
+        if kill:
+            while logger._entries or logger._sending:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        logger.close()
+    """
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    killed = subprocess.run([*command, "0", "40", "1"], env=environment, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    subprocess.run([*command, "25", "60", "0"], env=environment, check=True)
+    run.finish()
+    assert steps(MlflowClient(config.uri), run, "loss") == list(range(60))
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_logging_without_a_server_neither_waits_nor_grows(caplog):
+    logger = MetricLogger(f"http://127.0.0.1:{free_port()}", "0" * 32, capacity=100)
+    begin = time.monotonic()
+    for step in range(5000):
+        logger.log({"loss": 1.0, "lr": 0.1}, step)
+        if step % 1000 == 0:
+            logger.log({"probe": 0.5}, step)
+        logger.log_image("picture", Image.new("RGB", (8, 8)), step)
+    assert time.monotonic() - begin < 5
+    assert len(logger._entries) <= 100
+    kept = [entry for entry in logger._entries if "probe" in entry.metrics]
+    assert [entry.step for entry in kept] == [0, 1000, 2000, 3000, 4000]
+    last = [entry.step for entry in logger._entries if "loss" in entry.metrics]
+    assert last == sorted(last)
+    assert last[-1] >= 4990
+    begin = time.monotonic()
+    logger.close(timeout=1)
+    assert time.monotonic() - begin < 5
+    assert logger.dropped == 5005 + 5000  # all of it, told at the end
+    assert "records lost" in caplog.text
+
+
+def test_values_that_are_no_numbers_are_counted_not_raised(config, caplog):
+    run = start(config)
+    logger = MetricLogger(run.tracking_uri, run.run_id)
+    logger.log({"loss": "high"}, 1)
+    logger.log({"loss": float("nan")}, 2)
+    logger.log({"loss": float("inf")}, 3)
+    logger.log({"loss": 4.0}, 4)
+    logger.close()
+    run.finish()
+    assert logger.dropped == 1
+    assert "step 1 not recorded" in caplog.text
+    assert steps(MlflowClient(config.uri), run, "loss") == [2, 3, 4]
+
+
+def test_values_for_a_run_that_does_not_exist_are_given_up(config):
+    logger = MetricLogger(config.uri, "0" * 32, flush_every=0.05)
+    logger.log({"loss": 1.0}, 1)
+    logger.close(timeout=5)
+    assert logger.dropped == 1
+
+
+def test_system_metrics_of_a_machine_continue_after_a_restart(config, monkeypatch):
+    from pipelines import metric_logger
+
+    monkeypatch.setattr(metric_logger._SystemSampler, "sample_every", 0.05)
+    monkeypatch.setattr(metric_logger._SystemSampler, "publish_every", 0.1)
+    run = start(config)
+    client = MlflowClient(config.uri)
+    for least in (2, 4):
+        logger = MetricLogger(
+            run.tracking_uri, run.run_id, system_metrics=True, node_id="node-0", flush_every=0.05
+        )
+        wait_until(
+            lambda least=least: (
+                len(steps(client, run, "system/node-0/cpu_utilization_percentage")) >= least
+            )
+        )
+        logger.close()
+    run.finish()
+    found = steps(client, run, "system/node-0/cpu_utilization_percentage")
+    assert found == list(range(len(found)))
+    names = client.get_run(run.run_id).data.metrics
+    assert "system/node-0/system_memory_usage_megabytes" in names
+
+
+@pytest.mark.slow
+def test_a_real_server_may_go_and_come_back(empty_store, tmp_path, caplog):
+    """Training logs on while the server is dead; all steps are there once it is back."""
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+
+    def serve():
+        server = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
+             "--workers", "1", "--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db",
+             "--artifacts-destination", str(tmp_path / "served")],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        wait_until(lambda: answers(port), 120)
+        return server
+
+    def kill(server):
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+    server = serve()
+    try:
+        run = start(TrackingConfig(uri=uri))
+        assert run.url.startswith(f"{uri}/#/experiments/")
+        assert run.url.endswith(f"/runs/{run.run_id}?workflowType=machine_learning")
+        run.log_text("through the proxy", "note.txt")
+        run.log_image("picture", Image.new("RGB", (16, 16)), 1)
+        logger = MetricLogger(run.tracking_uri, run.run_id, flush_every=0.1)
+        client = MlflowClient(uri)
+        for step in range(10):
+            logger.log({"loss": float(step)}, step)
+        wait_until(lambda: len(steps(client, run, "loss")) == 10)
+        kill(server)
+        for step in range(10, 30):
+            begin = time.monotonic()
+            logger.log({"loss": float(step)}, step)
+            assert time.monotonic() - begin < 0.5
+        server = serve()
+        logger.close(timeout=120)
+        run.finish()
+        assert logger.dropped == 0
+        assert steps(client, run, "loss") == list(range(30))
+        assert client.get_run(run.run_id).info.status == "FINISHED"
+        assert known_pictures(client, run.run_id) == {("picture", 1)}
+        assert {file.path for file in client.list_artifacts(run.run_id)} == {"images", "note.txt"}
+    finally:
+        kill(server)
+
+
+def answers(port):
+    with socket.socket() as probe:
+        probe.settimeout(0.5)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
