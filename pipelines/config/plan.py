@@ -1,0 +1,53 @@
+"""Configuration of `plan`."""
+
+from dataclasses import dataclass
+
+from pipelines.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """What tokenizing and pretraining would cost. Reads manifests at most, writes nothing."""
+
+    images: str = ""
+    """Image table; its manifest gives the number of images and their bytes. Empty: see
+    `num_images`."""
+    num_images: int = 0
+    """Number of images, where there is no table yet."""
+    image_kilobytes: float = 110.0
+    """Mean size of an encoded image, where there is no table yet (110: ImageNet-1k)."""
+    num_views: int = 4
+    """Views kept in the token table."""
+    epochs: int = 300
+    """Epochs of pretraining."""
+    num_patches: int = 196
+    """Tokens of a view."""
+    rows_per_unit: int = 1024
+    """Images in one unit of work."""
+    num_gpus: int = 8
+    """GPUs for tokenizing and for pretraining."""
+    num_cpus: int = 64
+    """CPU cores that decode."""
+    tokenizer: str = ""
+    """Tokenizer whose rate is measured here, on this machine's GPU or CPU. Empty: the rate below
+    is believed."""
+    encode_rate: float = 2500.0
+    """Views a second that one GPU tokenizes. The default is an assumption: the DALL-E encoder in
+    float16 at 40 % of an A100's peak (50 GFLOP a view)."""
+    decode_rate: float = 60.0
+    """Images a second that one core reads, decodes and renders `num_views` views of. The default
+    is for four views of 500 x 375 JPEGs, as measured in docs/tokenize.md."""
+    train_rate: float = 1000.0
+    """Images a second that one GPU trains on. The default is an assumption: BEiT-Base at 224 px
+    in bfloat16 on an A100."""
+
+    def __post_init__(self) -> None:
+        """Raises InputError naming the field that makes no sense."""
+        if not self.images and self.num_images < 1:
+            raise InputError("num_images = 0: give the number of images, or --images with a table")
+        for name in (
+            "image_kilobytes", "num_views", "epochs", "num_patches", "rows_per_unit", "num_gpus",
+            "num_cpus", "encode_rate", "decode_rate", "train_rate",
+        ):  # fmt: skip
+            if getattr(self, name) <= 0:
+                raise InputError(f"{name} = {getattr(self, name)}: give a number above 0")
