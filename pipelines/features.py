@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from beit.images import decode_image
 from beit.mim import BeitMIM
@@ -21,6 +22,7 @@ from pipelines.progress import Progress
 
 READ_ROWS = 512
 MAX_PIXEL_SIDE = 64
+GRID_REGIONS = 4
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -184,8 +186,7 @@ def block_features(
 ) -> list[np.ndarray]:
     """Features float32 (n, dim) after each of `layers` (1-based), of uint8 pixels (n, 3, H, W).
 
-    One forward pass serves all layers. `pooling` "mean" averages the patches, "cls" takes the cls
-    token.
+    One forward pass serves all layers. For `pooling` see `pooled`.
     """
     model = model.to(device).eval()
     center = torch.tensor(mean, device=device).view(3, 1, 1)
@@ -193,8 +194,7 @@ def block_features(
     kept: dict[int, list[Tensor]] = {layer: [] for layer in layers}
 
     def keep(layer: int, output: Tensor) -> None:
-        pooled = output[:, 0] if pooling == "cls" else output[:, 1:].mean(1)
-        kept[layer].append(pooled.float().cpu())
+        kept[layer].append(pooled(output, pooling, model.grid_size).float().cpu())
 
     hooks = [
         model.blocks[layer - 1].register_forward_hook(
@@ -213,6 +213,24 @@ def block_features(
             hook.remove()
     progress.close()
     return [torch.cat(kept[layer]).numpy() for layer in layers]
+
+
+def pooled(tokens: Tensor, pooling: str, grid_size: tuple[int, int]) -> Tensor:
+    """Features (B, d) of tokens (B, 1+N, dim), cls first.
+
+    "mean" of the patches, "cls", or "grid": the means of 4x4 regions (fewer where the grid of
+    patches has fewer), side by side.
+    """
+    if pooling == "cls":
+        return tokens[:, 0]
+    if pooling == "mean":
+        return tokens[:, 1:].mean(1)
+    if pooling != "grid":
+        raise ValueError(f"pooling {pooling!r}: use mean, cls or grid")
+    height, width = grid_size
+    maps = tokens[:, 1:].reshape(len(tokens), height, width, -1).movedim(-1, 1)
+    regions = (min(height, GRID_REGIONS), min(width, GRID_REGIONS))
+    return F.adaptive_avg_pool2d(maps.float(), regions).flatten(1)
 
 
 def pixel_features(pixels: np.ndarray) -> np.ndarray:

@@ -58,9 +58,8 @@ def curve(
 ) -> Image.Image:
     """Lines over steps; `series` maps a name to its x and y values."""
     plot = _Plot(title, note, x_label=x_label, y_label=y_label)
-    every_x = np.concatenate([np.asarray(x, float) for x, _ in series.values()] or [np.zeros(1)])
-    every_y = np.concatenate([np.asarray(y, float) for _, y in series.values()] or [np.zeros(1)])
-    every_y = every_y[np.isfinite(every_y)] if np.isfinite(every_y).any() else np.zeros(1)
+    every_x = [float(x) for xs, _ in series.values() for x in xs]
+    every_y = [float(y) for _, ys in series.values() for y in ys if np.isfinite(y)]
     plot.axes(_span(every_x), _span(every_y))
     for index, (name, (xs, ys)) in enumerate(series.items()):
         colour = SERIES[index % len(SERIES)]
@@ -119,8 +118,8 @@ def confusion(
     return canvas
 
 
-def _span(values: np.ndarray) -> tuple[float, float]:
-    low, high = float(values.min()), float(values.max())
+def _span(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values, default=0.0), max(values, default=0.0)
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 

@@ -26,8 +26,9 @@ class EvaluateConfig:
     neither leak nor weigh more."""
     max_images: int = 20_000
     """Images used, spread evenly over the table; 0: all."""
-    pooling: Literal["mean", "cls"] = "mean"
-    """Features of an image: mean of its patches, or the cls token."""
+    pooling: Literal["mean", "cls", "grid"] = "mean"
+    """Features of an image: mean of its patches; the cls token; or the means of a 4x4 grid of
+    regions side by side, which keeps where things are, as raw pixels do."""
     layers: list[int] = field(default_factory=list)
     """Blocks to choose from, 1-based; empty: all."""
     knn_k: int = 10

@@ -1,0 +1,125 @@
+"""Pictures: what must be visible is visible, in its place."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines import pictures
+from pipelines.canvas import CONTOUR, MASKED, SERIES
+
+
+def batch(count=3, size=32, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, 3, size, size), dtype=np.uint8)
+
+
+def has_tile(picture, tile):
+    """Whether the exact pixels of `tile` (h, w, 3), enlarged, occur anywhere in the picture."""
+    found = np.asarray(picture)
+    windows = np.lib.stride_tricks.sliding_window_view(found[..., 0], tile.shape[:2])
+    # Frames cover the outermost pixels, so the inside is compared.
+    inside = np.s_[2:-2, 2:-2]
+    rows, columns = np.nonzero(windows[:, :, 64, 64] == tile[64, 64, 0])
+    return any(
+        np.array_equal(found[y : y + 128, x : x + 128][inside], tile[inside])
+        for y, x in zip(rows, columns, strict=True)
+    )
+
+
+def enlarged(image, factor):
+    return image.transpose(1, 2, 0).repeat(factor, 0).repeat(factor, 1)
+
+
+def count(picture, colour):
+    return int((np.asarray(picture) == np.array(colour)).all(-1).sum())
+
+
+def test_masked_input_shows_images_and_greys_the_masked_patches():
+    images = batch(3)
+    mask = np.zeros((3, 16), bool)
+    mask[0, 5] = True
+    picture = pictures.masked_input_grid(torch.from_numpy(images), mask, patch_size=8)
+    assert all(has_tile(picture, enlarged(image, 4)) for image in images)
+    hidden = enlarged(images[0], 4)
+    hidden[32:64, 32:64] = MASKED
+    assert has_tile(picture, hidden)
+
+
+def test_reconstruction_shows_four_columns_and_outlines_the_prediction():
+    images, true, predicted = batch(2, 64), batch(2, 32, 1), batch(2, 32, 2)
+    mask = np.zeros((2, 8, 8), bool)
+    mask[:, 2:4, 2:5] = True
+    picture = pictures.reconstruction_grid(
+        images, mask.reshape(2, 64), true, predicted, patch_size=8, accuracy=[0.25, 1.0]
+    )
+    assert all(has_tile(picture, enlarged(image, 4)) for image in true)
+    assert all(has_tile(picture, enlarged(image, 2)) for image in images)
+    # A 3 x 2 rectangle of 16-pixel cells, outlined two pixels wide, in each of two rows.
+    assert count(picture, CONTOUR) == pytest.approx(2 * 2 * (2 * 48 + 2 * 32), rel=0.1)
+
+
+def test_no_mask_no_outline():
+    images = batch(1, 32)
+    picture = pictures.reconstruction_grid(
+        images, np.zeros((1, 16), bool), images, images, patch_size=8
+    )
+    assert count(picture, CONTOUR) == 0
+
+
+def test_equal_tokens_have_equal_colours():
+    ids = np.array([[0, 1, 2, 0, 1, 2, 0, 1, 2]])
+    picture = pictures.token_map(ids, grid_size=(3, 3))
+    colours = {pictures._token_colour(value) for value in range(3)}
+    assert len(colours) == 3
+    # 128 is no multiple of 3: cells differ by a pixel.
+    areas = [count(picture, colour) for colour in colours]
+    assert min(areas) > 0.9 * max(areas) > 4000
+
+
+def test_codebook_usage_draws_a_bar_for_every_used_token():
+    counts = np.zeros(64, int)
+    counts[[3, 9, 40]] = [1000, 100, 1]
+    some = count(pictures.codebook_usage(counts), SERIES[0])
+    more = count(pictures.codebook_usage(np.full(64, 1000)), SERIES[0])
+    assert 0 < some < more
+    pictures.codebook_usage(np.zeros(8, int))  # an unused codebook is no error
+
+
+def test_confusion_marks_the_diagonal():
+    picture = pictures.confusion(np.eye(3, dtype=int) * 5, ["cat", "dog", "a very long class name"])
+    # Three full cells, less the ink of the figures in them.
+    assert count(picture, SERIES[0]) > 3 * 56 * 56 * 0.7
+    assert count(picture, SERIES[1]) == 0
+
+
+def test_curves_skip_what_is_not_finite():
+    series = {"loss": ([0, 1, 2, 3], [4.0, float("nan"), 3.0, 2.0]), "flat": ([0, 3], [1.0, 1.0])}
+    picture = pictures.curve(series, title="Loss")
+    assert count(picture, SERIES[0]) > 20
+    assert count(picture, SERIES[1]) > 100
+    pictures.curve({"empty": ([], [])}, title="Nothing yet")
+
+
+def test_sheets_take_any_number_of_images():
+    for number in (1, 2, 5, 9, 17):
+        images = batch(number, 24)
+        pictures.contact_sheet(images, labels=["a label that is too long"] * number)
+        pictures.tokenizer_grid(images, images)
+        pictures.masked_input_grid(images, np.zeros((number, 9), bool), patch_size=8)
+        ids = np.arange(number * 9).reshape(number, 9)
+        pictures.token_map(ids, grid_size=(3, 3), images=images)
+
+
+def test_wrong_shapes_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"pass uint8 \(B, 3, H, W\)"):
+        pictures.contact_sheet(batch().transpose(0, 2, 3, 1))
+    with pytest.raises(ValueError, match=r"mask has shape \(3, 15\); 4x4 patches of 8 pixels"):
+        pictures.masked_input_grid(batch(), np.zeros((3, 15), bool), patch_size=8)
+
+
+def test_png_is_the_picture():
+    picture = pictures.contact_sheet(batch(2))
+    again = Image.open(io.BytesIO(pictures.png(picture)))
+    assert np.array_equal(np.asarray(again), np.asarray(picture))
