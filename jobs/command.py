@@ -22,9 +22,11 @@ ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths keep their meaning in training workers
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a checkpoint commits within half a second
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_agent_register_timeout_ms": "120000",  # a busy machine starts Ray slowly
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # workers of a finished pool announce harmless deaths
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
