@@ -132,8 +132,8 @@ def train_loop(  # noqa: PLR0912, PLR0915
             return
         batches = data.batches(skips.segments(step, plan.total_steps))
         period_start, first_period = step, True
-        wall, waited = time.monotonic(), books.seconds()["data_wait"]
         books.switch("compute")
+        booked = books.seconds()
 
         # --- The steps.
         while step < plan.total_steps:
@@ -190,12 +190,19 @@ def train_loop(  # noqa: PLR0912, PLR0915
             # Log, at the end of a period.
             at_end = step == plan.total_steps
             at_checkpoint = at_end or step % config.checkpoint.every_steps == 0
-            if not (at_checkpoint or step % config.log_every == 0):
+            at_probe = bool(config.probe.images) and (
+                at_end or step % config.probe.every_steps == 0
+            )
+            at_pictures = at_end or (
+                config.pictures_every > 0 and step % config.pictures_every == 0
+            )
+            at_log = step % config.log_every == 0
+            if not (at_log or at_checkpoint or at_probe or at_pictures):
                 continue
             values = metrics.reduce(world)
-            seconds, now = books.seconds(), time.monotonic()
-            elapsed, wait = now - wall, seconds["data_wait"] - waited
-            wall, waited = now, seconds["data_wait"]
+            before, booked = booked, books.seconds()
+            wait = booked["data_wait"] - before["data_wait"]
+            elapsed = booked["compute"] - before["compute"] + wait
             wait_share = world.largest(wait / elapsed if elapsed > 0 else 0.0)
             images_per_second = (step - period_start) * config.data.global_batch_size / elapsed
             tracked = {
@@ -220,10 +227,10 @@ def train_loop(  # noqa: PLR0912, PLR0915
                 to_period(period_start, values, 0.0 if first_period else wait_share)
             )
             period_start, first_period = step, False
-            for finding in findings:
-                starved = finding.kind == "data_starvation"
-                log.finding(data.explain_starvation(finding, elapsed) if starved else finding)
+            findings = [data.explain(finding, elapsed) for finding in findings]
             data.start_period()
+            for finding in findings:
+                log.finding(finding)
             severe = findings[0] if findings and findings[0].action != "warn" else None
             if severe and severe.action == "rollback":
                 if len(skips.entries) < config.health.max_rollbacks:
@@ -259,9 +266,9 @@ def train_loop(  # noqa: PLR0912, PLR0915
                     save(step)
             # Probe and pictures.
             with books.spend("evaluation"):
-                if config.probe.images and (at_end or step % config.probe.every_steps == 0):
+                if at_probe:
                     run_probe(config, model, data, world, log, step)
-                if at_end or (config.pictures_every and step % config.pictures_every == 0):
+                if at_pictures:
                     log_pictures(config, model, data, batch, world, log, step)
 
         # --- The end: weights, and nothing left in flight.

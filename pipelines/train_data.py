@@ -139,8 +139,13 @@ class TrainData:
         start = self.world.rank * share
         return values[start : start + share if self.world.rank < self.active else start]
 
-    def explain_starvation(self, finding: Finding, elapsed: float) -> Finding:
-        """Says what the read-ahead of this worker was busy with in the last `elapsed` seconds."""
+    def explain(self, finding: Finding, elapsed: float) -> Finding:
+        """Says of starvation what this worker's read-ahead was busy with for `elapsed` seconds.
+
+        Other findings stay as they are.
+        """
+        if finding.kind != "data_starvation":
+            return finding
         before, now = self._counters, self._stream.counters if self._stream else Counters()
         self._counters = now
         read = now.read_seconds - before.read_seconds
@@ -164,7 +169,7 @@ class TrainData:
         return dataclasses.replace(finding, message=f"{finding.message} {cause}")
 
     def start_period(self) -> None:
-        """Begins the period that `explain_starvation` speaks of."""
+        """Begins the period that `explain` speaks of."""
         self._counters = self._stream.counters if self._stream else Counters()
 
     @property

@@ -19,6 +19,7 @@ from pipelines.config.pretrain import (
     ModelConfig,
     OptimConfig,
     PretrainConfig,
+    ProbeConfig,
     ScalingConfig,
 )
 from pipelines.config.tracking import TrackingConfig
@@ -182,7 +183,8 @@ def small_config(tables: tuple[str, str], output: Path | str, **sections: dict) 
         scaling=build(ScalingConfig, "scaling", num_workers=0, peak_tflops=0.05),
         checkpoint=build(CheckpointConfig, "checkpoint", every_steps=4),
         health=build(HealthConfig, "health", data_starvation="off", accuracy_floor="off"),
-        tracking=TrackingConfig(enabled=False),
+        probe=build(ProbeConfig, "probe"),
+        tracking=build(TrackingConfig, "tracking", enabled=False),
     )
 
 

@@ -1,0 +1,97 @@
+import math
+
+import pytest
+
+from pipelines.config.pretrain import HealthConfig
+from pipelines.health import HealthMonitor, Period
+
+
+def period(first_step=0, losses=(4.0, 4.0), norms=(1.0, 1.0), **values):
+    return Period(
+        first_step=first_step,
+        losses=losses,
+        grad_norms=norms,
+        **{"accuracy": 0.5, "predicted_perplexity": 20.0, "data_wait_share": 0.0} | values,
+    )
+
+
+def monitor(judged_from=0, **config):
+    return HealthMonitor(HealthConfig(**config), judged_from=judged_from, unigram_accuracy=0.1)
+
+
+def kinds(findings):
+    return [(finding.kind, finding.action, finding.step) for finding in findings]
+
+
+def test_a_sound_period_gives_no_finding():
+    assert monitor().check(period()) == []
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("action", ["warn", "stop", "rollback"])
+def test_a_loss_that_is_not_finite_is_found_at_its_step(bad, action):
+    found = monitor(non_finite=action).check(period(40, (4.0, bad, bad), (1.0, 1.0, 1.0)))
+    assert kinds(found) == [("non_finite", action, 41)]
+    assert "optim.lr" in found[0].message
+
+
+def test_a_gradient_that_is_not_finite_is_found_and_not_remembered():
+    watch = monitor()
+    assert kinds(watch.check(period(0, (4.0, 4.0), (1.0, math.nan)))) == [
+        ("non_finite", "rollback", 1)
+    ]
+    assert watch.state() == {"norms": [1.0]}
+
+
+def test_an_exploding_gradient_is_measured_against_its_recent_median():
+    watch = monitor(exploding_gradient="stop", gradient_ratio=10.0)
+    assert watch.check(period(0, (4.0,) * 20, (2.0,) * 20)) == []
+    assert watch.check(period(20, (4.0,), (19.0,))) == []
+    found = watch.check(period(21, (4.0, 4.0), (2.0, 21.0)))
+    assert kinds(found) == [("exploding_gradient", "stop", 22)]
+    assert found[0].limit == 20.0
+
+
+def test_the_first_gradients_have_nothing_to_be_measured_against():
+    assert monitor(gradient_ratio=2.0).check(period(0, (4.0,) * 5, (0.1, 50, 1, 60, 2))) == []
+
+
+def test_memory_travels():
+    watch = monitor(exploding_gradient="stop", gradient_ratio=10.0)
+    watch.check(period(0, (4.0,) * 20, (2.0,) * 20))
+    other = monitor(exploding_gradient="stop", gradient_ratio=10.0)
+    other.restore(watch.state())
+    assert kinds(other.check(period(20, (4.0,), (21.0,)))) == [("exploding_gradient", "stop", 20)]
+
+
+def test_collapse_and_floor_are_judged_after_the_grace_only():
+    watch = monitor(judged_from=100, code_collapse="stop", accuracy_floor="warn")
+    collapsed = {"predicted_perplexity": 1.1, "accuracy": 0.1}
+    assert watch.check(period(90, **collapsed)) == []
+    found = watch.check(period(100, **collapsed))
+    assert kinds(found) == [("code_collapse", "stop", 101), ("accuracy_floor", "warn", 101)]
+
+
+def test_waiting_for_data_is_found():
+    found = monitor(max_data_wait=0.3).check(period(data_wait_share=0.6))
+    assert kinds(found) == [("data_starvation", "warn", 1)]
+    assert "60%" in found[0].message
+
+
+def test_the_most_severe_action_comes_first():
+    watch = monitor(non_finite="rollback", data_starvation="stop")
+    found = watch.check(period(0, (math.nan,), (1.0,), data_wait_share=0.9))
+    assert [finding.action for finding in found] == ["rollback", "stop"]
+
+
+def test_everything_can_be_switched_off():
+    watch = monitor(
+        non_finite="off",
+        exploding_gradient="off",
+        code_collapse="off",
+        accuracy_floor="off",
+        data_starvation="off",
+    )
+    watch.check(period(0, (4.0,) * 20, (1.0,) * 20))
+    bad = period(20, (math.nan,), (1e9,), accuracy=0, predicted_perplexity=1, data_wait_share=1)
+    assert watch.check(bad) == []

@@ -1,0 +1,474 @@
+"""The training loop without Ray: what a step does, what health and books say, what is refused."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from beit.weights import load_weights, read_weights_config
+from pipelines import ingest, launch, pretrain, storage, train_data
+from pipelines.config.pretrain import PretrainConfig, changed_fields, to_dict
+from pipelines.errors import InputError, StageFailed
+from pipelines.run_dir import MetricsFile, RunDir, Skips
+from pipelines.train_log import sample_hash
+from tests.pipelines.pretrain_fixtures import (
+    events_of,
+    make_tables,
+    metrics_of,
+    per_step,
+    replaced,
+    small_config,
+    weight_bytes,
+    write_tokens,
+)
+
+GOLDEN = Path(__file__).parent / "golden" / "pretrain_losses.json"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    return make_tables(tmp_path_factory.mktemp("tables"))
+
+
+@pytest.fixture(scope="module")
+def finished(tables, tmp_path_factory):
+    """An undisturbed run."""
+    config = small_config(tables, tmp_path_factory.mktemp("run") / "run")
+    return config, pretrain.run(config)
+
+
+def losses(result_or_uri):
+    uri = result_or_uri if isinstance(result_or_uri, str) else result_or_uri.run_uri
+    return [loss for _, (loss, _) in sorted(per_step(uri).items())]
+
+
+class TestRun:
+    def test_it_learns_and_leaves_what_later_stages_need(self, finished):
+        config, result = finished
+        assert result.steps == 12
+        assert result.resumed_from == 0
+        first, last = metrics_of(result.run_uri)[0], metrics_of(result.run_uri)[-1]
+        assert last["loss"] < first["loss"] - 0.2
+        assert last["mim_accuracy"] > result.unigram_accuracy
+        assert 0 <= last["data_wait_share"] <= 1
+        assert last["mfu"] > 0
+        model = load_weights(result.weights_uri)
+        assert model.depth == 2
+        extra = read_weights_config(result.weights_uri)["extra"]
+        assert extra["pixel_mean"] == list(config.data.mean)
+        assert extra["fingerprints"]["tokenizer"] == "c" * 32
+
+    def test_the_books_sum_to_wall_clock(self, finished):
+        goodput = finished[1].report["goodput"]
+        assert sum(goodput["seconds"].values()) == pytest.approx(goodput["wall_seconds"], abs=1e-6)
+        assert goodput["seconds"]["compute"] > 0
+        assert goodput["seconds"]["restart"] == 0
+        assert goodput["knob"]
+
+    def test_the_rows_of_every_step_are_those_of_the_order(self, finished):
+        config, result = finished
+        order = train_data.make_order(config, train_data.open_tables(config))
+        for step, (_, found) in per_step(result.run_uri).items():
+            rows = order.global_batch(*order.locate(step))
+            assert found == f"{sample_hash(rows) % 2**64:016x}"
+
+    def test_run_again_it_is_done_already(self, finished):
+        config, result = finished
+        start = time.monotonic()
+        again = pretrain.run(config)
+        assert time.monotonic() - start < 5
+        assert again.resumed_from == again.steps == 12
+        assert "was done already" in again.summary()
+        assert again.loss == result.loss
+
+    def test_golden_losses(self, finished):
+        """Regenerate: .venv/bin/python -m tests.pipelines.golden_pretrain (and say why)."""
+        golden = json.loads(GOLDEN.read_text())
+        assert losses(finished[1]) == pytest.approx(golden["losses"], abs=golden["tolerance"])
+
+
+class TestEquivalence:
+    """1 x 16 = accumulation of 2 and of 3: equal up to the order of sums in float32."""
+
+    @pytest.mark.parametrize("pieces", [2, 3])
+    def test_accumulation_changes_nothing(self, finished, tables, tmp_path, pieces):
+        result = pretrain.run(
+            small_config(tables, tmp_path / "run", scaling={"accumulate_steps": pieces})
+        )
+        assert losses(result) == pytest.approx(losses(finished[1]), abs=2e-5)
+
+    def test_activation_checkpointing_changes_nothing(self, finished, tables, tmp_path):
+        result = pretrain.run(
+            small_config(tables, tmp_path / "run", scaling={"activation_checkpointing": True})
+        )
+        assert losses(result) == pytest.approx(losses(finished[1]), abs=2e-5)
+
+    def test_saving_at_once_changes_nothing(self, finished, tables, tmp_path):
+        result = pretrain.run(
+            small_config(tables, tmp_path / "run", checkpoint={"asynchronous": False})
+        )
+        assert weight_bytes(result.run_uri) == weight_bytes(finished[1].run_uri)
+
+    def test_bf16_is_near(self, finished, tables, tmp_path):
+        result = pretrain.run(small_config(tables, tmp_path / "run", scaling={"precision": "bf16"}))
+        assert losses(result) == pytest.approx(losses(finished[1]), abs=0.05)
+        assert losses(result) != losses(finished[1])
+
+
+class Killed(BaseException):
+    """Stands for a process that is gone: nothing of the loop may handle it."""
+
+
+def dies_after(count):
+    """A stream of batches that ends the process after `count` of them."""
+    real = ingest.train_batches
+
+    class Stream:
+        def __init__(self, stream):
+            self.stream, self.left = stream, count
+            self.close = stream.close
+
+        def __getattr__(self, name):
+            return getattr(self.stream, name)
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            if self.left == 0:
+                raise Killed
+            self.left -= 1
+            return next(self.stream)
+
+    return lambda *args, **options: Stream(real(*args, **options))
+
+
+class TestResume:
+    @pytest.mark.parametrize("died_at", [2, 5, 8, 11])
+    def test_it_goes_on_bit_for_bit(self, finished, tables, tmp_path, monkeypatch, died_at):
+        config = small_config(tables, tmp_path / "run")
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(ingest, "train_batches", dies_after(died_at))
+            pretrain.run(config)
+        result = pretrain.run(config)
+        assert weight_bytes(result.run_uri) == weight_bytes(finished[1].run_uri)
+        assert per_step(result.run_uri) == per_step(finished[1].run_uri)
+        assert result.report["goodput"]["attempts"] == 2
+        resumed = [event for event in events_of(result.run_uri) if event["event"] == "resumed"]
+        assert resumed[0]["step"] <= died_at
+
+    def test_a_damaged_newest_checkpoint_is_passed_over_and_told(
+        self, finished, tables, tmp_path, monkeypatch
+    ):
+        config = small_config(tables, tmp_path / "run")
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(ingest, "train_batches", dies_after(10))
+            pretrain.run(config)
+        file = tmp_path / "run/checkpoints/step_00000008/model.safetensors"
+        file.write_bytes(file.read_bytes()[:1000])
+        result = pretrain.run(config)
+        assert weight_bytes(result.run_uri) == weight_bytes(finished[1].run_uri)
+        told = [e for e in events_of(result.run_uri) if e["event"] == "checkpoint_rejected"]
+        assert told[0]["at_step"] == 8
+        assert "1000 bytes instead of" in told[0]["message"]
+
+    def test_a_full_disk_does_not_stop_training_and_is_told(
+        self, finished, tables, tmp_path, monkeypatch
+    ):
+        write = storage.write_bytes
+
+        def full(uri, data):
+            if "step_00000008" in uri:
+                raise OSError(28, "No space left on device")
+            write(uri, data)
+
+        monkeypatch.setattr(storage, "write_bytes", full)
+        result = pretrain.run(small_config(tables, tmp_path / "run"))
+        assert weight_bytes(result.run_uri) == weight_bytes(finished[1].run_uri)
+        told = [e for e in events_of(result.run_uri) if e["event"] == "checkpoint_failed"]
+        assert [event["at_step"] for event in told] == [8]
+
+
+class TestRefusals:
+    def test_a_changed_field_is_named_with_both_values(self, finished):
+        config, _ = finished
+        with pytest.raises(InputError, match=r"optim\.lr: 0\.003 != 0\.001.*new run"):
+            pretrain.run(replaced(config, "optim", lr=1e-3))
+
+    def test_what_decides_only_how_it_is_computed_may_change(self, finished):
+        config, _ = finished
+        changed = dataclasses.replace(
+            replaced(config, "scaling", num_workers=2, accumulate_steps=2),
+            log_every=7,
+            checkpoint=dataclasses.replace(config.checkpoint, every_steps=3),
+        )
+        assert changed_fields(to_dict(config), to_dict(changed)) == {}
+
+    @pytest.mark.parametrize(
+        "change", [{"seed": 1}, {"masking": {"num_masked": 25}}, {"data": {"window": 16}}]
+    )
+    def test_what_decides_what_is_computed_may_not(self, finished, tables, change):
+        config, _ = finished
+        with pytest.raises(InputError, match="started with another configuration"):
+            pretrain.run(small_config(tables, config.output, **change))
+
+    def test_other_tokens_are_refused_by_fingerprint(self, finished, tables, tmp_path):
+        from pipelines.image_table import ImageTable
+
+        write_tokens(str(tmp_path / "more"), ImageTable.open(tables[0]), views=(2, 3))
+        config = dataclasses.replace(finished[0], tokens=[tables[1], str(tmp_path / "more")])
+        with pytest.raises(InputError, match="fingerprint of tokens"):
+            pretrain.run(config)
+
+    def test_a_token_table_of_other_images_is_refused_by_field(self, tables, tmp_path):
+        other = make_tables(tmp_path, 64)
+        with pytest.raises(InputError, match="image_fingerprint"):
+            pretrain.run(small_config((tables[0], other[1]), tmp_path / "run"))
+
+    def test_a_grid_that_does_not_fit_the_tokens_is_refused(self, tables, tmp_path):
+        config = small_config(
+            tables, tmp_path / "run", model={"patch_size": 8}, masking={"num_masked": 6}
+        )
+        with pytest.raises(InputError, match=r"model\.image_size / model\.patch_size"):
+            pretrain.run(config)
+
+    @pytest.mark.parametrize(
+        ("sections", "message"),
+        [
+            ({"optim": {"steps": 2}}, r"optim\.warmup_steps"),
+            ({"data": {"global_batch_size": 400}}, "global_batch_size"),
+            ({"tokens": []}, "tokens"),
+            ({"output": ""}, "output"),
+        ],
+    )
+    def test_values_that_cannot_work_are_refused_before_anything_starts(
+        self, tables, tmp_path, sections, message
+    ):
+        plain = {name: value for name, value in sections.items() if not isinstance(value, dict)}
+        nested = {name: value for name, value in sections.items() if name not in plain}
+        config = dataclasses.replace(small_config(tables, tmp_path / "run", **nested), **plain)
+        with pytest.raises(InputError, match=message):
+            pretrain.run(config)
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize(
+        ("sections", "message"),
+        [
+            ({"model": {"num_heads": 5}}, r"model\.num_heads = 5"),
+            ({"masking": {"min_block": 30}}, r"masking\.min_block = 30"),
+            ({"masking": {"num_masked": 65}}, r"masking\.num_masked = 65"),
+            ({"scaling": {"num_workers": (2, 8)}}, r"data\.num_shards = 4"),
+            ({"scaling": {"num_workers": (2, 1)}}, r"scaling\.num_workers"),
+            ({"scaling": {"strategy": "fsdp"}}, r"scaling\.strategy"),
+            ({"checkpoint": {"keep": 1}}, r"checkpoint\.keep = 1"),
+            ({"health": {"data_starvation": "rollback"}}, r"health\.data_starvation"),
+            ({"health": {"non_finite": "panic"}}, r"health\.non_finite = 'panic'"),
+        ],
+    )
+    def test_the_configuration_checks_itself(self, tables, sections, message):
+        with pytest.raises(ValueError, match=message):
+            small_config(tables, "run", **sections)
+
+    def test_a_fixed_number_of_workers_divides_the_shards(self, tables, tmp_path):
+        with pytest.raises(InputError, match=r"scaling\.num_workers = 3 .* choose 2 workers"):
+            launch.check_workers(small_config(tables, tmp_path, scaling={"num_workers": 3}))
+
+
+def poison(monkeypatch, positions):
+    """Makes the patch-view pixels of these batches NaN after normalisation."""
+    real = train_data.TrainData.batches
+
+    def batches(self, segments):
+        for batch in real(self, segments):
+            self.poisoned = batch.host.step in positions
+            yield batch
+
+    normalise = train_data.TrainData.normalise
+    monkeypatch.setattr(train_data.TrainData, "batches", batches)
+    monkeypatch.setattr(
+        train_data.TrainData,
+        "normalise",
+        lambda self, pixels: normalise(self, pixels) * (torch.nan if self.poisoned else 1.0),
+    )
+
+
+class TestHealth:
+    def test_a_nan_rolls_back_and_skips_the_window(self, tables, tmp_path, monkeypatch):
+        poison(monkeypatch, {5})
+        result = pretrain.run(small_config(tables, tmp_path / "run"))
+        names = [event["event"] for event in events_of(result.run_uri)]
+        assert names == ["non_finite", "rolled_back"]
+        found, rolled = events_of(result.run_uri)
+        assert (found["step"], found["action"]) == (5, "rollback")
+        assert (rolled["to_step"], rolled["skipped_batches"]) == (4, 4)
+        # Steps 4 to 11 took the batches 8 to 15 of the order.
+        config = small_config(tables, tmp_path / "run")
+        order = train_data.make_order(config, train_data.open_tables(config))
+        positions = [*range(4), *range(8, 16)]
+        for (_, (loss, found)), position in zip(
+            sorted(per_step(result.run_uri).items()), positions, strict=True
+        ):
+            assert np.isfinite(loss)
+            rows = order.global_batch(*order.locate(position))
+            assert int(found, 16) == sample_hash(rows) % 2**64
+
+    def test_a_rolled_back_run_resumes_bit_for_bit(self, tables, tmp_path, monkeypatch):
+        poison(monkeypatch, {5})
+        whole = pretrain.run(small_config(tables, tmp_path / "whole"))
+        config = small_config(tables, tmp_path / "killed")
+        # Dies in the stream after the rollback: 8 batches before it, then 1 of the new one.
+        streams = iter([ingest.train_batches, dies_after(1)])
+
+        def next_stream(*args, **options):
+            return next(streams)(*args, **options)
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(ingest, "train_batches", next_stream)
+            pretrain.run(config)
+        result = pretrain.run(config)
+        assert weight_bytes(result.run_uri) == weight_bytes(whole.run_uri)
+        assert per_step(result.run_uri) == per_step(whole.run_uri)
+
+    def test_a_warned_nan_is_left_out_and_training_goes_on(self, tables, tmp_path, monkeypatch):
+        poison(monkeypatch, {5})
+        config = small_config(tables, tmp_path / "run", health={"non_finite": "warn"})
+        result = pretrain.run(config)
+        values = losses(result)
+        assert [step for step, loss in enumerate(values) if loss is None] == [5]
+        assert result.loss < 4.1
+        assert all(torch.isfinite(p).all() for p in load_weights(result.weights_uri).parameters())
+
+    def test_stop_stops_and_says_why(self, tables, tmp_path, monkeypatch):
+        poison(monkeypatch, {5})
+        config = small_config(tables, tmp_path / "run", health={"non_finite": "stop"})
+        with pytest.raises(StageFailed, match="step 5: loss nan"):
+            pretrain.run(config)
+        report = json.loads((tmp_path / "run" / "report.json").read_text())
+        assert report["outcome"] == "stopped"
+
+    def test_rollbacks_are_limited(self, tables, tmp_path, monkeypatch):
+        poison(monkeypatch, set(range(4, 100)))
+        config = small_config(tables, tmp_path / "run", health={"max_rollbacks": 2})
+        with pytest.raises(StageFailed, match=r"health\.max_rollbacks is reached"):
+            pretrain.run(config)
+        names = [event["event"] for event in events_of(str(tmp_path / "run"))]
+        assert names.count("rolled_back") == 2
+
+    def test_predictions_that_collapse_are_found(self, tables, tmp_path):
+        config = small_config(
+            tables,
+            tmp_path / "run",
+            health={"code_collapse": "stop", "min_perplexity": 60.0, "grace_steps": 2},
+        )
+        with pytest.raises(StageFailed, match="predictions use"):
+            pretrain.run(config)
+
+    def test_no_better_than_the_floor_is_found(self, tables, tmp_path, monkeypatch):
+        monkeypatch.setattr(launch, "unigram_floor", lambda data: (0.99, 1.0))
+        config = small_config(
+            tables, tmp_path / "run", health={"accuracy_floor": "stop", "grace_steps": 0}
+        )
+        with pytest.raises(StageFailed, match="no better than always guessing"):
+            pretrain.run(config)
+
+
+class TestStarvation:
+    def config(self, tables, tmp_path):
+        return small_config(
+            tables,
+            tmp_path / "run",
+            health={"data_starvation": "stop", "max_data_wait": 0.5},
+            data={"window": 4},
+            checkpoint={"every_steps": 100},
+        )
+
+    def test_a_slow_disk_is_named(self, tables, tmp_path, monkeypatch):
+        real = ingest.TrainingData.read
+
+        def slow(self, start, stop, epoch):
+            time.sleep(0.6)
+            return real(self, start, stop, epoch)
+
+        monkeypatch.setattr(ingest.TrainingData, "read", slow)
+        with pytest.raises(StageFailed, match=r"waiting for data.*Cause: reading"):
+            pretrain.run(self.config(tables, tmp_path))
+
+    def test_decoding_that_is_too_slow_is_named(self, tables, tmp_path, monkeypatch):
+        from pipelines import decoding
+
+        real = decoding.decode_array
+
+        def slow(*args, **options):
+            time.sleep(0.04)
+            return real(*args, **options)
+
+        monkeypatch.setattr(decoding, "decode_array", slow)
+        with pytest.raises(StageFailed, match=r"waiting for data.*Cause: decoding.*num_threads"):
+            pretrain.run(self.config(tables, tmp_path))
+
+
+class TestProbes:
+    def test_they_report_and_do_not_disturb(self, finished, tables, tmp_path):
+        result = pretrain.run(
+            small_config(tables, tmp_path / "run", probe={"images": tables[0], "every_steps": 5})
+        )
+        told = [event for event in events_of(result.run_uri) if event["event"] == "probe"]
+        assert [event["step"] for event in told] == [5, 10, 12]
+        assert all(0 <= event["knn_accuracy"] <= 1 for event in told)
+        assert weight_bytes(result.run_uri) == weight_bytes(finished[1].run_uri)
+        assert per_step(result.run_uri) == per_step(finished[1].run_uri)
+        assert result.report["goodput"]["seconds"]["evaluation"] > 0
+
+
+class TestPieces:
+    def test_skips_map_steps_to_positions(self):
+        skips = Skips([]).add(from_step=4, batches=3).add(from_step=8, batches=2)
+        assert [skips.position(step) for step in (0, 3, 4, 7, 8, 9)] == [0, 3, 7, 10, 13, 14]
+        assert skips.segments(2, 10) == [(2, 2), (7, 4), (13, 2)]
+        assert skips.segments(4, 6) == [(7, 2)]
+        assert Skips([]).segments(3, 3) == []
+
+    def test_metrics_of_steps_done_again_are_dropped(self, tmp_path):
+        uri = str(tmp_path / "metrics.jsonl")
+        file = MetricsFile(uri, start_step=0)
+        for step in (3, 7, 11):
+            file.append({"step": step})
+        with Path(uri).open("a") as torn:
+            torn.write('{"step": 1')
+        MetricsFile(uri, start_step=8).append({"step": 11, "again": True})
+        lines = [json.loads(line) for line in Path(uri).read_text().splitlines()]
+        assert lines == [{"step": 3}, {"step": 7}, {"step": 11, "again": True}]
+
+    def test_hashes_of_a_divided_batch_add_up(self):
+        rows = np.arange(64) ** 5
+        whole = sample_hash(rows) % 2**64
+        parts = sum(sample_hash(part) for part in np.split(rows, 4)) % 2**64
+        assert whole == parts
+        assert sample_hash(rows[:63]) % 2**64 != whole
+
+    def test_a_directory_that_got_no_further_than_its_configuration_is_started_anew(
+        self, tables, tmp_path
+    ):
+        config = small_config(tables, tmp_path)
+        run = RunDir(str(tmp_path))
+        run.prepare(config, {"images": "x"})
+        (tmp_path / "run.json").unlink()
+        assert run.prepare(config, {"images": "y"})["fingerprints"] == {"images": "y"}
+
+    def test_lengths_follow_from_epochs_or_steps(self):
+        optim = PretrainConfig(images="i", tokens=["t"], output="o").optim
+        assert optim.total_steps(625) == 500_000
+        assert optim.total_warmup_steps(625) == 6_250
+        assert dataclasses.replace(optim, steps=10, warmup_steps=3).total_steps(625) == 10
