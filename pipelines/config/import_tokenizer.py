@@ -1,0 +1,46 @@
+"""Configuration of the `import-tokenizer` stage."""
+
+from dataclasses import dataclass, field
+
+from pipelines.config.tracking import TrackingConfig
+from pipelines.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportTokenizerConfig:
+    """Published DALL-E weights to a tokenizer directory; no pickle is executed."""
+
+    source: str
+    """Path or URI of the encoder: OpenAI's encoder.pkl (a whole pickled network, either format of
+    torch.save), a state dict of it, or the FLAVA codebook (safetensors or pytorch_model.bin).
+    Web addresses are not opened: download the file first."""
+    output: str
+    """URI of the tokenizer directory."""
+    decoder: str = ""
+    """Path or URI of decoder.pkl, for pictures of tokens; empty: none. Labels do not need it."""
+    image_size: int = 112
+    """Side of the square token view, in pixels; the grid is image_size / 8. BEiT uses 112 for
+    patches of 16 at 224."""
+    source_sha256: str = ""
+    """SHA-256 that the source must have; empty: any. The hash is recorded in either case."""
+    decoder_sha256: str = ""
+    """The same for the decoder."""
+    images: str = ""
+    """URI of an image table to score the tokenizer on; empty: no score."""
+    num_images: int = 256
+    """Images scored."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        if self.image_size < 8 or self.image_size % 8:
+            raise InputError(
+                f"image_size = {self.image_size!r}: must be a multiple of 8, the stride of DALL-E"
+            )
+        if self.num_images < 1:
+            raise InputError(f"num_images = {self.num_images!r}: must be at least 1")
+        for name in ("source_sha256", "decoder_sha256"):
+            value = getattr(self, name)
+            if value and (len(value) != 64 or not set(value.lower()) <= set("0123456789abcdef")):
+                raise InputError(f"{name} = {value!r}: must be 64 hexadecimal digits, or empty")
+        if self.decoder_sha256 and not self.decoder:
+            raise InputError(f"decoder_sha256 = {self.decoder_sha256!r}: set decoder as well")

@@ -1,0 +1,173 @@
+"""`import-tokenizer`: OpenAI's DALL-E encoder and decoder, or FLAVA's copy, to a tokenizer.
+
+The published files are whole pickled networks: loading them the usual way runs whatever code the
+file's author chose. `beit.tokenizers.pickle_reader` reads the tensors and executes nothing; what
+is kept is safetensors, and the hashes of what was read.
+"""
+
+import hashlib
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from beit.tokenizers.dalle_import import openai_layout, role_of, tokenizer_from
+from beit.tokenizers.torch_file import read_tensors
+from pipelines import pictures, storage, tokenizer_store
+from pipelines.config.import_tokenizer import ImportTokenizerConfig
+from pipelines.errors import InputError
+from pipelines.image_table import ImageTable
+from pipelines.scorecard import Scorecard, score, scorecard_record
+from pipelines.tracking import Dataset, start_run
+
+STAGE = "import-tokenizer"
+_WITH_ARTICLE = {"encoder": "an encoder", "decoder": "a decoder"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFile:
+    """A file that was read."""
+
+    role: str
+    """encoder or decoder."""
+    uri: str
+    format: str
+    """zip or legacy (torch.save), or safetensors."""
+    num_bytes: int
+    sha256: str
+
+    def __str__(self) -> str:
+        return f"{self.role}: {self.uri} ({self.format}, {self.num_bytes} B) sha256 {self.sha256}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportTokenizerResult:
+    """A finished tokenizer."""
+
+    output: str
+    fingerprint: str
+    vocab_size: int
+    grid_size: tuple[int, int]
+    files: tuple[SourceFile, ...]
+    scorecard: dict[str, float] | None
+    already_done: bool
+
+    def summary(self) -> str:
+        """What the command prints."""
+        done = "already imported" if self.already_done else "imported"
+        lines = [
+            f"tokenizer {done}: {self.output}",
+            *(f"  {file}" for file in self.files),
+            f"  {self.vocab_size} codes on a grid of {self.grid_size[0]} x {self.grid_size[1]}",
+            f"  fingerprint {self.fingerprint}",
+        ]
+        if self.scorecard is not None:
+            lines.append(
+                f"  {self.scorecard['codes_used']:g} codes used, perplexity "
+                f"{self.scorecard['perplexity']:.1f} on {self.scorecard['num_images']:g} images"
+            )
+        return "\n".join(lines)
+
+
+def run(config: ImportTokenizerConfig) -> ImportTokenizerResult:
+    """Converts the files, or says that it was done.
+
+    Raises:
+        InputError: a file that is missing, has another hash, is no DALL-E network or holds
+            anything but tensors and known class names; or an output that holds something else.
+    """
+    output = storage.absolute(config.output)
+    images = ImageTable.open(config.images) if config.images else None
+    encoder_file, encoder = _read(config.source, "source", "encoder", config.source_sha256)
+    files = [encoder_file]
+    decoder = None
+    if config.decoder:
+        decoder_file, decoder = _read(config.decoder, "decoder", "decoder", config.decoder_sha256)
+        files.append(decoder_file)
+    source = {
+        "stage": STAGE,
+        "files": [{**asdict(file), "uri": file.uri.rpartition("/")[2]} for file in files],
+        "image_size": config.image_size,
+    }
+    manifest = tokenizer_store.read_manifest(output)
+    if manifest is not None:
+        if manifest["source"] != source:
+            raise InputError(
+                f"output = {output}: holds another tokenizer ({manifest['source']}); give another "
+                "directory"
+            )
+        return _result(output, manifest, files, already_done=True)
+    try:
+        tokenizer = tokenizer_from(encoder, decoder, image_size=config.image_size)
+    except ValueError as error:
+        raise InputError(f"source = {config.source}: {error}") from error
+    with start_run(
+        config.tracking,
+        stage=STAGE,
+        params={name: v for name, v in asdict(config).items() if name != "tracking"},
+        tags={f"beit.sha256.{file.role}": file.sha256 for file in files},
+        inputs=[Dataset(name="image_table", uri=images.uri, digest=images.fingerprint)]
+        if images
+        else [],
+    ) as tracking:
+        scorecard: Scorecard | None = None
+        if images is not None:
+            scorecard = score(tokenizer, images, num_images=config.num_images)
+            print(scorecard.summary(), file=sys.stderr)
+            tracking.log_metrics({f"scorecard/{k}": v for k, v in scorecard.metrics().items()})
+            tracking.log_image("codebook_usage", pictures.codebook_usage(scorecard.counts))
+            if scorecard.reconstructions is not None:
+                grid = pictures.tokenizer_grid(scorecard.images, scorecard.reconstructions)
+                tracking.log_image("tokenizer", grid)
+        manifest = tokenizer_store.save(
+            tokenizer,
+            output,
+            source=source,
+            scorecard=scorecard_record(scorecard) if scorecard else None,
+        )
+        tracking.set_output(Dataset(name="tokenizer", uri=output, digest=manifest["fingerprint"]))
+    return _result(output, manifest, files, already_done=False)
+
+
+def _read(uri: str, field: str, role: str, sha256: str) -> tuple[SourceFile, dict[str, Tensor]]:
+    if uri.startswith(("http://", "https://")):
+        raise InputError(f"{field} = {uri}: web addresses are not opened; download the file first")
+    try:
+        data = storage.read_bytes(uri)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise InputError(f"{field} = {uri}: no such file") from error
+    found = hashlib.sha256(data).hexdigest()
+    if sha256 and found != sha256.lower():
+        raise InputError(
+            f"{field} = {uri}: SHA-256 is {found}, {field}_sha256 demands {sha256.lower()}; the "
+            "file is not the one that was meant"
+        )
+    try:
+        raw, file_format = read_tensors(data)
+        tensors = openai_layout(raw)
+    except ValueError as error:
+        raise InputError(f"{field} = {uri} (SHA-256 {found}): {error}") from error
+    if role_of(tensors) != role:
+        raise InputError(
+            f"{field} = {uri}: it holds {_WITH_ARTICLE[role_of(tensors)]}, not "
+            f"{_WITH_ARTICLE[role]}"
+        )
+    file = SourceFile(role=role, uri=uri, format=file_format, num_bytes=len(data), sha256=found)
+    print(file, file=sys.stderr)
+    return file, tensors
+
+
+def _result(
+    output: str, manifest: dict[str, Any], files: list[SourceFile], *, already_done: bool
+) -> ImportTokenizerResult:
+    rows, columns = manifest["grid_size"]
+    return ImportTokenizerResult(
+        output=output,
+        fingerprint=manifest["fingerprint"],
+        vocab_size=manifest["vocab_size"],
+        grid_size=(rows, columns),
+        files=tuple(files),
+        scorecard=manifest["scorecard"],
+        already_done=already_done,
+    )
