@@ -9,11 +9,11 @@ import numpy as np
 from pipelines import pictures, storage, token_files, tokenizer_store
 from pipelines.config.tokenize_images import GateConfig
 from pipelines.errors import StageFailed
-from pipelines.image_table import ImageTable
 from pipelines.scorecard import TokenStatistics, evenly_spaced, token_statistics
+from pipelines.token_job import Parts
 from pipelines.token_pool import Job, Receipt
 from pipelines.token_table import MISSING, TokenTable
-from pipelines.token_work import render_views
+from pipelines.token_work import one_part_table, render_views
 from pipelines.tracking import Run
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def table_usage(table: TokenTable) -> TokenStatistics:
 
 
 def log(
-    run: Run, images: ImageTable, table: TokenTable, tokenizer_uri: str, result: "TokenizeResult"
+    run: Run, images: Parts, table: TokenTable, tokenizer_uri: str, result: "TokenizeResult"
 ) -> None:
     """Figures and pictures of the finished table."""
     if not run.run_id:
@@ -166,7 +166,7 @@ def log(
     run.log_image("views and their tokens", views_picture(images, table, tokenizer_uri))
 
 
-def views_picture(images: ImageTable, table: TokenTable, tokenizer_uri: str) -> Any:
+def views_picture(images: Parts, table: TokenTable, tokenizer_uri: str) -> Any:
     """Some views as the tokenizer saw them, beside what it makes of their tokens."""
     import torch
 
@@ -176,7 +176,13 @@ def views_picture(images: ImageTable, table: TokenTable, tokenizer_uri: str) -> 
     ]
     views, tokens = [], []
     for row in present:
-        image = images.read_rows(int(row), int(row) + 1, ["key", "image", "digest"]).to_pylist()[0]
+        part = int(np.searchsorted(table.part_starts, row, side="right")) - 1
+        inside = int(row - table.part_starts[part])
+        image = (
+            one_part_table(images.uri, images.parts[part].to_dict())
+            .read_rows(inside, inside + 1, ["key", "image", "digest"])
+            .to_pylist()[0]
+        )
         pixels = render_views(image["image"], image["digest"], table.identity, key=image["key"])
         views.append(pixels[0].transpose(2, 0, 1))
         tokens.append(table.read_rows(int(row), int(row) + 1)[1][0, 0])

@@ -14,7 +14,9 @@ Every file carries the identity of its table in the Parquet metadata, and the ma
 hash, so that a field changed afterwards is found and named.
 """
 
+import io
 import itertools
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -63,8 +65,12 @@ def build_manifest(
     rows_per_unit: int,
     libraries: dict[str, str],
 ) -> dict[str, Any]:
-    """The manifest of a finished table. The order of `files` does not matter."""
-    ordered = sorted(files, key=lambda file: (file.part, file.start))
+    """The manifest of a finished table; `files` come in row order."""
+    # Columns instead of one object a file: a fifth of the memory where files are many.
+    columns: dict[str, list[Any]] = {name: [] for name in ("part", "start", "stop", "size", "hash")}
+    for file in files:
+        for name, column in columns.items():
+            column.append(getattr(file, name))
     manifest: dict[str, Any] = {
         "kind": "token_table",
         "schema_version": SCHEMA_VERSION,
@@ -72,16 +78,22 @@ def build_manifest(
         "rows_per_unit": rows_per_unit,
         "libraries": libraries,
         "parts": {"name": list(part_names), "rows": [int(rows) for rows in part_rows]},
-        # Columns instead of one object a file: a fifth of the memory where files are many.
-        "files": {
-            column: [getattr(file, column) for file in ordered]
-            for column in ("part", "start", "stop", "size", "hash")
-        },
+        "files": columns,
         "rejected": [
             asdict(unit) for unit in sorted(rejected, key=lambda unit: (unit.part, unit.start))
         ],
     }
-    return manifest | {"fingerprint": storage.fingerprint(manifest)}
+    return manifest | {"fingerprint": storage.digest(encode_manifest(manifest))}
+
+
+def encode_manifest(manifest: dict[str, Any]) -> bytes:
+    """`storage.canonical_json`, piece by piece: no list of ten million small strings."""
+    encoder = json.JSONEncoder(indent=1, sort_keys=True, ensure_ascii=False)
+    text = io.BytesIO()
+    for piece in encoder.iterencode(manifest):
+        text.write(piece.encode())
+    text.write(b"\n")
+    return text.getvalue()
 
 
 class TokenTable:
@@ -151,7 +163,7 @@ class TokenTable:
                     "with); the table was altered: tokenize again"
                 )
         content = {name: value for name, value in self.manifest.items() if name != "fingerprint"}
-        actual = storage.fingerprint(content)
+        actual = storage.digest(encode_manifest(content))
         if actual != self.fingerprint:
             raise InputError(
                 f"{path}: fingerprint {self.fingerprint!r} != {actual!r}, the hash of the other "

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.token_files import Identity, RejectedUnit, TokenFile, differing_field, file_name
-from pipelines.token_table import MANIFEST
+from pipelines.token_table import MANIFEST, encode_manifest
 
 WORK = "_work"
 IDENTITY = "identity.json"
@@ -260,7 +260,7 @@ class Ledger:
 
     def commit(self, manifest: dict[str, Any]) -> None:
         """Makes the table exist, then clears the traces of the work."""
-        storage.write_json(storage.join(self.uri, MANIFEST), manifest)
+        storage.write_bytes(storage.join(self.uri, MANIFEST), encode_manifest(manifest))
         storage.delete_prefix(storage.join(self.uri, WORK))
 
 

@@ -18,9 +18,8 @@ import ray.data
 from pipelines import scorecard, token_pool, token_report, tracking
 from pipelines.config.tokenize_images import TokenizeConfig
 from pipelines.errors import InputError, StageFailed
-from pipelines.image_table import ImageTable
 from pipelines.progress import Progress
-from pipelines.token_job import finished_manifest, plan_job
+from pipelines.token_job import Parts, finished_manifest, plan_job
 from pipelines.token_pool import UNITS_PER_ROUND, Job, Receipt
 from pipelines.token_table import TokenTable, build_manifest
 from pipelines.token_units import Ledger, Units, plan_units
@@ -68,7 +67,7 @@ def run(config: TokenizeConfig) -> TokenizeResult:
         StageFailed: too many units rejected, or the tokenizer has collapsed.
         KeyboardInterrupt: stopped by the user; what is done stays done.
     """
-    images = ImageTable.open(config.images)
+    images = Parts.open(config.images)
     job, libraries = plan_job(config, images)
     units = plan_units(
         [part.name for part in images.parts],
@@ -160,7 +159,7 @@ def _compute(
     config: TokenizeConfig,
     job: Job,
     ledger: Ledger,
-    images: ImageTable,
+    images: Parts,
     record: tracking.Run,
 ) -> tuple[int, float]:
     """Runs what is to do; returns the number of units computed and the seconds it took."""
@@ -223,7 +222,7 @@ def _too_many(ledger: Ledger, config: TokenizeConfig) -> str:
     )
 
 
-def _receipts(job: Job, units: Units, todo: np.ndarray, images: ImageTable) -> Iterator[Receipt]:
+def _receipts(job: Job, units: Units, todo: np.ndarray, images: Parts) -> Iterator[Receipt]:
     """Receipts of all units in `todo`, first from the pool, then of those set aside."""
     suspects: list[int] = []
     attempts = token_pool.start_attempts() if len(todo) else None
@@ -242,7 +241,7 @@ def _receipts(job: Job, units: Units, todo: np.ndarray, images: ImageTable) -> I
         yield from token_pool.run_alone([_unit(units, images, unit) for unit in suspects], job)
 
 
-def _unit(units: Units, images: ImageTable, unit: int) -> Unit:
+def _unit(units: Units, images: Parts, unit: int) -> Unit:
     return Unit(
         index=int(unit),
         part=images.parts[units.part[unit]].to_dict(),
@@ -312,7 +311,7 @@ def _check_complete(config: TokenizeConfig, ledger: Ledger) -> None:
 def _commit(
     job: Job,
     ledger: Ledger,
-    images: ImageTable,
+    images: Parts,
     rows_per_unit: int,
     libraries: dict[str, str],
 ) -> TokenTable:

@@ -68,7 +68,7 @@ def write_table(uri, identity=None, *, skip=(), rows_per_unit=300):
         identity=identity,
         part_names=names,
         part_rows=PART_ROWS,
-        files=reversed(files),
+        files=files,
         rejected=rejected,
         rows_per_unit=rows_per_unit,
         libraries={"torch": "2"},
@@ -127,6 +127,13 @@ def test_equal_tables_have_equal_bytes(tmp_path):
     assert len(first) == 6
     for file in first:
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_the_manifest_is_canonical_json(tmp_path):
+    manifest = write_table(str(tmp_path))
+    assert token_table.encode_manifest(manifest) == storage.canonical_json(manifest)
+    content = {name: value for name, value in manifest.items() if name != "fingerprint"}
+    assert manifest["fingerprint"] == storage.fingerprint(content)
 
 
 def test_an_unfinished_table_is_none(tmp_path):
