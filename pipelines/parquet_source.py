@@ -101,7 +101,14 @@ def _row_groups(entry: Entry, metadata: pq.FileMetaData, image_field: str) -> It
             for column in columns
             if column.path_in_schema.split(".")[0] == image_field
         )
-        yield Entry(path=entry.path, size=size, first=position, stop=position + 1, row=row)
+        yield Entry(
+            path=entry.path,
+            size=size,
+            first=position,
+            stop=position + 1,
+            row=row,
+            rows=group.num_rows,
+        )
         row += group.num_rows
 
 
@@ -112,7 +119,7 @@ def _whole(source: Source, entry: Entry, metadata: pq.FileMetaData) -> Entry:
             f"memory, where {MAX_CONTAINER_BYTES} are the limit; leave key_field empty (rows are "
             f"then named by number) or write smaller files to {source.root}"
         )
-    return dataclasses.replace(entry, first=0, stop=metadata.num_row_groups)
+    return dataclasses.replace(entry, first=0, stop=metadata.num_row_groups, rows=metadata.num_rows)
 
 
 def _columns(config: PrepareConfig, source: Source, schema: pa.Schema) -> dict[str, Any]:

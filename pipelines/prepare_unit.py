@@ -4,7 +4,11 @@ All of it is a function of the listing and the options. Doing a unit again, or i
 once, writes the same bytes to the same names; so a lost worker costs the unit it was at.
 """
 
-import time
+import dataclasses
+import json
+import subprocess
+import sys
+import uuid
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,14 +16,19 @@ from typing import Any
 
 from pipelines import storage
 from pipelines.decode_process import Decoded, DecodeProcess, Rules
+from pipelines.errors import StageFailed
 from pipelines.image_table import ImageRow, Part, PartWriter
 from pipelines.prepare_plan import read_listing, work_uri
 from pipelines.source_readers import Item, Reader
+from pipelines.sources import SUFFIXES, Entry
 
 # A part may grow to this many times `part_bytes` before a second one is begun: a unit ends with
 # the file that fills it, and that may be a tar.
 MAX_PART_GROWTH = 2
 NUM_EXAMPLES = 3
+REHEARSAL = "pipelines.source_readers:rehearse"
+# Workers that may die at a unit before its files are tried one by one, and before that is final.
+SUSPICIOUS_DEATHS, MAX_DEATHS = 3, 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +41,12 @@ class UnitTask:
     decode_timeout: float
     part_bytes: int
     row_group_bytes: int
-    names: int
+    digits: int
     """Digits of a unit's number in file names."""
+    attempts: str
+    """Directory where this job's workers note what they begin."""
+    rehearsal: str = REHEARSAL
+    """`module:function` that reads entries without keeping them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +118,7 @@ def process_unit(task: UnitTask, unit: int, listing: str) -> dict[str, Any]:
             return receipt.summary(unit)
     except FileNotFoundError:
         pass
-    started = time.monotonic()
-    entries = read_listing(task.output, unit, listing)
+    entries = _without_killers(task, unit, read_listing(task.output, unit, listing))
     build = _Build(task, unit)
     for item in task.reader.items(entries):
         build.add(item)
@@ -120,7 +132,54 @@ def process_unit(task: UnitTask, unit: int, listing: str) -> dict[str, Any]:
         max_label=build.max_label,
     )
     storage.write_json(receipt_uri(task.output, unit), receipt.to_dict())
-    return {**receipt.summary(unit), "seconds": time.monotonic() - started}
+    return receipt.summary(unit)
+
+
+def _without_killers(task: UnitTask, unit: int, entries: list[Entry]) -> list[Entry]:
+    """The entries of a unit; after workers died at it, without those that kill their reader.
+
+    Images are decoded elsewhere, so what is left to kill a worker is a container that crashes its
+    parser, or too little memory; and the machine itself, which proves nothing against the unit.
+
+    Raises:
+        StageFailed: workers die at the unit for no reason that lies in its files.
+    """
+    begun = storage.join(task.attempts, f"{unit:08d}")
+    deaths = len(storage.list_files(begun))
+    storage.write_bytes(storage.join(begun, f"{uuid.uuid4().hex}.json"), b"{}")
+    if deaths < SUSPICIOUS_DEATHS:
+        return entries
+    if deaths >= MAX_DEATHS:
+        raise StageFailed(
+            f"unit {unit} ({entries[0].path} to {entries[-1].path}) ended its worker {deaths} "
+            "times, most likely for lack of memory; give --num_tasks fewer, or a smaller "
+            "--part_mb with another output. The same command goes on from here."
+        )
+    container = task.reader.format in SUFFIXES
+    return [
+        entry
+        if entry.reason or not container or survives(task.reader, entry, task.rehearsal)
+        else dataclasses.replace(entry, reason="reader_crash")
+        for entry in entries
+    ]
+
+
+def survives(reader: Reader, entry: Entry, rehearsal: str = REHEARSAL) -> bool:
+    """Whether a process that reads this entry lives through it; an error is no death."""
+    module, _, name = rehearsal.partition(":")
+    code = (
+        f"import sys; sys.path[:] = {sys.path!r}; from {module} import {name}; "
+        f"{name}(sys.stdin.read())"
+    )
+    text = json.dumps([dataclasses.asdict(reader), dataclasses.asdict(entry)])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=text.encode(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        check=False,
+    )
+    return done.returncode in (0, 1)
 
 
 class _Build:
@@ -171,7 +230,7 @@ class _Build:
     def _close_part(self) -> None:
         if self.writer is None:
             return
-        name = part_name(self.unit, self.task.names, len(self.parts))
+        name = part_name(self.unit, self.task.digits, len(self.parts))
         data, part = self.writer.finish(name)
         storage.write_bytes(storage.join(self.task.output, name), data)
         self.parts.append(part)

@@ -47,6 +47,8 @@ class Entry:
     """Row group after the last one (Parquet)."""
     row: int = 0
     """Row of the file at which row group `first` begins (Parquet)."""
+    rows: int = 0
+    """Rows in the row groups (Parquet)."""
     reason: str = ""
     """Why it cannot even be opened."""
 

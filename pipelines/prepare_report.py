@@ -1,0 +1,192 @@
+"""What a prepare tells: progress, counts by reason, the result, and its MLflow run."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from PIL import Image
+
+from beit.images import decode_image
+from pipelines import pictures, storage, tracking
+from pipelines.config.prepare import PrepareConfig
+from pipelines.errors import StageFailed
+from pipelines.image_table import REJECTED, ImageTable
+from pipelines.prepare_plan import MEGABYTE, Plan
+from pipelines.progress import Progress
+
+NUM_EXAMPLES = 10
+MAX_TABLE_ROWS = 500
+SHEET_IMAGES = 48
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareResult:
+    """What a prepare made or found."""
+
+    uri: str
+    fingerprint: str
+    num_rows: int
+    num_items: int
+    num_parts: int
+    rejected: dict[str, int]
+    """Rejected items by reason."""
+    class_names: tuple[str, ...]
+    already_done: bool
+    """The table was there; nothing was computed."""
+    run_id: str = ""
+
+    @classmethod
+    def of(cls, uri: str, manifest: Mapping[str, Any], *, already_done: bool) -> "PrepareResult":
+        """What a table's manifest says."""
+        return cls(
+            uri=uri,
+            fingerprint=manifest["fingerprint"],
+            num_rows=manifest["num_rows"],
+            num_items=manifest["num_items"],
+            num_parts=len(manifest["parts"]),
+            rejected=manifest["rejected"],
+            class_names=tuple(manifest["class_names"]),
+            already_done=already_done,
+        )
+
+    def __str__(self) -> str:
+        parts = f"{self.num_parts} part{'' if self.num_parts == 1 else 's'}"
+        rejected = sum(self.rejected.values())
+        classes = f", {len(self.class_names)} classes" if self.class_names else ""
+        why = f" ({reasons(self.rejected)})" if rejected else ""
+        return (
+            f"{self.uri}: {self.num_rows} images in {parts}{classes}, {rejected} rejected{why}, "
+            f"fingerprint {self.fingerprint}"
+        )
+
+
+def reasons(counts: Mapping[str, int]) -> str:
+    """`3 truncated, 1 empty`: the most frequent first."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} {reason}" for reason, count in ordered)
+
+
+class Ledger:
+    """Counts of what is done, for the progress line and for the bound on rejected items."""
+
+    def __init__(
+        self, config: PrepareConfig, plan: Plan, done: Iterable[Mapping[str, Any]]
+    ) -> None:
+        """`done`: summaries of the units that an earlier run finished."""
+        self.config, self.plan = config, plan
+        self.units = self.items = self.source_bytes = 0
+        self.rejected: Counter[str] = Counter()
+        self.examples: list[Sequence[Any]] = []
+        for summary in done:
+            self.add(summary)
+
+    def add(self, summary: Mapping[str, Any]) -> None:
+        """Books a unit's summary."""
+        self.units += 1
+        self.items += summary["items"]
+        self.source_bytes += summary["source_bytes"]
+        self.rejected.update(summary["rejected"])
+        room = NUM_EXAMPLES - len(self.examples)
+        self.examples.extend(summary["examples"][:room])
+
+    @property
+    def done(self) -> int:
+        """In the unit of the progress line: images, or megabytes where those are not known."""
+        if self.plan.num_items is not None:
+            return self.items
+        return self.source_bytes // MEGABYTE
+
+    def progress(self) -> Progress:
+        """The progress line, at what is done already."""
+        known = self.plan.num_items
+        total = known if known is not None else -(-self.plan.num_bytes // MEGABYTE)
+        unit = "images" if known is not None else "MB"
+        return Progress(total, "prepare", unit, initial=self.done)
+
+    def show(self, progress: Progress) -> None:
+        """Updates the progress line."""
+        units = f"{self.units}/{len(self.plan.listings)}"
+        progress.update(self.done, rejected=sum(self.rejected.values()), units=units)
+
+    def check(self, *, final: bool) -> None:
+        """Raises StageFailed if more was rejected than is tolerated.
+
+        A share refers to all items; before the end it is checked only if their number is known.
+        """
+        limit, rejected = self.config.max_rejected, sum(self.rejected.values())
+        total = self.items if final else self.plan.num_items
+        if limit < 1 and total is None:
+            return
+        allowed = limit if limit >= 1 else limit * (total or 0)
+        if rejected <= allowed:
+            return
+        examples = "\n".join(
+            f"  {reason}: {key} ({size} bytes)" for key, reason, size in self.examples
+        )
+        raise StageFailed(
+            f"{rejected} of {self.items} items are no usable images, max_rejected = {limit} "
+            f"tolerates {int(allowed)}. By reason: {reasons(self.rejected)}. For example:\n"
+            f"{examples}\nClean the source, choose files by a glob, or raise max_rejected: the "
+            "same command then goes on from here."
+        )
+
+
+def start_tracking(config: PrepareConfig, run_file: str) -> tracking.Run:
+    """Starts the stage's run, or goes on with the one noted in `run_file`."""
+    params = {name: value for name, value in vars(config).items() if name != "tracking"}
+    earlier = storage.read_json(run_file)["run_id"] if storage.exists(run_file) else None
+    run = tracking.start_run(
+        config.tracking, stage="prepare", params=params, resume_run_id=earlier or None
+    )
+    if run.run_id != earlier:
+        storage.write_json(run_file, {"run_id": run.run_id})
+    return run
+
+
+def record(run: tracking.Run, result: PrepareResult, source_bytes: int) -> None:
+    """Counts, pictures and the fingerprint, for people and for the runs of later stages."""
+    counts: dict[str, float] = {
+        "images": result.num_rows,
+        "items": result.num_items,
+        "rejected": sum(result.rejected.values()),
+        "classes": len(result.class_names),
+        "parts": result.num_parts,
+        "source_mb": source_bytes / MEGABYTE,
+    }
+    counts |= {f"rejected/{reason}": count for reason, count in result.rejected.items()}
+    run.log_metrics(counts)
+    run.set_output(tracking.Dataset(name="image_table", uri=result.uri, digest=result.fingerprint))
+    run.set_note(f"Image table `{result.uri}`\n\n{result}")
+    if run.run_id:
+        if result.rejected:
+            run.log_table("rejected.json", _first_rejected(result.uri))
+        run.log_image("images", sample_sheet(ImageTable.open(result.uri)))
+
+
+def _first_rejected(uri: str) -> dict[str, list[Any]]:
+    with storage.open_input(storage.join(uri, REJECTED)) as file:
+        batch = next(pq.ParquetFile(file).iter_batches(MAX_TABLE_ROWS))
+    columns: dict[str, list[Any]] = batch.to_pydict()
+    return columns
+
+
+def sample_sheet(table: ImageTable, *, num_images: int = SHEET_IMAGES) -> Image.Image:
+    """A contact sheet of images spread over the table; reads a few row groups."""
+    spread = np.linspace(0, len(table.row_groups) - 1, 6).round().astype(int)
+    groups = sorted(set(spread.tolist()))
+    per_group = -(-num_images // len(groups))
+    images, labels = [], []
+    for group in groups:
+        rows = table.read_row_group(group, ["image", "label", "key"])
+        chosen = np.unique(np.linspace(0, rows.num_rows - 1, per_group).round().astype(int))
+        for row in rows.take(chosen.tolist()).to_pylist():
+            tile = decode_image(row["image"]).resize((96, 96))
+            images.append(np.asarray(tile).transpose(2, 0, 1))
+            label = row["label"]
+            labels.append(row["key"] if label is None else table.class_names[label])
+    shown, names = images[:num_images], labels[:num_images]
+    title = f"{len(shown)} of {table.num_rows} images"
+    return pictures.contact_sheet(shown, labels=names, title=title)

@@ -1,0 +1,114 @@
+"""Decoding in another process: the same verdicts, and nothing that an image can break."""
+
+import io
+import os
+import signal
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from beit.images import image_digest
+from pipelines.decode_process import Decoded, DecodeProcess, Refused, Rules, examine
+from tests.pipelines.image_sources import CRASH_MARK, HANG_MARK, encoded, pixels, saved
+
+FRAGILE = "tests.pipelines.image_sources:fragile_decode"
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[DecodeProcess]:
+    rules = Rules(max_pixels=10**6, decoder=FRAGILE)
+    with DecodeProcess(rules, timeout=60) as running:
+        yield running
+
+
+def test_the_child_decides_as_we_would(process: DecodeProcess) -> None:
+    for data in [
+        encoded(1),
+        encoded(2, "PNG", height=1, width=1),
+        encoded(3, height=700, width=1000),
+        b"",
+        b"hello",
+        encoded(4)[:300],
+        encoded(5, "PNG", height=1001, width=1000),
+    ]:
+        assert process.examine(data) == examine(data, process.rules)
+
+
+def test_an_accepted_image_keeps_its_bytes(process: DecodeProcess) -> None:
+    data = encoded(6, height=30, width=50)
+    found = process.examine(data)
+    assert found == Decoded(image=data, height=30, width=50, digest=image_digest(data))
+
+
+def test_an_image_that_kills_its_decoder_is_found(process: DecodeProcess) -> None:
+    deaths = process.deaths
+    bad = encoded(7) + CRASH_MARK
+    assert isinstance(process.examine(encoded(7)), Decoded)
+    refused = process.examine(bad)
+    assert isinstance(refused, Refused) and refused.reason == "decoder_crash"
+    assert process.deaths == deaths + 3
+    assert isinstance(process.examine(encoded(7)), Decoded)
+
+
+def test_an_image_that_hangs_its_decoder_is_found() -> None:
+    with DecodeProcess(Rules(max_pixels=10**6, decoder=FRAGILE), timeout=60) as process:
+        assert isinstance(process.examine(encoded(8)), Decoded)
+        process.timeout = 1.0
+        refused = process.examine(encoded(8) + HANG_MARK)
+        assert isinstance(refused, Refused) and refused.reason == "decoder_timeout"
+
+
+def test_a_child_that_is_killed_costs_nothing(process: DecodeProcess) -> None:
+    assert isinstance(process.examine(encoded(9)), Decoded)
+    assert process.child is not None
+    os.kill(process.child.pid, signal.SIGKILL)
+    assert isinstance(process.examine(encoded(9)), Decoded)
+
+
+def test_the_child_ends_with_its_input(process: DecodeProcess) -> None:
+    """So it does not outlive a parent that was killed."""
+    own = DecodeProcess(process.rules, timeout=60)
+    own.examine(encoded(10))
+    assert own.child is not None and own.child.stdin is not None
+    own.child.stdin.close()
+    assert own.child.wait(timeout=60) == 0
+    own.close()
+
+
+def test_long_sides_are_shrunk_once(process: DecodeProcess) -> None:
+    rules = Rules(max_pixels=10**6, max_side=100, quality=90)
+    with DecodeProcess(rules, timeout=60) as shrinking:
+        large, small = encoded(11, "PNG", height=150, width=400), encoded(12, height=60, width=100)
+        found = shrinking.examine(large)
+        assert isinstance(found, Decoded)
+        assert (found.height, found.width) == (38, 100)
+        assert found.digest == image_digest(found.image)
+        with Image.open(io.BytesIO(found.image)) as image:
+            assert (image.format, image.size) == ("JPEG", (100, 38))
+            shrunk = np.asarray(image, dtype=float)
+        wanted = Image.fromarray(pixels(11, 150, 400)).resize((100, 38), Image.Resampling.LANCZOS)
+        assert np.abs(shrunk - np.asarray(wanted, dtype=float)).mean() < 4
+        assert shrinking.examine(large) == found
+        untouched = shrinking.examine(small)
+        assert isinstance(untouched, Decoded) and untouched.image == small
+
+
+def test_a_rotated_image_is_shrunk_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = saved(Image.fromarray(pixels(13, 120, 200)), "JPEG", exif=exif)
+    found = examine(data, Rules(max_pixels=10**6, max_side=50))
+    assert isinstance(found, Decoded)
+    assert (found.height, found.width) == (50, 30)
+    with Image.open(io.BytesIO(found.image)) as image:
+        assert image.size == (30, 50)
+        assert image.getexif().get(0x0112) is None
+
+
+def test_a_lower_bound_on_the_sides() -> None:
+    data = encoded(14, height=20, width=90)
+    assert isinstance(examine(data, Rules(max_pixels=10**6, min_side=20)), Decoded)
+    refused = examine(data, Rules(max_pixels=10**6, min_side=21))
+    assert refused == Refused(reason="too_small", detail="90x20")
