@@ -1,0 +1,82 @@
+"""Every BEiT recipe parses, and means what its name and header say."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from beit.mim import SIZES, BeitMIM, model_config
+from jobs.command import parse
+from pipelines.config.pretrain import PretrainConfig
+
+RECIPES = sorted(Path(__file__).parents[2].glob("jobs/configs/beit_*.yaml"))
+
+
+def load(path):
+    flags = ["--config", str(path), "--images", "I", "--tokens", "T", "--output", "O"]
+    return parse(PretrainConfig, flags, stage="pretrain")
+
+
+def test_all_recipes_are_there():
+    names = {path.stem for path in RECIPES}
+    for size in ("base", "large"):
+        assert {f"beit_{size}_in1k_300", f"beit_{size}_in1k_800"} <= names
+    assert {"beit_base_in22k", "beit_base_plain_in1k_800"} <= names
+    assert {"beit_small_in1k_300", "beit_tiny_in1k_300"} <= names
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_the_network_and_schedule_of_its_name(path):
+    config = load(path)
+    size = path.stem.split("_")[1]
+    plain = "plain" in path.stem
+    expected = model_config(size, architecture="plain" if plain else "shared_bias")
+    model = config.model
+    assert (model.dim, model.depth, model.num_heads) == tuple(
+        SIZES[size][field] for field in ("dim", "depth", "num_heads")
+    )
+    assert model.layer_scale_init == expected["layer_scale_init"]
+    assert model.absolute_positions == expected["absolute_positions"]
+    assert model.relative_positions == expected["relative_positions"]
+    assert model.grid_size == (14, 14)
+    epochs = re.search(r"_(\d+)$", path.stem)
+    assert config.optim.epochs == (float(epochs[1]) if epochs else 150)
+    assert config.optim.lr == 1.5e-3
+    assert config.optim.min_lr == 1e-5
+    assert config.optim.weight_decay == 0.05
+    assert config.optim.clip_grad_norm == (1.0 if size == "large" else 3.0)
+    assert config.data.global_batch_size == 2048
+    assert config.masking.num_masked == 75
+    if "in22k" in path.stem:
+        assert config.optim.warmup_steps == 10_000
+        assert config.data.mean == (0.5, 0.5, 0.5)
+    else:
+        assert config.optim.warmup_epochs == 10
+        assert config.data.mean == (0.485, 0.456, 0.406)
+    with torch.device("meta"):
+        network = BeitMIM(
+            image_size=model.image_size,
+            patch_size=model.patch_size,
+            dim=model.dim,
+            depth=model.depth,
+            num_heads=model.num_heads,
+            vocab_size=8192,
+            absolute_positions=model.absolute_positions,
+            relative_positions=model.relative_positions,
+            layer_scale_init=model.layer_scale_init,
+        )
+    counts = {"tiny": 7.2e6, "small": 24.9e6, "base": 92e6, "large": 311.6e6}
+    assert sum(p.numel() for p in network.parameters()) == pytest.approx(counts[size], rel=0.02)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_header_says_what_a_user_wants_to_know(path):
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    text = "\n".join(header)
+    for label in ("Command:", "Hardware:", "Hours:", "Expect:", "Accuracy:", "Settings:"):
+        assert label in text, label
+    assert f"jobs/configs/{path.name}" in text
+    steps = int(re.search(r"([\d,]+) in all", text)[1].replace(",", ""))
+    per_epoch = int(re.search(r"([\d,]+) steps an epoch", text)[1].replace(",", ""))
+    assert steps == per_epoch * load(path).optim.epochs
