@@ -2,7 +2,7 @@
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message names the field or file, the value, the remedy.
+    """What the user gave cannot be used; the message names field or file, value and remedy.
 
     Commands exit with 2.
     """
