@@ -22,6 +22,7 @@ from pipelines.image_table import ImageTable
 SCORE_VIEW = 2**48
 """Index of the view that is scored: one that neither training nor a token table ever uses."""
 NUM_PICTURES = 8
+MAX_GROUPS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +157,7 @@ def score(
 
     One random view of each by `policy`; the same images and views whenever it is asked.
     """
-    rows = evenly_spaced(images.num_rows, num_images)
+    rows = sample_rows(images, num_images)
     batches = _view_batches(images, rows, policy or ViewPolicy(), tokenizer, batch_size)
     return score_batches(tokenizer, batches, device=device)
 
@@ -224,6 +225,23 @@ def evenly_spaced(num_rows: int, count: int) -> np.ndarray:
     return (np.arange(count) * num_rows) // max(count, 1)
 
 
+def sample_rows(images: ImageTable, count: int) -> np.ndarray:
+    """About `count` (at most) row ids spread over the table, ascending, from few row groups.
+
+    A row group is read whole, so of a large table only MAX_GROUPS of them are touched.
+    """
+    groups = images.row_groups
+    if len(groups) <= MAX_GROUPS:
+        return evenly_spaced(images.num_rows, count)
+    each = -(-count // MAX_GROUPS)
+    chosen = groups.starts[evenly_spaced(len(groups), MAX_GROUPS)]
+    sizes = groups.sizes[evenly_spaced(len(groups), MAX_GROUPS)]
+    rows = [
+        start + evenly_spaced(int(size), each) for start, size in zip(chosen, sizes, strict=True)
+    ]
+    return np.concatenate(rows)[:count]
+
+
 def read_views(
     images: ImageTable, rows: np.ndarray, policy: ViewPolicy, index: int, size: int, filter_: str
 ) -> Iterator[np.ndarray]:
@@ -231,13 +249,11 @@ def read_views(
 
     Row groups are read one after another, so memory holds one.
     """
-    groups = images.row_groups
-    for position in groups.overlapping(0, images.num_rows):
-        start = int(groups.starts[position])
-        inside = rows[(rows >= start) & (rows < start + groups[position].rows)] - start
-        if len(inside) == 0:
-            continue
-        table = images.read_row_group(position, ["image", "digest"]).take(inside)
+    starts = images.row_groups.starts
+    positions = np.searchsorted(starts, rows, side="right") - 1
+    for position in np.unique(positions):
+        inside = rows[positions == position] - starts[position]
+        table = images.read_row_group(int(position), ["image", "digest"]).take(inside)
         for data, digest in zip(
             table["image"].to_pylist(), table["digest"].to_pylist(), strict=True
         ):

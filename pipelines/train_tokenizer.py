@@ -32,8 +32,8 @@ from pipelines.sample_order import SampleOrder
 from pipelines.scorecard import (
     Scorecard,
     check_gate,
-    evenly_spaced,
     read_views,
+    sample_rows,
     score,
     scorecard_record,
 )
@@ -374,7 +374,7 @@ def _start_codebook(
     """K-means centres of real patches, see `beit.tokenizers.dvae`."""
     if not isinstance(tokenizer, DvaeTokenizer):
         return
-    rows = evenly_spaced(images.num_rows, config.data.codebook_images)
+    rows = sample_rows(images, config.data.codebook_images)
     policy = view_policy(config.views, seed=config.seed)
     views = read_views(
         images, rows, policy, CODEBOOK_VIEW, tokenizer.image_size, tokenizer.interpolation

@@ -9,12 +9,14 @@ import torch
 from beit.images import decode_image
 from beit.tokenizers import DalleTokenizer, DvaeTokenizer
 from beit.views import ViewPolicy, render, sample_view
+from pipelines import scorecard
 from pipelines.errors import StageFailed
 from pipelines.scorecard import (
     SCORE_VIEW,
     check_gate,
     evenly_spaced,
     read_views,
+    sample_rows,
     score,
     score_batches,
     scorecard_record,
@@ -85,6 +87,18 @@ def test_rows_are_spread_and_distinct():
     rows = evenly_spaced(10**9, 1000)
     assert len(set(rows.tolist())) == 1000
     assert rows.max() < 10**9
+
+
+def test_rows_of_a_large_table_lie_in_few_groups(images, monkeypatch):
+    assert sample_rows(images, 7).tolist() == evenly_spaced(50, 7).tolist()
+    monkeypatch.setattr(scorecard, "MAX_GROUPS", 3)
+    assert len(images.row_groups) > 3
+    rows = sample_rows(images, 8)
+    assert len(set(rows.tolist())) == len(rows) <= 8
+    groups = {images.row_groups.overlapping(row, row + 1)[0] for row in rows.tolist()}
+    assert len(groups) == 3
+    assert rows.max() > 25  # spread over the table
+    assert len(list(read_views(images, rows, ViewPolicy(), 0, 8, "lanczos"))) == len(rows)
 
 
 def test_views_are_those_of_the_view_functions(images):
