@@ -1,0 +1,257 @@
+"""The whole tokenize job beside the bare encoder loop on the same images, and decoding per core.
+
+`python benchmarks/precompute.py` on a CPU; `--hidden_dim 256 --num_gpus 1 --precision float16` is
+the DALL-E encoder on a GPU. The two alternate, and medians are reported:
+
+- bare: one process, the rendered pixels in memory, nothing but `encode_views`.
+- job: `pipelines.tokenize_images` with one encoder: Ray, reading, decoding, rendering, object
+  store, files, receipts. Its rate is that of the steady state, from the second unit booked to the
+  last; starting actors is reported on its own.
+
+Decoding is measured in CPU time, so that neighbours on the machine do not count.
+"""
+
+import argparse
+import io
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from beit.images import decode_image, image_digest
+from beit.tokenizers import DalleTokenizer
+from beit.views import ViewPolicy, render, sample_view
+from pipelines import image_table, token_work, tokenize_images, tokenizer_store
+from pipelines.config.tokenize_images import EncoderConfig, TokenizeConfig
+from pipelines.config.tracking import TrackingConfig
+from pipelines.token_job import plan_job
+from pipelines.token_units import plan_units
+
+
+def photo(generator, height=375, width=500):
+    """A JPEG of about 40 kB with detail at all scales, as photographs have."""
+    pixels = np.zeros((height, width, 3), np.float32)
+    for scale in (4, 12, 36, 108, 324):
+        coarse = generator.normal(0, 120 / scale**0.6, (scale, scale * 4 // 3, 3))
+        planes = [
+            np.asarray(Image.fromarray(coarse[..., c].astype(np.float32)).resize((width, height)))
+            for c in range(3)
+        ]
+        pixels += np.stack(planes, axis=-1)
+    encoded = io.BytesIO()
+    Image.fromarray(np.clip(pixels + 128, 0, 255).astype(np.uint8)).save(
+        encoded, "JPEG", quality=90
+    )
+    return encoded.getvalue()
+
+
+def make_images(uri, count):
+    generator = np.random.default_rng(0)
+    rows = []
+    for index in range(count):
+        data = photo(generator)
+        rows.append(
+            image_table.ImageRow(
+                key=f"{index:08d}.jpg",
+                image=data,
+                height=375,
+                width=500,
+                label=None,
+                digest=image_digest(data),
+            )
+        )
+    part = image_table.write_part(uri, "part-00000.parquet", rows)
+    image_table.commit_manifest(
+        uri, parts=[part], class_names=[], source={}, options={}, rejected={}, num_items=count
+    )
+    return [row.image for row in rows]
+
+
+def cpu_milliseconds(work, items, repeats=5):
+    """Median CPU time of one item."""
+    times = []
+    for _ in range(repeats):
+        begin = time.process_time()
+        for item in items:
+            work(item)
+        times.append((time.process_time() - begin) / len(items) * 1e3)
+    return statistics.median(times)
+
+
+def as_unilm(data, policy, index, sizes):
+    """One view with the calls of unilm's loader: decode, jitter the whole image, flip, crop,
+    resize twice."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    view = sample_view(policy, image_digest(data), index, image.height, image.width)
+    for name in view.order:
+        kind = {"brightness": "Brightness", "contrast": "Contrast", "saturation": "Color"}[name]
+        image = getattr(ImageEnhance, kind)(image).enhance(getattr(view, name))
+    if view.flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    crop = image.crop((view.left, view.top, view.left + view.width, view.top + view.height))
+    filters = {224: Image.Resampling.BICUBIC, 112: Image.Resampling.LANCZOS}
+    return [np.asarray(crop.resize((size, size), filters[size])) for size in sizes]
+
+
+def ours(data, policy, views):
+    """`views` tokenizer views of one image, decoded once."""
+    image = decode_image(data)
+    digest = image_digest(data)
+    return [
+        render(image, sample_view(policy, digest, i, image.height, image.width), 112, "lanczos")
+        for i in range(views)
+    ]
+
+
+def measure_decoding(images):
+    policy = ViewPolicy()
+    figures = {
+        "decode alone (this project)": cpu_milliseconds(decode_image, images),
+        "decode alone (Pillow)": cpu_milliseconds(
+            lambda data: Image.open(io.BytesIO(data)).convert("RGB"), images
+        ),
+    }
+    for views in (1, 2, 4, 8):
+        figures[f"{views} views at 112, decoded once"] = cpu_milliseconds(
+            lambda data, views=views: ours(data, policy, views), images
+        )
+        figures[f"{views} views at 112, as unilm"] = cpu_milliseconds(
+            lambda data, views=views: [as_unilm(data, policy, i, (112,)) for i in range(views)],
+            images,
+        )
+    return figures
+
+
+def bare_rate(tokenizer, pixels, options):
+    """Views a second of the encoder alone."""
+    begin = time.monotonic()
+    token_work.encode_views(
+        tokenizer,
+        pixels,
+        batch_size=options.batch_size,
+        device="cuda" if options.num_gpus else "cpu",
+    )
+    return len(pixels) / (time.monotonic() - begin)
+
+
+def job_rates(config):
+    """Views a second of the job in its steady state; seconds until the first unit; shares."""
+    book, times = tokenize_images._book, []
+
+    def timed(receipt, ledger, options):
+        times.append((time.monotonic(), dict(receipt.seconds)))
+        return book(receipt, ledger, options)
+
+    tokenize_images._book = timed
+    begin = time.monotonic()
+    try:
+        result = tokenize_images.run(config)
+    finally:
+        tokenize_images._book = book
+    # Units of equal size: the first one booked only starts the clock.
+    steady = times[-1][0] - times[0][0]
+    views = config.rows_per_unit * config.num_views * (len(times) - 1)
+    after = [seconds for _, seconds in times[1:]]
+    encoding = sum(s["encode"] for s in after)
+    return {
+        "rate": views / steady,
+        "start_seconds": times[0][0] - begin,
+        "unit_seconds": encoding / len(after),
+        "encoder_idle": sum(s["idle"] for s in after) / (encoding + sum(s["idle"] for s in after)),
+        "units": result.num_units,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--images", type=int, default=160)
+    parser.add_argument("--num_views", type=int, default=4)
+    parser.add_argument("--rows_per_unit", type=int, default=16)
+    parser.add_argument("--hidden_dim", type=int, default=64)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--num_gpus", type=float, default=0)
+    parser.add_argument("--num_cpus", type=int, default=4, help="CPUs Ray counts")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--address", default="local", help="address of a running Ray")
+    parser.add_argument("--decoding_only", action="store_true")
+    parser.add_argument("--output", default="")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    report = {"options": vars(options), "torch": torch.__version__}
+    with tempfile.TemporaryDirectory() as directory:
+        images = make_images(f"{directory}/images", options.images)
+        report["jpeg_kilobytes"] = sum(map(len, images)) / len(images) / 1000
+        report["milliseconds_per_image_and_core"] = measure_decoding(images[:24])
+        if not options.decoding_only:
+            report |= measure_job(directory, options)
+    text = json.dumps(report, indent=1)
+    print(text)
+    if options.output:
+        Path(options.output).write_text(text + "\n")
+
+
+def measure_job(directory, options):
+    import ray
+
+    torch.manual_seed(0)
+    stored = DalleTokenizer(hidden_dim=options.hidden_dim, has_decoder=False)
+    tokenizer_store.save(stored, f"{directory}/tokenizer", source={"stage": "benchmark"})
+    del stored
+    local = {} if options.address != "local" else {
+        "num_cpus": options.num_cpus, "include_dashboard": False,
+    }  # fmt: skip
+    ray.init(address=options.address, log_to_driver=False, logging_level="ERROR", **local)
+    config = TokenizeConfig(
+        images=f"{directory}/images",
+        tokenizer=f"{directory}/tokenizer",
+        output=f"{directory}/tokens",
+        num_views=options.num_views,
+        rows_per_unit=options.rows_per_unit,
+        batch_size=options.batch_size,
+        precision=options.precision,
+        encoders=EncoderConfig(min_actors=1, max_actors=1, num_gpus=options.num_gpus),
+        tracking=TrackingConfig(enabled=False),
+    )
+    table = image_table.ImageTable.open(config.images)
+    job, _ = plan_job(config, table)
+    part = table.parts[0]
+    units = plan_units([part.name], [part.rows], options.rows_per_unit)
+    unit = token_work.Unit(
+        index=0, part=part.to_dict(), start=int(units.start[0]), stop=int(units.stop[0])
+    )
+    rendered = token_work.render_unit(config.images, unit, job.identity)
+    pixels = rendered.pixels.reshape(-1, *rendered.pixels.shape[2:])
+    tokenizer = tokenizer_store.load(
+        config.tokenizer, device=job.device, precision=job.identity.precision
+    )
+    bare_rate(tokenizer, pixels[: options.batch_size], options)
+    bare, jobs = [], []
+    for index in range(options.rounds):
+        repeats = max(1, len(units) // 4)
+        bare.append(
+            statistics.median(bare_rate(tokenizer, pixels, options) for _ in range(repeats))
+        )
+        from dataclasses import replace
+
+        jobs.append(job_rates(replace(config, output=f"{directory}/tokens-{index}")))
+        print(f"round {index}: bare {bare[-1]:.1f}, job {jobs[-1]}", file=sys.stderr, flush=True)
+    rate = statistics.median(entry["rate"] for entry in jobs)
+    return {
+        "bare_views_per_second": bare,
+        "jobs": jobs,
+        "overhead": 1 - rate / statistics.median(bare),
+        "device": torch.cuda.get_device_name() if options.num_gpus else "cpu, 1 thread",
+    }
+
+
+if __name__ == "__main__":
+    main()
