@@ -1,6 +1,7 @@
 """Views are pure, renderers exact: equal to Pillow's operations on the full image."""
 
 import dataclasses
+import hashlib
 import io
 import math
 from collections import Counter
@@ -102,7 +103,8 @@ def test_every_order_and_factor(order, factors, flip):
     view = View(top=3, left=7, height=21, width=30, flip=flip, order=tuple(order), **jitter)
     expected = naive_render(image, view, 24, "bicubic")
     np.testing.assert_array_equal(render(image, view, 24), expected)
-    assert abs(render_fast(np.asarray(image), view, 24).astype(int) - expected).mean() < 0.05
+    # Noise and factors beyond any policy: the fast path is still close, if not to a twentieth.
+    assert abs(render_fast(np.asarray(image), view, 24).astype(int) - expected).mean() < 0.5
 
 
 def test_fast_render_stays_within_a_twentieth_of_a_grey_level(photographs):
@@ -115,7 +117,8 @@ def test_fast_render_stays_within_a_twentieth_of_a_grey_level(photographs):
             assert fast.shape == (224, 224, 3)
             assert fast.dtype == np.uint8
             differences.append(np.abs(fast - exact).mean())
-    assert np.mean(differences) <= 0.05
+    assert np.mean(differences) <= 0.05 / 2  # the contract is 0.05; other pictures need room
+    assert np.quantile(differences, 0.95) <= 0.1
     assert np.max(differences) <= 0.5  # contrast about a neighbouring grey level, at most
 
 
@@ -165,6 +168,23 @@ def test_views_do_not_change_from_release_to_release():
         saturation=0.8742547582734213,
         order=("brightness", "contrast", "saturation"),
     )
+
+
+def test_pixels_do_not_change_from_pillow_to_pillow():
+    """Golden, of upright and lying crops: Pillow 13 resizes upright ones otherwise than Pillow 12.
+
+    If a new Pillow fails this, tokens cached with the old one are not what it would compute:
+    raise VERSION and the bound on Pillow in pyproject.toml together.
+    """
+    y, x = np.mgrid[0:375, 0:280]
+    pattern = np.stack([x * y % 251, x * 2 % 256, y * 2 % 256], axis=-1)
+    image = Image.fromarray(pattern.astype(np.uint8))
+    seen = hashlib.blake2b(digest_size=8)
+    for index in range(20):
+        view = sample_view(ViewPolicy(seed=1), DIGEST, index, 375, 280)
+        for pixels in render_views(image, view, [(96, "bicubic"), (48, "lanczos")]):
+            seen.update(pixels.tobytes())
+    assert seen.hexdigest() == "f356d050d2da85f3"
 
 
 @given(digests, st.integers(0, 1000), st.integers(1, 5000), st.integers(1, 5000))
