@@ -95,8 +95,12 @@ class Attempt:
     next_step: int
     """Steps done when it last wrote."""
     workers: int
+    pids: list[int] = field(default_factory=list)
+    """Process of each worker, by rank."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Its books."""
+    latest: dict[str, float | None] = field(default_factory=dict)
+    """Figures of its last logging period, for the progress line."""
     outcome: str = ""
     """finished, stopped, refused; empty while running and after a kill."""
     message: str = ""

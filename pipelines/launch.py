@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +19,11 @@ from pipelines.features import weights_fingerprint
 from pipelines.goodput import account, flops_per_image
 from pipelines.ingest import TrainingData
 from pipelines.run_dir import RunDir, open_run
-from pipelines.train_log import Board, ProgressThread
+from pipelines.train_log import ProgressThread
 
 FLOOR_ROWS = 4096  # rows of the token table that the unigram floor is estimated from
 FLOOR_SLICES = 16
+WORKER_FAILED = "worker_failed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,10 +116,11 @@ def launch(config: PretrainConfig, train_loop: TrainLoop) -> Result:
             plan, tracking_uri=tracked.tracking_uri, mlflow_run_id=tracked.run_id
         )
         try:
-            if config.scaling.worker_range[1] == 0:
-                _train_here(config, plan, train_loop, before)
-            else:
-                _train_on_ray(config, plan, train_loop, before, run)
+            with ProgressThread(run, total_steps=plan.total_steps, start_step=before):
+                if config.scaling.worker_range[1] == 0:
+                    train_loop(config, plan, in_ray=False)
+                else:
+                    _train_on_ray(config, plan, train_loop, run)
         finally:
             report = _report(run, plan)
             run.write_report(report)
@@ -221,43 +224,18 @@ def _inputs(config: PretrainConfig, data: TrainingData) -> list[tracking.Dataset
     ]
 
 
-def _train_here(config: PretrainConfig, plan: Plan, train_loop: TrainLoop, before: int) -> None:
-    board = Board()
-    with ProgressThread(board.read, total_steps=plan.total_steps, start_step=before):
-        train_loop(config, plan, in_ray=False, post=board.post)
-
-
-def _train_on_ray(
-    config: PretrainConfig, plan: Plan, train_loop: TrainLoop, before: int, run: RunDir
-) -> None:
-    import ray
+def _train_on_ray(config: PretrainConfig, plan: Plan, train_loop: TrainLoop, run: RunDir) -> None:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     scaling = config.scaling
-    here = ray.get_runtime_context().get_node_id()
-    # Beside the driver, so that it is lost only with the driver itself.
-    board = (
-        ray.remote(Board)
-        .options(
-            num_cpus=0,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=here, soft=False),
-        )
-        .remote()
-    )
     low, high = scaling.worker_range
     _say_if_too_small(config)
     filesystem, path = storage.resolve(run.at("ray"))
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={
-            "config": config,
-            "plan": plan,
-            "train_loop": train_loop,
-            "board": board,
-        },
+        train_loop_config={"config": config, "plan": plan, "train_loop": train_loop},
         torch_config=TorchConfig(
             backend="nccl" if scaling.use_gpu and _has_cuda() else "gloo", timeout_s=300
         ),
@@ -280,12 +258,7 @@ def _train_on_ray(
         ),
     )
     try:
-        with ProgressThread(
-            lambda: ray.get(board.read.remote(), timeout=20),
-            total_steps=plan.total_steps,
-            start_step=before,
-        ):
-            trainer.fit()
+        trainer.fit()
     except TrainingFailedError as error:
         last = str(error).strip().splitlines()[-1]
         raise StageFailed(
@@ -293,17 +266,25 @@ def _train_on_ray(
             f"the last time: {last}. Events: {run.at('events')}"
         ) from error
     finally:
-        ray.kill(board)
         storage.delete_prefix(run.at("ray"))
 
 
-def _worker(payload: Mapping[str, Any]) -> None:
-    board = payload["board"]
+def _worker(job: Mapping[str, Any]) -> None:
+    try:
+        job["train_loop"](job["config"], job["plan"], in_ray=True)
+    except Exception as error:
+        from ray.train import get_context
 
-    def post(record: dict[str, Any]) -> None:
-        board.post.remote(record)
-
-    payload["train_loop"](payload["config"], payload["plan"], in_ray=True, post=post)
+        rank = get_context().get_world_rank()
+        # Bad input stays bad: the next start reads this and gives up, see `pretrain.hopeless`.
+        open_run(job["config"]).event(
+            WORKER_FAILED,
+            rank=rank,
+            final=isinstance(error, InputError),
+            message=f"worker {rank}: {type(error).__name__}: {error}",
+            traceback=traceback.format_exc()[-4000:],
+        )
+        raise
 
 
 def _has_cuda() -> bool:

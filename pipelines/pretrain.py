@@ -33,10 +33,10 @@ from pipelines.distributed import (
 )
 from pipelines.goodput import Books
 from pipelines.health import HealthMonitor
-from pipelines.launch import Plan, Result, launch
+from pipelines.launch import WORKER_FAILED, Plan, Result, launch
 from pipelines.run_dir import RunDir, Skips, open_run
 from pipelines.train_data import TrainData
-from pipelines.train_log import LogTargets, Post, StepMetrics, TrainLog, to_period
+from pipelines.train_log import StepMetrics, TrainLog, to_period
 from pipelines.train_probes import log_pictures, run_probe
 
 # Starts from the same checkpoint, none of which reached the next one, before a run gives up.
@@ -55,7 +55,7 @@ def run(config: PretrainConfig) -> Result:
 
 # One function on purpose: a reader follows the training from top to bottom.
 def train_loop(  # noqa: PLR0912, PLR0915
-    config: PretrainConfig, plan: Plan, *, in_ray: bool, post: Post
+    config: PretrainConfig, plan: Plan, *, in_ray: bool
 ) -> None:
     """The training job of one worker. Every worker runs it; worker 0 also writes.
 
@@ -90,7 +90,8 @@ def train_loop(  # noqa: PLR0912, PLR0915
     skips = world.broadcast(run_dir.skips() if world.rank == 0 else None)
     log = TrainLog(
         run_dir,
-        LogTargets(tracking_uri=plan.tracking_uri, mlflow_run_id=plan.mlflow_run_id, post=post),
+        tracking_uri=plan.tracking_uri,
+        mlflow_run_id=plan.mlflow_run_id,
         books=books,
         entered_at=entered_at,
         launched_at=plan.launched_at,
@@ -123,12 +124,9 @@ def train_loop(  # noqa: PLR0912, PLR0915
                 save(0)
         else:
             log.event("resumed", step=step, workers=world.size, message=f"continues at step {step}")
-        if world.broadcast(world.rank == 0 and fruitless(run_dir, plan.launched_at, step)):
-            message = (
-                f"{MAX_FRUITLESS_STARTS} starts in a row failed between step {step} and the next "
-                f"checkpoint; see the worker_failed events in {run_dir.at('events')}"
-            )
-            log.write_attempt(step, outcome="stopped", message=message)
+        reason = world.broadcast(hopeless(run_dir, plan.launched_at, step) if log.active else "")
+        if reason:
+            log.write_attempt(step, outcome="stopped", message=reason)
             return
         batches = data.batches(skips.segments(step, plan.total_steps))
         period_start, first_period = step, True
@@ -369,11 +367,25 @@ def checkpoint_state(
     }
 
 
-def fruitless(run_dir: RunDir, launched_at: float, step: int) -> bool:
-    """Whether the last starts of this launch all began at `step` and died: a loop of crashes."""
+def hopeless(run_dir: RunDir, launched_at: float, step: int) -> str:
+    """Why another start will not help, or "": bad input, or a loop of crashes at one place."""
+    failures = [
+        event
+        for event in run_dir.events()
+        if event["event"] == WORKER_FAILED and event["time"] >= launched_at
+    ]
+    for event in failures:
+        if event["final"]:
+            return str(event["message"])
     starts = [a for a in run_dir.attempts()[:-1] if a.launched_at == launched_at]
     last = starts[-MAX_FRUITLESS_STARTS:]
-    return len(last) == MAX_FRUITLESS_STARTS and all(a.start_step == step for a in last)
+    if len(last) == MAX_FRUITLESS_STARTS and all(a.start_step == step for a in last):
+        seen = failures[-1]["message"] if failures else "its processes were killed"
+        return (
+            f"{len(last)} starts in a row did not get from step {step} to the next checkpoint; "
+            f"the last time: {seen}. Events: {run_dir.at('events')}"
+        )
+    return ""
 
 
 def device_peak(config: PretrainConfig, device: torch.device) -> float:

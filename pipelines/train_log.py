@@ -6,12 +6,13 @@ Worker 0 writes; the others hold a `TrainLog` that writes nothing. The device is
 
 import dataclasses
 import json
+import logging
 import math
+import os
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -21,13 +22,16 @@ from torch import Tensor
 
 from pipelines import storage
 from pipelines.distributed import World
+from pipelines.errors import InputError
 from pipelines.goodput import Attempt, Books
 from pipelines.health import Finding, Period
 from pipelines.metric_logger import MetricLogger
 from pipelines.progress import Progress
 from pipelines.run_dir import MetricsFile, RunDir
 
-Post = Callable[[dict[str, Any]], None]
+log = logging.getLogger(__name__)
+
+SHOWN = ("loss", "mim_accuracy", "images_per_second", "data_wait_share")
 
 
 class StepMetrics:
@@ -94,33 +98,26 @@ def sample_hash(row_ids: NDArray[np.int64]) -> int:
     return int((x ^ (x >> np.uint64(31))).sum(dtype=np.uint64).astype(np.int64))
 
 
-@dataclass(frozen=True, kw_only=True)
-class LogTargets:
-    """Where a worker reports to."""
-
-    tracking_uri: str
-    mlflow_run_id: str
-    post: Post
-    """Takes progress records; must not block."""
-
-
 class TrainLog:
     """Outputs of worker 0."""
 
     def __init__(
         self,
         run: RunDir,
-        targets: LogTargets,
         *,
+        tracking_uri: str,
+        mlflow_run_id: str,
         books: Books,
         entered_at: float,
         launched_at: float,
         start_step: int,
         world: World,
     ) -> None:
-        self.run, self.books, self.post = run, books, targets.post
+        self.run, self.books = run, books
         self.active = world.rank == 0
+        self.latest: dict[str, float] = {}
         # A worker of a later launch counts its attempt after those that are on record.
+        pids = world.gather(torch.tensor([os.getpid()], device=world.device))
         number = 1 + max((a.number for a in run.attempts()), default=0) if self.active else 0
         self.attempt = Attempt(
             number=number,
@@ -129,6 +126,7 @@ class TrainLog:
             start_step=start_step,
             next_step=start_step,
             workers=world.size,
+            pids=[int(pid) for pid in pids],
         )
         self.pause = 1.0 if storage.is_local(run.uri) else 20.0
         self.written = -math.inf
@@ -136,9 +134,7 @@ class TrainLog:
         self.tracker: MetricLogger | None = None
         if self.active:
             self.metrics = MetricsFile(run.at("metrics.jsonl"), start_step=start_step)
-            self.tracker = MetricLogger(
-                targets.tracking_uri, targets.mlflow_run_id, system_metrics=True
-            )
+            self.tracker = MetricLogger(tracking_uri, mlflow_run_id, system_metrics=True)
             self.write_attempt(start_step)
 
     def period(self, step: int, record: Mapping[str, Any], tracked: Mapping[str, float]) -> None:
@@ -148,7 +144,7 @@ class TrainLog:
         assert self.metrics and self.tracker
         self.metrics.append(clean({"step": step, **record}))
         self.tracker.log({k: v for k, v in tracked.items() if math.isfinite(v)}, step)
-        self.post({"step": step + 1, **tracked})
+        self.latest = {name: tracked[name] for name in SHOWN}
         if time.monotonic() - self.written >= self.pause:
             self.write_attempt(step + 1)
 
@@ -156,8 +152,7 @@ class TrainLog:
         """Something that a person should be able to find out later."""
         if not self.active:
             return
-        event = self.run.event(kind, **clean(fields))
-        self.post({"event": event})
+        self.run.event(kind, **clean(fields))
         if self.tracker and "step" in fields:
             self.tracker.log({f"events/{kind}": 1.0}, int(fields["step"]))
 
@@ -189,6 +184,7 @@ class TrainLog:
             self.attempt,
             next_step=next_step,
             seconds=self.books.seconds(),
+            latest=clean(self.latest),
             outcome=outcome,
             message=message,
         )
@@ -230,70 +226,53 @@ def clean(values: Any) -> Any:
     return values
 
 
-class Board:
-    """Last progress record and unread events; as a Ray actor, or in this process."""
-
-    def __init__(self) -> None:
-        self.state: dict[str, Any] = {}
-        self.events: list[dict[str, Any]] = []
-
-    def post(self, record: dict[str, Any]) -> None:
-        """Called by worker 0."""
-        if "event" in record:
-            self.events.append(record["event"])
-        else:
-            self.state = record
-
-    def read(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Called by the driver: the last record, and events since the last call."""
-        events, self.events = self.events, []
-        return self.state, events
-
-
 class ProgressThread:
-    """Shows on the driver what worker 0 posts while the training call blocks."""
+    """Shows on the driver what worker 0 writes into the run directory while training blocks.
 
-    def __init__(
-        self,
-        read: Callable[[], tuple[dict[str, Any], list[dict[str, Any]]]],
-        *,
-        total_steps: int,
-        start_step: int,
-    ) -> None:
-        self.read = read
+    Reading files takes no process of its own, as an actor would, and works wherever the run
+    directory does.
+    """
+
+    def __init__(self, run: RunDir, *, total_steps: int, start_step: int) -> None:
+        self.run = run
+        self.every = 0.5 if storage.is_local(run.uri) else 20.0
+        self.seen = {event["time"] for event in run.events()}
+        self.attempts = len(run.attempts())
         self.progress = Progress(total_steps, "pretrain", "step", initial=start_step)
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._work, name="progress", daemon=True)
 
-    def __enter__(self) -> "ProgressThread":
+    def __enter__(self) -> Self:
         self.thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop.set()
-        self.thread.join(timeout=10)
+        self.thread.join(timeout=30)
         self.progress.close()
 
     def _work(self) -> None:
-        while not self.stop.wait(0.5):
+        while not self.stop.wait(self.every):
             self._show()
         self._show()
 
     def _show(self) -> None:
         try:
-            state, events = self.read()
-        except Exception as error:  # the board died: no progress, but training goes on
-            self.progress.stream.write(f"progress is not available: {error}\n")
-            self.stop.set()
+            events = [event for event in self.run.events() if event["time"] not in self.seen]
+            attempts = self.run.attempts()[self.attempts :]
+        except (OSError, InputError) as error:  # storage is away: training itself may still go on
+            log.warning("progress cannot be read: %s", error)
             return
         for event in events:
+            self.seen.add(event["time"])
             text = event.get("message") or json.dumps(event)
             self.progress.stream.write(f"\n{event['event']}: {text}\n")
-        if state:
+        if attempts and (latest := attempts[-1].latest):
+            shown = {name: math.nan if latest[name] is None else latest[name] for name in SHOWN}
             self.progress.update(
-                state["step"],
-                loss=f"{state['loss']:.3f}",
-                accuracy=f"{state['mim_accuracy']:.3f}",
-                **{"img/s": f"{state['images_per_second']:.0f}"},
-                wait=f"{state['data_wait_share']:.0%}",
+                attempts[-1].next_step,
+                loss=f"{shown['loss']:.3f}",
+                accuracy=f"{shown['mim_accuracy']:.3f}",
+                **{"img/s": f"{shown['images_per_second']:.0f}"},
+                wait=f"{shown['data_wait_share']:.0%}",
             )

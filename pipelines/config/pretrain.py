@@ -47,6 +47,16 @@ def require(condition: bool, name: str, value: object, remedy: str) -> None:
         raise InputError(f"{name} = {value!r}: {remedy}")
 
 
+def one_of(name: str, value: object, options: tuple[str, ...]) -> None:
+    """Raises InputError unless `value` is one of `options`."""
+    require(value in options, name, value, "choose " + ", ".join(options))
+
+
+def at_least(name: str, value: float, low: float) -> None:
+    """Raises InputError for a value below `low`."""
+    require(value >= low, name, value, f"must be at least {low}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The encoder; the defaults are BEiT-Base as released. The vocabulary is the token table's."""
@@ -80,19 +90,14 @@ class ModelConfig:
             self.image_size,
             f"must be a positive multiple of model.patch_size = {self.patch_size}",
         )
-        require(self.depth > 0, "model.depth", self.depth, "must be at least 1")
+        at_least("model.depth", self.depth, 1)
         require(
             self.num_heads > 0 and self.dim % self.num_heads == 0,
             "model.num_heads",
             self.num_heads,
             f"must divide model.dim = {self.dim}",
         )
-        require(
-            self.relative_positions in ("none", "shared", "per_block"),
-            "model.relative_positions",
-            self.relative_positions,
-            "choose none, shared or per_block",
-        )
+        one_of("model.relative_positions", self.relative_positions, ("none", "shared", "per_block"))
         require(
             0.0 <= self.drop_path < 1.0,
             "model.drop_path",
@@ -126,13 +131,8 @@ class MaskingConfig:
     """Exactly num_masked patches (BEiT v2) instead of at most (BEiT as coded)."""
 
     def __post_init__(self) -> None:
-        require(
-            self.kind in ("blockwise", "random"),
-            "masking.kind",
-            self.kind,
-            "choose blockwise or random",
-        )
-        require(self.num_masked > 0, "masking.num_masked", self.num_masked, "must be at least 1")
+        one_of("masking.kind", self.kind, ("blockwise", "random"))
+        at_least("masking.num_masked", self.num_masked, 1)
         require(
             self.kind == "random" or 0 < self.min_block <= self.num_masked,
             "masking.min_block",
@@ -164,27 +164,17 @@ class DataConfig:
     """See mean."""
 
     def __post_init__(self) -> None:
-        require(self.num_shards > 0, "data.num_shards", self.num_shards, "must be at least 1")
+        at_least("data.num_shards", self.num_shards, 1)
         require(
             self.global_batch_size > 0 and self.global_batch_size % self.num_shards == 0,
             "data.global_batch_size",
             self.global_batch_size,
             f"must be a positive multiple of data.num_shards = {self.num_shards}",
         )
-        require(self.window > 0, "data.window", self.window, "must be at least 1")
-        require(
-            self.executor in ("threads", "ray_tasks"),
-            "data.executor",
-            self.executor,
-            "choose threads or ray_tasks",
-        )
-        require(self.num_threads >= 0, "data.num_threads", self.num_threads, "must be >= 0")
-        require(
-            self.prefetch_batches > 0,
-            "data.prefetch_batches",
-            self.prefetch_batches,
-            "must be at least 1",
-        )
+        at_least("data.window", self.window, 1)
+        one_of("data.executor", self.executor, ("threads", "ray_tasks"))
+        at_least("data.num_threads", self.num_threads, 0)
+        at_least("data.prefetch_batches", self.prefetch_batches, 1)
         require(min(self.std) > 0, "data.std", self.std, "every entry must be positive")
 
 
@@ -225,7 +215,7 @@ class OptimConfig:
             self.min_lr,
             f"must be between 0 and optim.lr = {self.lr}",
         )
-        require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "must be >= 0")
+        at_least("optim.warmup_epochs", self.warmup_epochs, 0)
         require(
             self.warmup_steps is None or self.warmup_steps >= 0,
             "optim.warmup_steps",
@@ -289,37 +279,17 @@ class ScalingConfig:
             self.num_workers,
             "must be 0, a positive number or [min, max] with 1 <= min <= max",
         )
-        require(
-            self.strategy in ("ddp", "fsdp"),
-            "scaling.strategy",
-            self.strategy,
-            "choose ddp or fsdp",
-        )
+        one_of("scaling.strategy", self.strategy, ("ddp", "fsdp"))
         require(
             self.strategy == "ddp" or low > 0,
             "scaling.strategy",
             self.strategy,
             "sharding needs scaling.num_workers >= 1",
         )
-        require(
-            self.precision in ("auto", "float32", "bf16"),
-            "scaling.precision",
-            self.precision,
-            "choose auto, float32 or bf16",
-        )
-        require(
-            self.accumulate_steps > 0,
-            "scaling.accumulate_steps",
-            self.accumulate_steps,
-            "must be at least 1",
-        )
-        require(
-            self.cpus_per_worker > 0,
-            "scaling.cpus_per_worker",
-            self.cpus_per_worker,
-            "must be at least 1",
-        )
-        require(self.max_failures >= 0, "scaling.max_failures", self.max_failures, "must be >= 0")
+        one_of("scaling.precision", self.precision, ("auto", "float32", "bf16"))
+        at_least("scaling.accumulate_steps", self.accumulate_steps, 1)
+        at_least("scaling.cpus_per_worker", self.cpus_per_worker, 1)
+        at_least("scaling.max_failures", self.max_failures, 0)
 
     @property
     def worker_range(self) -> tuple[int, int]:
@@ -342,10 +312,8 @@ class CheckpointConfig:
     """Write in the background while training goes on."""
 
     def __post_init__(self) -> None:
-        require(
-            self.every_steps > 0, "checkpoint.every_steps", self.every_steps, "must be at least 1"
-        )
-        require(self.keep >= 2, "checkpoint.keep", self.keep, "must be at least 2")
+        at_least("checkpoint.every_steps", self.every_steps, 1)
+        at_least("checkpoint.keep", self.keep, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,13 +347,8 @@ class HealthConfig:
     def __post_init__(self) -> None:
         for name in ("non_finite", "exploding_gradient", "code_collapse", "accuracy_floor"):
             value = getattr(self, name)
-            require(value in ACTIONS, f"health.{name}", value, f"choose one of {ACTIONS}")
-        require(
-            self.data_starvation in ("off", "warn", "stop"),
-            "health.data_starvation",
-            self.data_starvation,
-            "choose off, warn or stop: going back brings no data",
-        )
+            one_of(f"health.{name}", value, ACTIONS)
+        one_of("health.data_starvation", self.data_starvation, ("off", "warn", "stop"))
         require(
             self.gradient_ratio > 1, "health.gradient_ratio", self.gradient_ratio, "must be > 1"
         )
@@ -405,7 +368,7 @@ class ProbeConfig:
     """Block whose features are probed, 1-based; null: three quarters of the depth."""
 
     def __post_init__(self) -> None:
-        require(self.every_steps > 0, "probe.every_steps", self.every_steps, "must be at least 1")
+        at_least("probe.every_steps", self.every_steps, 1)
         require(self.max_images > 1, "probe.max_images", self.max_images, "must be at least 2")
 
 
@@ -440,8 +403,8 @@ class PretrainConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        require(self.log_every > 0, "log_every", self.log_every, "must be at least 1")
-        require(self.pictures_every >= 0, "pictures_every", self.pictures_every, "must be >= 0")
+        at_least("log_every", self.log_every, 1)
+        at_least("pictures_every", self.pictures_every, 0)
         require(
             self.masking.num_masked <= self.model.num_patches,
             "masking.num_masked",
