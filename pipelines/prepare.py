@@ -172,14 +172,14 @@ def _summaries(
 
     def process(batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         pairs = zip(batch["unit"].tolist(), batch["listing"].tolist(), strict=True)
-        return {"summary": [json.dumps(process_unit(task, *pair)) for pair in pairs]}
+        return {"summary": [json.dumps(_outcome(task, *pair)) for pair in pairs]}
 
     for first in range(0, len(todo), UNITS_PER_DATASET):
         units = todo[first : first + UNITS_PER_DATASET]
         rows = [{"unit": unit, "listing": plan.listings[unit]} for unit in units]
         with _quiet_ray_data():
             dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-            # A worker that is killed costs its unit; an exception of our own is final.
+            # A worker that is killed costs its unit, which Ray gives to another one.
             finished = dataset.map_batches(
                 process,
                 batch_size=1,
@@ -187,7 +187,31 @@ def _summaries(
                 compute=ray.data.TaskPoolStrategy(size=num_tasks or None),
             )
             for row in finished.iter_rows():
-                yield json.loads(row["summary"])
+                summary = json.loads(row["summary"])
+                _raise_failure(summary)
+                yield summary
+
+
+def _outcome(task: UnitTask, unit: int, listing: str) -> dict[str, Any]:
+    """In the worker. Failures that a person can mend travel as messages, without Ray's frames."""
+    try:
+        return process_unit(task, unit, listing)
+    except InputError as error:
+        return {"input_error": str(error)}
+    except StageFailed as error:
+        return {"stage_failed": str(error)}
+    except OSError as error:
+        return {"stage_failed": f"unit {unit}: {type(error).__name__}: {error}"}
+
+
+def _raise_failure(summary: dict[str, Any]) -> None:
+    if "input_error" in summary:
+        raise InputError(summary["input_error"])
+    if "stage_failed" in summary:
+        raise StageFailed(
+            f"{summary['stage_failed']}\nFinished units are kept; when this is mended, the same "
+            "command goes on from here."
+        )
 
 
 @contextmanager

@@ -153,7 +153,7 @@ def _without_killers(task: UnitTask, unit: int, entries: list[Entry]) -> list[En
         raise StageFailed(
             f"unit {unit} ({entries[0].path} to {entries[-1].path}) ended its worker {deaths} "
             "times, most likely for lack of memory; give --num_tasks fewer, or a smaller "
-            "--part_mb with another output. The same command goes on from here."
+            "--part_mb with another output."
         )
     container = task.reader.format in SUFFIXES
     return [

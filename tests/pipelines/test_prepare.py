@@ -4,13 +4,16 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 import random
 import threading
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
+import ray
 from PIL import Image
 
 from beit.images import decode_image, image_digest
@@ -395,6 +398,56 @@ def test_two_drivers_at_once_do_no_harm(folder: Path, tmp_path: Path) -> None:
     assert [getattr(result, "num_rows", result) for result in results] == [36, 36]
     whole = file_hashes(tmp_path / "whole")
     assert {name: file_hashes(tmp_path / "out")[name] for name in whole} == whole
+
+
+def test_a_failing_unit_is_told_without_a_wall_of_frames(folder: Path, tmp_path: Path) -> None:
+    config = config_of(folder, tmp_path / "out", part_mb=0.004)
+    prepare_plan.make_plan(config, config.output)
+    listing = tmp_path / "out/_work/units/00000003.parquet"
+    planned = listing.read_bytes()
+    listing.unlink()
+    with pytest.raises(StageFailed, match=r"unit 3: FileNotFoundError.*\n.*the same command"):
+        prepare.run(config)
+    listing.write_bytes(planned[:-1])
+    with pytest.raises(InputError, match="the source changed while two runs were planning"):
+        prepare.run(config)
+    listing.write_bytes(planned)
+    assert prepare.run(config).num_rows == 36
+
+
+def test_killed_workers_cost_nothing_but_time(tmp_path: Path) -> None:
+    """Workers are killed with SIGKILL again and again; the table is that of a quiet run."""
+    write_folder(tmp_path / "source", per_class=400)
+    options = {"part_mb": 0.02, "num_tasks": 3}
+    prepare.run(config_of(tmp_path / "source", tmp_path / "quiet", **options))
+    config = config_of(tmp_path / "source", tmp_path / "out", **options)
+    plan = prepare_plan.make_plan(config, config.output)
+    kills, over = [], threading.Event()
+    # Workers are children of their raylet; only those of this test's own Ray are touched.
+    parent = ray.remote(lambda: os.getppid())  # noqa: PLW0108 - Ray takes no built-in function
+    raylet = psutil.Process(ray.get(parent.remote()))
+
+    def kill() -> None:
+        rng = random.Random(5)
+        while not over.wait(0.3) and len(kills) < 8:
+            workers = [
+                process
+                for process in raylet.children()
+                if "MapBatches(process)" in " ".join(process.cmdline())
+            ]
+            if workers:
+                rng.choice(workers).kill()
+                kills.append(1)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        result = prepare.run(config, decoder="tests.pipelines.image_sources:slow_decode")
+    finally:
+        over.set()
+        killer.join()
+    assert len(kills) >= 3 and result.num_rows == 1200 and len(plan.listings) > 20
+    assert file_hashes(tmp_path / "out") == file_hashes(tmp_path / "quiet")
 
 
 def unit_task(config: PrepareConfig, plan: prepare_plan.Plan, **fields) -> prepare_unit.UnitTask:
