@@ -14,6 +14,7 @@ import contextlib
 import json
 import uuid
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from pipelines.token_table import MANIFEST, encode_manifest
 WORK = "_work"
 IDENTITY = "identity.json"
 HASH_BYTES = 16
+NUM_THREADS = 16
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -116,20 +118,39 @@ class Ledger:
     def load(self) -> NDArray[np.int64]:
         """Reads what earlier runs did; returns units whose file is there without a receipt."""
         listed = self._list()
-        for info in storage.list_files(storage.join(self.uri, WORK), recursive=False):
-            path = storage.join(self.uri, WORK, info.path)
-            if info.path.startswith("receipts-"):
-                with contextlib.suppress(FileNotFoundError):
-                    self._read_receipts(storage.read_bytes(path), listed)
-            elif info.path.startswith("rejected-"):
-                with contextlib.suppress(FileNotFoundError):
-                    record = storage.read_json(path)
+        notes = storage.list_files(storage.join(self.uri, WORK), recursive=False)
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            # A long job on S3 leaves thousands of small files.
+            found = pool.map(lambda info: (info.path, self._read_note(info.path)), notes)
+            for name, data in found:
+                if name.startswith("receipts-"):
+                    self._read_receipts(data, listed)
+                elif name.startswith("rejected-") and data:
+                    record = json.loads(data)
                     unit = self.find(record["part"], record["start"], record["stop"])
                     if unit is not None:
                         self.rejected[unit] = record["reason"]
         for done in np.flatnonzero(self.size >= 0):
             self.rejected.pop(int(done), None)
         return np.flatnonzero((listed >= 0) & (self.size < 0))
+
+    def _read_note(self, name: str) -> bytes:
+        try:
+            return storage.read_bytes(storage.join(self.uri, WORK, name))
+        except FileNotFoundError:
+            # A second driver has just finished the table and cleared its notes.
+            return b""
+
+    def _write_note(self, name: str, data: bytes) -> None:
+        for attempt in (1, 2, 3):
+            try:
+                storage.write_bytes(storage.join(self.uri, WORK, name), data)
+            except FileNotFoundError:
+                # Again a second driver: it removed the directory under our hands.
+                if attempt == 3:
+                    raise
+            else:
+                return
 
     def _list(self) -> NDArray[np.int64]:
         """Bytes of the file of every unit, -1 where there is none."""
@@ -179,7 +200,7 @@ class Ledger:
             return
         lines = "".join(json.dumps(receipt) + "\n" for receipt in self._unsaved)
         name = f"receipts-{self._writer}-{self._written:06d}.jsonl"
-        storage.write_bytes(storage.join(self.uri, WORK, name), lines.encode())
+        self._write_note(name, lines.encode())
         self._written += 1
         self._unsaved = []
 
@@ -192,16 +213,16 @@ class Ledger:
             "stop": int(self.units.stop[unit]),
             "reason": reason,
         }
-        storage.write_json(self._rejected_uri(unit), record)
+        self._write_note(self._rejected_name(unit), storage.canonical_json(record))
 
     def retry_rejected(self) -> None:
         """Forgets every rejection."""
         for unit in self.rejected:
-            storage.delete(self._rejected_uri(unit))
+            storage.delete(storage.join(self.uri, WORK, self._rejected_name(unit)))
         self.rejected = {}
 
-    def _rejected_uri(self, unit: int) -> str:
-        return storage.join(self.uri, WORK, f"rejected-{self.units.name(unit)}.json")
+    def _rejected_name(self, unit: int) -> str:
+        return f"rejected-{self.units.name(unit)}.json"
 
     # -- questions -------------------------------------------------------------------------
 
@@ -261,7 +282,9 @@ class Ledger:
     def commit(self, manifest: dict[str, Any]) -> None:
         """Makes the table exist, then clears the traces of the work."""
         storage.write_bytes(storage.join(self.uri, MANIFEST), encode_manifest(manifest))
-        storage.delete_prefix(storage.join(self.uri, WORK))
+        # The table exists; a second driver that writes there at this moment is no failure.
+        with contextlib.suppress(OSError):
+            storage.delete_prefix(storage.join(self.uri, WORK))
 
 
 def refuse_other_options(uri: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
