@@ -46,7 +46,7 @@ def knn_predict(
 def knn_accuracy(train_x: Any, train_y: Any, test_x: Any, test_y: Any, k: int = 10) -> float:
     """Share of test rows that `knn_predict` classifies right."""
     truth = np.asarray(test_y)
-    num_classes = 1 + int(max(np.max(train_y), truth.max()))
+    num_classes = 1 + int(max(np.asarray(train_y).max(), truth.max()))
     found = knn_predict(train_x, train_y, test_x, num_classes=num_classes, k=k)
     return float((found == truth).mean())
 
@@ -145,7 +145,7 @@ def linear_accuracy(
 ) -> float:
     """Share of test rows that a linear probe of the training rows classifies right."""
     truth = np.asarray(test_y)
-    num_classes = 1 + int(max(np.max(train_y), truth.max()))
+    num_classes = 1 + int(max(np.asarray(train_y).max(), truth.max()))
     probe = fit_linear(train_x, train_y, num_classes=num_classes, weight_decay=weight_decay)
     return float((probe.predict(test_x) == truth).mean())
 

@@ -1,0 +1,338 @@
+"""Probes against scikit-learn, splits against leaks, and the stage against a table of shapes."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlflow import MlflowClient
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+
+from beit.images import image_digest
+from beit.mim import BeitMIM
+from beit.weights import save_weights
+from pipelines import evaluate, storage
+from pipelines.config.evaluate import EvaluateConfig
+from pipelines.config.tracking import TrackingConfig
+from pipelines.errors import InputError
+from pipelines.features import block_features, open_weights, pixel_features, pooled
+from pipelines.image_table import ImageRow, commit_manifest, write_part
+from pipelines.lineage import lineage
+from pipelines.probes import (
+    accuracy_interval,
+    chosen_linear,
+    fit_linear,
+    grouped_folds,
+    knn_accuracy,
+    knn_predict,
+    linear_accuracy,
+)
+
+OFF = TrackingConfig(enabled=False)
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+
+
+def blobs(count, dim, *, seed=0, spread=1.0, classes=3):
+    generator = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).normal(size=(classes, dim))
+    labels = generator.integers(0, classes, count)
+    return (centres[labels] + spread * generator.normal(size=(count, dim))).astype("f4"), labels
+
+
+# Probes
+
+
+@pytest.mark.parametrize(("count", "dim"), [(200, 12), (60, 150)])
+def test_linear_probe_equals_scikit_learn(count, dim):
+    """Tall and wide problems (the latter solved in the span of the rows): the same optimum."""
+    x, y = blobs(count, dim)
+    decay = 0.05
+    scale = x.std(0)
+    rows = (x - x.mean(0)) / np.maximum(scale, 1e-3 * scale.max())
+    reference = LogisticRegression(C=1 / (count * decay), tol=1e-8, max_iter=5000).fit(rows, y)
+    probe = fit_linear(x, y, num_classes=3, weight_decay=decay, max_iterations=500)
+    ours = torch.softmax(torch.from_numpy(rows) @ probe.weight + probe.bias, dim=1).numpy()
+    np.testing.assert_allclose(ours, reference.predict_proba(rows), atol=2e-3)
+    assert np.array_equal(probe.predict(x), reference.predict(rows))
+
+
+def test_knn_equals_scikit_learn():
+    x, y = blobs(300, 10, spread=2.0)
+    test, _ = blobs(120, 10, seed=1, spread=2.0)
+    reference = KNeighborsClassifier(
+        7, metric="cosine", weights=lambda distance: np.exp(-distance / 0.07), algorithm="brute"
+    ).fit(x, y)
+    assert np.array_equal(
+        knn_predict(x, y, test, num_classes=3, k=7), reference.predict(test.astype("f8"))
+    )
+
+
+def test_small_accuracies_for_probes_during_training():
+    x, y = blobs(200, 8, spread=0.1)
+    test, truth = blobs(100, 8, seed=1, spread=0.1)
+    assert knn_accuracy(x, y, test, truth, k=5) == 1.0
+    assert linear_accuracy(torch.from_numpy(x), torch.from_numpy(y), test, truth) == 1.0
+    assert knn_accuracy(x[:3], y[:3], test, truth, k=50) <= 1.0  # fewer rows than neighbours
+
+
+def test_the_informative_layer_is_chosen_and_constant_features_do_no_harm():
+    x, y = blobs(200, 8, spread=0.5)
+    noise = np.random.default_rng(5).normal(size=x.shape).astype("f4")
+    constant = np.ones_like(x) * 3
+    rows = np.arange(200)
+    probe, layer, _, by_layer = chosen_linear(
+        [noise, constant, x], y, rows[:120], rows[120:], num_classes=3
+    )
+    assert layer == 2
+    assert by_layer[2] > max(by_layer[:2])
+    assert (probe.predict(x) == y).mean() > 0.9
+
+
+@given(
+    sizes=st.lists(st.integers(1, 5), min_size=5, max_size=40),
+    num_folds=st.integers(2, 5),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=50, deadline=None)
+def test_groups_are_never_divided(sizes, num_folds, seed):
+    groups = [f"g{index}" for index, size in enumerate(sizes) for _ in range(size)]
+    fold = grouped_folds(groups, num_folds, seed=seed)
+    homes = {}
+    for group, number in zip(groups, fold, strict=True):
+        homes.setdefault(group, set()).add(int(number))
+    assert all(len(folds) == 1 for folds in homes.values())
+    share = np.bincount([next(iter(folds)) for folds in homes.values()], minlength=num_folds)
+    assert share.max() - share.min() <= 1
+    assert np.array_equal(fold, grouped_folds(groups, num_folds, seed=seed))
+
+
+def test_the_interval_covers_the_truth_for_near_duplicates():
+    """400 worlds of 40 groups of 5 equal rows: rows drawn singly would cover about 60 %."""
+    covered = 0
+    groups = [str(index // 5) for index in range(200)]
+    for world in range(400):
+        hits = (np.random.default_rng(world).random(40) < 0.7).repeat(5)
+        low, high = accuracy_interval(hits, groups, seed=world, num_draws=200)
+        covered += low <= 0.7 <= high
+    assert covered / 400 > 0.88
+
+
+# Features
+
+
+def small_model(seed=0, **options):
+    torch.manual_seed(seed)
+    return BeitMIM(
+        **{
+            "image_size": 16, "patch_size": 4, "dim": 24, "depth": 3, "num_heads": 2,
+            "vocab_size": 8, "absolute_positions": True, "relative_positions": "shared",
+            "layer_scale_init": 0.1, **options,
+        }
+    )  # fmt: skip
+
+
+def test_block_features_are_those_of_the_network():
+    model = small_model().eval()
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 3, 16, 16), dtype=np.uint8)
+    normalised = torch.from_numpy(pixels).float() / 255 - torch.tensor(MEAN).view(3, 1, 1)
+    normalised = normalised / torch.tensor(STD).view(3, 1, 1)
+    for pooling in ("mean", "cls", "grid"):
+        found = block_features(
+            model, pixels, layers=[3, 1], mean=MEAN, std=STD, pooling=pooling, batch_size=2
+        )
+        for layer, features in zip([3, 1], found, strict=True):
+            with torch.no_grad():
+                expected = pooled(model.features(normalised, layer=layer), pooling, (4, 4))
+            np.testing.assert_allclose(features, expected.numpy(), atol=1e-5)
+
+
+def test_pooling_keeps_what_it_says():
+    tokens = torch.arange(2 * 17 * 3, dtype=torch.float32).view(2, 17, 3)
+    assert torch.equal(pooled(tokens, "cls", (4, 4)), tokens[:, 0])
+    assert torch.equal(pooled(tokens, "mean", (4, 4)), tokens[:, 1:].mean(1))
+    grid = pooled(tokens, "grid", (4, 4))
+    assert torch.equal(grid.view(2, 3, 16), tokens[:, 1:].transpose(1, 2))
+
+
+def test_large_pixels_are_shrunk():
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 128, 128), dtype=np.uint8)
+    features = pixel_features(images)
+    assert features.shape == (2, 3 * 64 * 64)
+    mean = images.reshape(2, 3, 64, 2, 64, 2).mean((3, 5)).reshape(2, -1)
+    np.testing.assert_allclose(features * 255, mean, atol=1e-3)
+
+
+# The stage
+
+COLOURS = ((220, 40, 40), (40, 200, 60), (50, 60, 220))
+
+
+def picture(generator, label, *, noise=40):
+    pixels = np.full((16, 16, 3), 255.0)
+    top, left = generator.integers(0, 8, 2)
+    pixels[top : top + 8, left : left + 8] = COLOURS[label]
+    pixels += generator.normal(0, noise, pixels.shape)
+    buffer = io.BytesIO()
+    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_table(uri, rows, class_names=("red", "green", "blue", "unused")):
+    """`rows`: (image bytes, label or None, group or None)."""
+    records = [
+        ImageRow(
+            key=f"{index:05d}", image=data, height=16, width=16, label=label,
+            digest=image_digest(data), group=group,
+        )
+        for index, (data, label, group) in enumerate(rows)
+    ]  # fmt: skip
+    part = write_part(str(uri), "part-00000.parquet", records, row_group_bytes=20_000)
+    commit_manifest(
+        str(uri), parts=[part], class_names=list(class_names), source={}, options={},
+        rejected={}, num_items=len(records),
+    )  # fmt: skip
+    return str(uri)
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    generator = np.random.default_rng(0)
+    rows = [
+        (picture(generator, index % 3), index % 3 if index % 10 else None, None)
+        for index in range(150)
+    ]
+    return write_table(tmp_path_factory.mktemp("shapes"), rows)
+
+
+@pytest.fixture(scope="module")
+def trained_run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")
+    save_weights(small_model(), path / "weights", extra={"pixel_mean": MEAN, "pixel_std": STD})
+    storage.write_json(str(path / "run.json"), {"fingerprints": {}, "mlflow_run_id": "r" * 32})
+    return str(path)
+
+
+def test_the_stage_reports_files_and_tracks(shapes, trained_run, tmp_path):
+    tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
+    config = EvaluateConfig(
+        run=trained_run, images=shapes, output=str(tmp_path / "out"), num_folds=3, knn_k=5,
+        tracking=tracking,
+    )  # fmt: skip
+    result = evaluate.run(config)
+    assert result.num_images == 135
+    assert result.class_names == ["red", "green", "blue"]  # classes without an image are left out
+    assert result.scores["pixels"]["linear"].accuracy > 0.8
+    for probes in result.scores.values():
+        for score in probes.values():
+            assert score.low <= score.accuracy <= score.high
+    assert 0.3 < result.majority < 0.4
+    assert set(result.gains) == {"random_init", "pixels"}
+    gain, low, high = result.gains["pixels"]
+    linear = {name: probes["linear"].accuracy for name, probes in result.scores.items()}
+    assert gain == pytest.approx(linear["pretrained"] - linear["pixels"])
+    assert low <= gain <= high
+    assert f"linear probe {100 * linear['pretrained']:.1f} %" in result.summary()
+
+    report = storage.read_json(str(tmp_path / "out/evaluation.json"))
+    confusion = np.array(report["confusion"])
+    assert confusion.sum() == 135
+    assert np.trace(confusion) / 135 == pytest.approx(linear["pretrained"])
+    assert confusion.sum(1).tolist() == report["class_counts"]
+    assert (tmp_path / "out/confusion.png").exists()
+
+    client = MlflowClient(tracking.uri)
+    [tracked] = client.search_runs([client.get_experiment_by_name("beit").experiment_id])
+    assert tracked.info.status == "FINISHED"
+    assert tracked.data.tags["beit.pretrain_run_id"] == "r" * 32
+    assert tracked.data.metrics["linear_accuracy/pixels"] == pytest.approx(linear["pixels"])
+    node = lineage(tracked.info.run_id, tracking_uri=tracking.uri)
+    assert set(node.inputs) == {"weights", "image_table"}
+    history = client.get_metric_history(
+        tracked.info.run_id, "linear_validation_by_block/pretrained"
+    )
+    assert [metric.step for metric in history] == [1, 2, 3]
+
+    again = evaluate.run(config)
+    assert again.already_done
+    assert "was done already" in again.summary()
+    assert again.scores == result.scores
+    assert len(client.search_runs([tracked.info.experiment_id])) == 1
+
+
+def test_near_duplicates_cannot_answer_for_each_other(tmp_path, trained_run):
+    """Six copies of each picture, labelled by a coin: only a leak could predict the label."""
+    generator = np.random.default_rng(1)
+    rows = []
+    for group in range(60):
+        data, label = picture(generator, 0), int(generator.integers(0, 2))
+        rows.extend((data, label, f"group-{group}") for _ in range(6))
+    table = write_table(tmp_path / "table", rows)
+    options = {"run": trained_run, "images": table, "layers": [2], "tracking": OFF, "knn_k": 1}
+    whole = evaluate.run(
+        EvaluateConfig(**options, one_per_group=False, output=str(tmp_path / "whole"))
+    )
+    assert whole.num_images == 360
+    for probes in whole.scores.values():
+        assert all(score.accuracy < 0.75 for score in probes.values())
+    single = evaluate.run(EvaluateConfig(**options, output=str(tmp_path / "single")))
+    assert single.num_images == 60
+
+
+def test_a_test_table_is_tested_as_a_whole(shapes, trained_run, tmp_path):
+    generator = np.random.default_rng(7)
+    test = write_table(
+        tmp_path / "test", [(picture(generator, index % 3), index % 3, None) for index in range(30)]
+    )
+    result = evaluate.run(
+        EvaluateConfig(
+            run=trained_run,
+            images=shapes,
+            test_images=test,
+            output=str(tmp_path / "out"),
+            baselines=False,
+            layers=[1, 3],
+            tracking=OFF,
+        )
+    )
+    assert result.num_images == 30
+    assert list(result.scores) == ["pretrained"]
+    assert result.gains == {}
+    assert len(result.scores["pretrained"]["linear"].layer_accuracy) == 2
+
+
+def test_other_options_are_another_evaluation(shapes, trained_run, tmp_path):
+    options = {
+        "run": trained_run, "images": shapes, "output": str(tmp_path), "baselines": False,
+        "num_folds": 2, "tracking": OFF,
+    }  # fmt: skip
+    evaluate.run(EvaluateConfig(**options))
+    assert evaluate.run(EvaluateConfig(**options, batch_size=7)).already_done
+    assert not evaluate.run(EvaluateConfig(**options, pooling="grid")).already_done
+    assert not evaluate.run(EvaluateConfig(**options, pooling="grid", force=True)).already_done
+
+
+def test_bad_input_is_named(shapes, trained_run, tmp_path):
+    with pytest.raises(InputError, match=r"run: .*finish `beit pretrain`"):
+        open_weights(str(tmp_path / "nothing"))
+    save_weights(small_model(), tmp_path / "weights")
+    with pytest.raises(InputError, match=r"extra\.pixel_mean"):
+        open_weights(str(tmp_path))
+    with pytest.raises(InputError, match=r"layers = \[4\]: this network has 3 blocks"):
+        evaluate.run(EvaluateConfig(run=trained_run, images=shapes, layers=[4], tracking=OFF))
+    with pytest.raises(InputError, match=r"num_folds = 1: give 2 or more"):
+        EvaluateConfig(run="r", images="i", num_folds=1)
+    generator = np.random.default_rng(0)
+    table = write_table(tmp_path / "none", [(picture(generator, 0), None, None)] * 3)
+    with pytest.raises(InputError, match=r"labelled images of 0 classes"):
+        evaluate.run(EvaluateConfig(run=trained_run, images=table, tracking=OFF))
+
+
+def test_weights_are_found_in_a_run_or_by_themselves(trained_run):
+    inside, alone = open_weights(trained_run), open_weights(f"{trained_run}/weights")
+    assert inside.fingerprint == alone.fingerprint
+    assert (inside.run_id, alone.run_id) == ("r" * 32, "")
+    assert inside.mean == pytest.approx(MEAN)
