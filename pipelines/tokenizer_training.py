@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from beit.schedules import warmup_cosine
 from beit.tokenizers import DalleTokenizer, DiscreteVae, DvaeTokenizer
 from beit.tokenizers.base import map_pixels
 from beit.tokenizers.dvae import (
@@ -19,9 +20,20 @@ from beit.tokenizers.dvae import (
     mse_loss,
 )
 from beit.views import ViewPolicy
-from pipelines.config.train_tokenizer import LossConfig, ModelConfig, ViewsConfig
+from pipelines.config.train_tokenizer import (
+    LossConfig,
+    ModelConfig,
+    TrainTokenizerConfig,
+    ViewsConfig,
+)
 from pipelines.distributed import World
+from pipelines.errors import InputError
+from pipelines.image_table import ImageTable
+from pipelines.sample_order import SampleOrder
+from pipelines.scorecard import read_views, sample_rows
 
+CODEBOOK_VIEW = 2**48 + 1
+"""Index of the view that starts the codebook; training uses the epoch's number."""
 AVERAGE = "average."
 """Prefix of the averaged weights in a checkpoint."""
 
@@ -205,3 +217,65 @@ class Period:
             "codes_used": int((counts > 0).sum()),
             "perplexity": math.exp(-float((shares * shares.log()).sum())),
         }
+
+
+def sample_order(config: TrainTokenizerConfig, images: ImageTable) -> SampleOrder:
+    """The order of samples. Raises InputError for a batch larger than the table."""
+    return SampleOrder(
+        images.row_groups.sizes,
+        seed=config.seed,
+        global_batch_size=config.data.global_batch_size,
+        num_shards=config.data.num_shards,
+        window=config.data.window,
+    )
+
+
+def learning_rate(config: TrainTokenizerConfig, step: int) -> float:
+    """Linear warm-up from the first step on, then a cosine; a pure function of the step."""
+    optim = config.optim
+    return warmup_cosine(
+        step,
+        total_steps=optim.steps,
+        warmup_steps=optim.warmup_steps,
+        peak=optim.lr,
+        final=optim.min_lr,
+    )
+
+
+def relaxation(config: TrainTokenizerConfig, step: int) -> tuple[float, float]:
+    """Temperature and KL weight of a step (counted from 0)."""
+    loss = config.loss
+    temperature = cosine_between(
+        step,
+        num_steps=loss.temperature_steps,
+        start=loss.start_temperature,
+        end=loss.end_temperature,
+    )
+    kl_weight = cosine_between(step, num_steps=loss.kl_warmup_steps, start=0.0, end=loss.kl_weight)
+    return temperature, kl_weight
+
+
+def start_codebook(
+    tokenizer: DiscreteVae, config: TrainTokenizerConfig, images: ImageTable, device: str
+) -> None:
+    """K-means centres of real patches, see `beit.tokenizers.dvae`."""
+    if not isinstance(tokenizer, DvaeTokenizer):
+        return
+    rows = sample_rows(images, config.data.codebook_images)
+    policy = view_policy(config.views, seed=config.seed)
+    views = read_views(
+        images, rows, policy, CODEBOOK_VIEW, tokenizer.image_size, tokenizer.interpolation
+    )
+    batch = torch.stack([torch.from_numpy(view) for view in views]).to(device)
+    tokenizer.to(device)
+    generator = torch.Generator().manual_seed(config.seed)
+    try:
+        tokenizer.initialise_from(batch, generator=generator)
+    except ValueError as error:
+        raise InputError(f"data.codebook_images = {len(batch)}: {error}") from error
+
+
+def uses_bfloat16(config: TrainTokenizerConfig, world: World) -> bool:
+    """Whether the step is autocast."""
+    chosen = config.scaling.precision
+    return chosen == "bf16" or (chosen == "auto" and world.device.type == "cuda")

@@ -7,6 +7,7 @@ relaxation noise are pure functions of (seed, step, canonical shard), hence the 
 of workers, and an interrupted run continues as if it had not been interrupted.
 """
 
+import contextlib
 import math
 import sys
 import time
@@ -15,8 +16,6 @@ from typing import Any
 
 import torch
 
-from beit.schedules import warmup_cosine
-from beit.tokenizers import DiscreteVae, DvaeTokenizer
 from pipelines import checkpoint, pictures, storage, tokenizer_store
 from pipelines.config.train_tokenizer import (
     TrainTokenizerConfig,
@@ -28,12 +27,9 @@ from pipelines.errors import InputError, StageFailed
 from pipelines.image_table import ImageTable
 from pipelines.metric_logger import MetricLogger
 from pipelines.ray_workers import ProgressSink, fit_with_ray
-from pipelines.sample_order import SampleOrder
 from pipelines.scorecard import (
     Scorecard,
     check_gate,
-    read_views,
-    sample_rows,
     score,
     scorecard_record,
 )
@@ -43,8 +39,12 @@ from pipelines.tokenizer_training import (
     Period,
     RelaxedVae,
     build_tokenizer,
-    cosine_between,
+    learning_rate,
+    relaxation,
     relaxation_noise,
+    sample_order,
+    start_codebook,
+    uses_bfloat16,
     view_policy,
 )
 from pipelines.tracking import Dataset, start_run
@@ -54,8 +54,6 @@ RECORD = "training.json"
 FAILURE = "failure.json"
 CHECKPOINTS = "checkpoints"
 RAY_STATE = "ray"
-CODEBOOK_VIEW = 2**48 + 1
-"""Index of the view that starts the codebook; training uses the epoch's number."""
 REMEDY = (
     "raise loss.kl_weight or loss.start_temperature, lower model.vocab_size or optim.lr, or give "
     "more varied images; then train into another output"
@@ -166,7 +164,7 @@ def train(job: Job, world: World, progress: ProgressSink) -> None:  # noqa: PLR0
     resumed = _newest_checkpoint(root, world)
     tokenizer = build_tokenizer(config.model, seed=config.seed)
     if resumed is None and first:  # the other workers are sent its weights
-        _start_codebook(tokenizer, config, images, device)
+        start_codebook(tokenizer, config, images, device)
     tokenizer.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     relaxed = RelaxedVae(tokenizer, config.loss)
     optimizer = torch.optim.AdamW(
@@ -183,7 +181,7 @@ def train(job: Job, world: World, progress: ProgressSink) -> None:  # noqa: PLR0
         start_step = resumed.step
         restore(tokenizer, optimizer, resumed.weights, resumed.moments)
         average.restore(resumed.weights)
-    low_precision = _low_precision(config, world)
+    low_precision = uses_bfloat16(config, world)
     shards = order.shards_of(world.rank, world.size)
     noise_shape = (order.shard_batch_size, tokenizer.vocab_size, *tokenizer.grid_size)
     reader = TokenViewReader(
@@ -197,131 +195,98 @@ def train(job: Job, world: World, progress: ProgressSink) -> None:  # noqa: PLR0
         num_threads=config.data.num_threads or config.scaling.cpus_per_worker,
         prefetch_batches=config.data.prefetch_batches,
     )
-    logger = MetricLogger(job.tracking_uri, job.run_id if first else "")
-    saver = checkpoint.Saver(
-        root, keep=config.checkpoint.keep, asynchronous=True, failed=_report_failed_checkpoint
-    )
-    period = Period(tokenizer.vocab_size, world)
-    period_start, waited = time.monotonic(), 0.0
-    batches = reader.batches(start_step, total)
-    progress.start(total, start_step)
-
-    # The loop.
-    for step in range(start_step, total):
-        wait_start = time.monotonic()
-        batch = next(batches).to(device, non_blocking=True)
-        waited += time.monotonic() - wait_start
-
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
-        temperature, kl_weight = relaxation(config, step)
-        noise = relaxation_noise(
-            seed=config.seed, step=step, shards=shards, shape=noise_shape, device=device
+    # Closed however this ends: the curves of a collapsed run are those worth looking at.
+    with contextlib.ExitStack() as closing:
+        logger = MetricLogger(job.tracking_uri, job.run_id if first else "")
+        closing.callback(logger.close)
+        saver = checkpoint.Saver(
+            root, keep=config.checkpoint.keep, asynchronous=True, failed=_report_failed_checkpoint
         )
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=low_precision):
-            loss, terms, counts = model(
-                batch, noise, torch.tensor(temperature), torch.tensor(kl_weight)
-            )
-        (loss / world.size).backward()  # gradients are summed over the workers
-        grad_norm = clip_gradients(parameters, config.optim.clip_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        average.update(step)
-        period.add(terms, counts, grad_norm)
+        closing.callback(saver.close)
+        period = Period(tokenizer.vocab_size, world)
+        period_start, waited = time.monotonic(), 0.0
+        batches = reader.batches(start_step, total)
+        progress.start(total, start_step)
 
-        done = step + 1
-        if done % config.log_every == 0 or done == total:
-            metrics = period.metrics()
-            seconds = time.monotonic() - period_start
-            metrics |= {
-                "hard_reconstruction": float(relaxed.hard_reconstruction(batch)),
-                "temperature": temperature,
-                "kl_weight": kl_weight,
-                "lr": learning_rate(config, step),
-                "images_per_second": period.steps * config.data.global_batch_size / seconds,
-                "data_wait_share": waited / seconds,
-            }
-            logger.log(metrics, done)
-            progress.update(
-                done,
-                loss=f"{metrics['loss']:.4f}",
-                codes=f"{metrics['codes_used']:g}",
-                perplexity=f"{metrics['perplexity']:.1f}",
+        # The loop.
+        for step in range(start_step, total):
+            wait_start = time.monotonic()
+            batch = next(batches).to(device, non_blocking=True)
+            waited += time.monotonic() - wait_start
+
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step)
+            temperature, kl_weight = relaxation(config, step)
+            noise = relaxation_noise(
+                seed=config.seed, step=step, shards=shards, shape=noise_shape, device=device
             )
-            _check_health(metrics, done, config)
-            period.clear()
-            period_start, waited = time.monotonic(), 0.0
-        if done % config.checkpoint.every_steps == 0 or done == total:
-            weights, moments = snapshot(tokenizer, optimizer, keep=first)
-            if first:
-                weights |= average.state()
-                saver.save(
-                    checkpoint.Checkpoint(step=done, weights=weights, moments=moments, state={})
+            with torch.autocast(world.device.type, torch.bfloat16, enabled=low_precision):
+                loss, terms, counts = model(
+                    batch, noise, torch.tensor(temperature), torch.tensor(kl_weight)
                 )
+            (loss / world.size).backward()  # gradients are summed over the workers
+            grad_norm = clip_gradients(parameters, config.optim.clip_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            average.update(step)
+            period.add(terms, counts, grad_norm)
 
-    # The end: judge the averaged weights and make them the tokenizer.
-    saver.close()
-    if first:
-        if config.optim.ema_decay > 0:
-            average.copy_to(tokenizer)
-        scorecard = score(
-            tokenizer,
-            images,
-            num_images=config.gate.num_images,
-            policy=policy,
-            device=device,
-        )
-        _log_scorecard(scorecard, logger, total)
-        logger.close()
-        check_gate(
-            scorecard,
-            min_perplexity=config.gate.min_perplexity,
-            min_codes=config.gate.min_codes,
-            remedy=REMEDY,
-        )
-        tokenizer_store.save(
-            tokenizer.to("cpu"),
-            job.output,
-            source=job.source,
-            scorecard=scorecard_record(scorecard),
-        )
-    progress.close()
+            done = step + 1
+            if done % config.log_every == 0 or done == total:
+                metrics = period.metrics()
+                seconds = time.monotonic() - period_start
+                metrics |= {
+                    "hard_reconstruction": float(relaxed.hard_reconstruction(batch)),
+                    "temperature": temperature,
+                    "kl_weight": kl_weight,
+                    "lr": learning_rate(config, step),
+                    "images_per_second": period.steps * config.data.global_batch_size / seconds,
+                    "data_wait_share": waited / seconds,
+                }
+                logger.log(metrics, done)
+                progress.update(
+                    done,
+                    loss=f"{metrics['loss']:.4f}",
+                    codes=f"{metrics['codes_used']:g}",
+                    perplexity=f"{metrics['perplexity']:.1f}",
+                )
+                _check_health(metrics, done, config)
+                period.clear()
+                period_start, waited = time.monotonic(), 0.0
+            if done % config.checkpoint.every_steps == 0 or done == total:
+                weights, moments = snapshot(tokenizer, optimizer, keep=first)
+                if first:
+                    weights |= average.state()
+                    saver.save(
+                        checkpoint.Checkpoint(step=done, weights=weights, moments=moments, state={})
+                    )
 
-
-def sample_order(config: TrainTokenizerConfig, images: ImageTable) -> SampleOrder:
-    """The order of samples. Raises InputError for a batch larger than the table."""
-    return SampleOrder(
-        images.row_groups.sizes,
-        seed=config.seed,
-        global_batch_size=config.data.global_batch_size,
-        num_shards=config.data.num_shards,
-        window=config.data.window,
-    )
-
-
-def learning_rate(config: TrainTokenizerConfig, step: int) -> float:
-    """Linear warm-up from the first step on, then a cosine; a pure function of the step."""
-    optim = config.optim
-    return warmup_cosine(
-        step,
-        total_steps=optim.steps,
-        warmup_steps=optim.warmup_steps,
-        peak=optim.lr,
-        final=optim.min_lr,
-    )
-
-
-def relaxation(config: TrainTokenizerConfig, step: int) -> tuple[float, float]:
-    """Temperature and KL weight of a step (counted from 0)."""
-    loss = config.loss
-    temperature = cosine_between(
-        step,
-        num_steps=loss.temperature_steps,
-        start=loss.start_temperature,
-        end=loss.end_temperature,
-    )
-    kl_weight = cosine_between(step, num_steps=loss.kl_warmup_steps, start=0.0, end=loss.kl_weight)
-    return temperature, kl_weight
+        # The end: judge the averaged weights and make them the tokenizer.
+        saver.wait()
+        if first:
+            if config.optim.ema_decay > 0:
+                average.copy_to(tokenizer)
+            scorecard = score(
+                tokenizer,
+                images,
+                num_images=config.gate.num_images,
+                policy=policy,
+                device=device,
+            )
+            _log_scorecard(scorecard, logger, total)
+            check_gate(
+                scorecard,
+                min_perplexity=config.gate.min_perplexity,
+                min_codes=config.gate.min_codes,
+                remedy=REMEDY,
+            )
+            tokenizer_store.save(
+                tokenizer.to("cpu"),
+                job.output,
+                source=job.source,
+                scorecard=scorecard_record(scorecard),
+            )
+        progress.close()
 
 
 def _train_somewhere(job: Job) -> None:
@@ -366,31 +331,6 @@ def _newest_checkpoint(root: str, world: World) -> checkpoint.Checkpoint | None:
     newest = checkpoint.load_newest(root, rejected=rejected) if world.rank == 0 else None
     step = world.broadcast(newest.step if newest else None)
     return newest if step is None or newest is not None else checkpoint.load(root, step)
-
-
-def _start_codebook(
-    tokenizer: DiscreteVae, config: TrainTokenizerConfig, images: ImageTable, device: str
-) -> None:
-    """K-means centres of real patches, see `beit.tokenizers.dvae`."""
-    if not isinstance(tokenizer, DvaeTokenizer):
-        return
-    rows = sample_rows(images, config.data.codebook_images)
-    policy = view_policy(config.views, seed=config.seed)
-    views = read_views(
-        images, rows, policy, CODEBOOK_VIEW, tokenizer.image_size, tokenizer.interpolation
-    )
-    batch = torch.stack([torch.from_numpy(view) for view in views]).to(device)
-    tokenizer.to(device)
-    generator = torch.Generator().manual_seed(config.seed)
-    try:
-        tokenizer.initialise_from(batch, generator=generator)
-    except ValueError as error:
-        raise InputError(f"data.codebook_images = {len(batch)}: {error}") from error
-
-
-def _low_precision(config: TrainTokenizerConfig, world: World) -> bool:
-    chosen = config.scaling.precision
-    return chosen == "bf16" or (chosen == "auto" and world.device.type == "cuda")
 
 
 def _check_health(metrics: dict[str, float], step: int, config: TrainTokenizerConfig) -> None:

@@ -33,10 +33,12 @@ from pipelines.tokenizer_training import (
     RelaxedVae,
     build_tokenizer,
     cosine_between,
+    relaxation,
     relaxation_noise,
+    sample_order,
     view_policy,
 )
-from pipelines.train_tokenizer import CHECKPOINTS, relaxation, run, sample_order
+from pipelines.train_tokenizer import CHECKPOINTS, run
 from tests.pipelines.tokenizer_fixtures import disc, image_table
 
 
