@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from beit import cpu_attention
+
 RelativePositions = Literal["none", "shared", "per_block"]
 
 
@@ -149,13 +151,16 @@ class Attention(nn.Module):
         B, T, D = x.shape
         qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
         qkv = F.linear(x, self.qkv.weight, qkv_bias)
-        # (B, T, 3*D) -> 3 x (B, heads, T, D/heads)
-        q, k, v = qkv.view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         if self.relative_position_bias_table is not None:
             own = _look_up(self.relative_position_bias_table, self.relative_position_index)
             bias = own if bias is None else bias + own
-        # (B, heads, T, D/heads) -> (B, T, D)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
+        if bias is not None and cpu_attention.wanted(qkv, bias):
+            out = cpu_attention.attention(qkv, bias, self.num_heads)
+        else:
+            # (B, T, 3*D) -> 3 x (B, heads, T, D/heads)
+            q, k, v = qkv.view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            # (B, heads, T, D/heads) -> (B, T, heads, D/heads)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
         out = out.reshape(B, T, D) if rows is None else out.reshape(B * T, D).index_select(0, rows)
         projected: Tensor = self.proj(out)
         return projected
@@ -229,9 +234,11 @@ class Block(nn.Module):
 
 
 def _residual(x: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None) -> Tensor:
-    if keep is not None:
-        y = y * keep
-    return x + y if gamma is None else torch.addcmul(x, gamma, y)
+    """x + keep * gamma * y; the two small factors are multiplied first, so y is passed once."""
+    if gamma is not None and keep is not None:
+        return torch.addcmul(x, keep * gamma, y)
+    factor = gamma if gamma is not None else keep
+    return x + y if factor is None else torch.addcmul(x, factor, y)
 
 
 class BeitEncoder(nn.Module):
