@@ -21,7 +21,7 @@ from typing import Any
 
 from beit.images import UnusableImage, decode_array, image_digest
 
-DECODER = "beit.images:decode_array"
+DECODER = f"{decode_array.__module__}:{decode_array.__name__}"
 # Machines run out of memory for reasons of their own, so one death proves nothing.
 NUM_TRIES = 3
 _LENGTH = struct.Struct("<q")
@@ -175,7 +175,7 @@ class DecodeProcess:
         # The child imports what this process can import, wherever that was found.
         code = (
             f"import sys; sys.path[:] = {sys.path!r}; "
-            "from pipelines.decode_process import serve; serve(sys.argv[1:])"
+            f"from {__name__} import serve; serve(sys.argv[1:])"
         )
         return subprocess.Popen(
             [sys.executable, "-c", code, *self.rules.to_args()],

@@ -67,6 +67,9 @@ def run(config: PrepareConfig, *, decoder: str = DECODER) -> PrepareResult:
         InputError: source, options or an earlier output do not fit.
         StageFailed: more was rejected than `max_rejected` tolerates.
     """
+    for name in ("source", "output"):
+        if not getattr(config, name):
+            raise InputError(f"{name} is empty: give a path or a URI")
     output = storage.absolute(config.output)
     if storage.exists(storage.join(output, MANIFEST)):
         return _finished(config, output)
@@ -102,7 +105,7 @@ def _finished(config: PrepareConfig, output: str) -> PrepareResult:
     source = table.manifest["source"]["uri"]
     check_identity(config, output, {"source": source, **table.manifest["options"]})
     result = PrepareResult.of(output, table.manifest, already_done=True)
-    print(f"prepare: already done: {result}", file=sys.stderr)
+    print(f"prepare: already done: {result.summary()}", file=sys.stderr)
     return result
 
 

@@ -52,7 +52,8 @@ class PrepareResult:
             already_done=already_done,
         )
 
-    def __str__(self) -> str:
+    def summary(self) -> str:
+        """One line with the numbers a user wants."""
         parts = f"{self.num_parts} part{'' if self.num_parts == 1 else 's'}"
         rejected = sum(self.rejected.values())
         classes = f", {len(self.class_names)} classes" if self.class_names else ""
@@ -159,7 +160,7 @@ def record(run: tracking.Run, result: PrepareResult, source_bytes: int) -> None:
     counts |= {f"rejected/{reason}": count for reason, count in result.rejected.items()}
     run.log_metrics(counts)
     run.set_output(tracking.Dataset(name="image_table", uri=result.uri, digest=result.fingerprint))
-    run.set_note(f"Image table `{result.uri}`\n\n{result}")
+    run.set_note(f"Image table `{result.uri}`\n\n{result.summary()}")
     if run.run_id:
         if result.rejected:
             run.log_table("rejected.json", _first_rejected(result.uri))

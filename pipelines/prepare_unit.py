@@ -19,14 +19,14 @@ from pipelines.decode_process import Decoded, DecodeProcess, Rules
 from pipelines.errors import StageFailed
 from pipelines.image_table import ImageRow, Part, PartWriter
 from pipelines.prepare_plan import read_listing, work_uri
-from pipelines.source_readers import Item, Reader
+from pipelines.source_readers import Item, Reader, rehearse
 from pipelines.sources import SUFFIXES, Entry
 
 # A part may grow to this many times `part_bytes` before a second one is begun: a unit ends with
 # the file that fills it, and that may be a tar.
 MAX_PART_GROWTH = 2
 NUM_EXAMPLES = 3
-REHEARSAL = "pipelines.source_readers:rehearse"
+REHEARSAL = f"{rehearse.__module__}:{rehearse.__name__}"
 # Workers that may die at a unit before its files are tried one by one, and before that is final.
 SUSPICIOUS_DEATHS, MAX_DEATHS = 3, 12
 

@@ -62,8 +62,6 @@ class PrepareConfig:
     """Where the run is recorded."""
 
     def __post_init__(self) -> None:
-        for name in ("source", "output"):
-            self._require(bool(getattr(self, name)), name, "give a path or a URI")
         self._require(self.max_side == 0 or self.max_side >= 8, "max_side", "give 0 or at least 8")
         self._require(1 <= self.quality <= 100, "quality", "give 1 to 100")
         self._require(self.min_side >= 1, "min_side", "give at least 1")
