@@ -16,6 +16,7 @@ from beit.tokenizers.dalle_import import openai_layout, role_of, tokenizer_from
 from beit.tokenizers.torch_file import read_tensors
 from pipelines import pictures, storage, tokenizer_store
 from pipelines.config.import_tokenizer import ImportTokenizerConfig
+from pipelines.config.train_tokenizer import require_uris
 from pipelines.errors import InputError
 from pipelines.image_table import ImageTable
 from pipelines.scorecard import Scorecard, score, scorecard_record
@@ -56,18 +57,17 @@ class ImportTokenizerResult:
     def summary(self) -> str:
         """What the command prints."""
         done = "already imported" if self.already_done else "imported"
-        lines = [
-            f"tokenizer {done}: {self.output}",
-            *(f"  {file}" for file in self.files),
-            f"  {self.vocab_size} codes on a grid of {self.grid_size[0]} x {self.grid_size[1]}",
-            f"  fingerprint {self.fingerprint}",
-        ]
+        line = (
+            f"tokenizer {done}: {self.vocab_size} codes on a grid of "
+            f"{self.grid_size[0]} x {self.grid_size[1]}"
+        )
         if self.scorecard is not None:
-            lines.append(
-                f"  {self.scorecard['codes_used']:g} codes used, perplexity "
+            line += (
+                f", {self.scorecard['codes_used']:g} used, perplexity "
                 f"{self.scorecard['perplexity']:.1f} on {self.scorecard['num_images']:g} images"
             )
-        return "\n".join(lines)
+        hashes = ", ".join(f"{file.role} sha256 {file.sha256}" for file in self.files)
+        return f"{line}, {hashes}, fingerprint {self.fingerprint}, {self.output}"
 
 
 def run(config: ImportTokenizerConfig) -> ImportTokenizerResult:
@@ -77,6 +77,7 @@ def run(config: ImportTokenizerConfig) -> ImportTokenizerResult:
         InputError: a file that is missing, has another hash, is no DALL-E network or holds
             anything but tensors and known class names; or an output that holds something else.
     """
+    require_uris(source=config.source, output=config.output)
     output = storage.absolute(config.output)
     images = ImageTable.open(config.images) if config.images else None
     encoder_file, encoder = _read(config.source, "source", "encoder", config.source_sha256)

@@ -21,6 +21,7 @@ from pipelines.config.train_tokenizer import (
     TrainTokenizerConfig,
     deciding_options,
     flat_options,
+    require_uris,
 )
 from pipelines.distributed import World, clip_gradients, join_world, restore, snapshot, wrap_model
 from pipelines.errors import InputError, StageFailed
@@ -85,11 +86,9 @@ class TrainTokenizerResult:
         done = "already done" if self.already_done else "done"
         card = self.scorecard
         return (
-            f"tokenizer {done}: {self.output}\n"
-            f"  {card['codes_used']:g} of {card['vocab_size']:g} codes used, perplexity "
-            f"{card['perplexity']:.1f}, reconstruction error {card['mse']:.4f} "
-            f"({card['psnr']:.1f} dB)\n"
-            f"  fingerprint {self.fingerprint}"
+            f"tokenizer {done}: {card['codes_used']:g} of {card['vocab_size']:g} codes used, "
+            f"perplexity {card['perplexity']:.1f}, reconstruction error {card['mse']:.4f} "
+            f"({card['psnr']:.1f} dB), fingerprint {self.fingerprint}, {self.output}"
         )
 
 
@@ -100,6 +99,7 @@ def run(config: TrainTokenizerConfig) -> TrainTokenizerResult:
         InputError: images that cannot be read, or an output that holds something else.
         StageFailed: the codebook collapsed, the loss is not finite, or the workers died too often.
     """
+    require_uris(images=config.images, output=config.output)
     output = storage.absolute(config.output)
     images = ImageTable.open(config.images)
     source = {

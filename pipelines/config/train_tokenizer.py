@@ -337,6 +337,12 @@ def deciding_options(config: TrainTokenizerConfig) -> dict[str, Any]:
     }
 
 
+def require_uris(**uris: str) -> None:
+    """Raises InputError for an empty one: a quickstart fills them in, so parsing allows it."""
+    for name, uri in uris.items():
+        _require(bool(uri), name, uri, "give a path or URI")
+
+
 def _flatten(values: dict[str, Any], prefix: str) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():

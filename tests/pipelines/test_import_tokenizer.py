@@ -88,6 +88,7 @@ def test_every_layout_gives_the_same_tokens(published, tmp_path, source, capsys)
     digest = hashlib.sha256((directory / source).read_bytes()).hexdigest()
     assert digest in capsys.readouterr().err  # printed,
     assert digest in result.summary()
+    assert "\n" not in result.summary()
     manifest = tokenizer_store.read_manifest(result.output)
     assert manifest["source"]["files"][0]["sha256"] == digest  # and recorded
     assert "dall_e" not in sys.modules
@@ -225,6 +226,10 @@ def test_wrong_files_are_named(published, tmp_path):
 
 
 def test_bad_settings_are_named():
+    for empty in ("source", "output"):
+        config = ImportTokenizerConfig(**{"source": "a", "output": "b", empty: ""})
+        with pytest.raises(InputError, match=f"{empty} = '': give a path or URI"):
+            run(config)
     for changes, message in (
         ({"image_size": 100}, "image_size = 100"),
         ({"num_images": 0}, "num_images = 0"),

@@ -101,6 +101,7 @@ def test_what_comes_out(images, finished):
     }  # fmt: skip
     summary = result.summary()
     assert "perplexity" in summary
+    assert "\n" not in summary
     assert result.fingerprint in summary
 
 
@@ -250,6 +251,9 @@ def test_bad_settings_are_named(images, tmp_path):
         run(replaced(config, "data", global_batch_size=80))
     with pytest.raises(InputError, match=r"codebook_images = 1: 16 patches are too few"):
         run(replaced(config, "data", codebook_images=1))
+    for name in ("images", "output"):
+        with pytest.raises(InputError, match=f"{name} = '': give a path or URI"):
+            run(dataclasses.replace(config, **{name: ""}))
     with pytest.raises(InputError, match="no finished image table"):
         run(dataclasses.replace(config, images=str(tmp_path / "nowhere")))
     for section, field, value in (
