@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-WEIGHT_DECAYS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
+WEIGHT_DECAYS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
 """Tried from strong to weak, each starting from the one before."""
 TRIAL_WEIGHT_DECAY = 0.03
 """With which blocks are compared before the weight decay is chosen for the best of them."""
