@@ -99,6 +99,9 @@ def run(config: EvaluateConfig) -> Result:
     Raises:
         InputError: no weights, no labels, or a layer that the network does not have.
     """
+    for name in ("run", "images"):
+        if not getattr(config, name):
+            raise InputError(f"{name} = '': give its directory or URI")
     weights = open_weights(config.run)
     output = config.output or storage.join(storage.absolute(config.run), "evaluation")
     layers = config.layers or list(range(1, weights.model.depth + 1))

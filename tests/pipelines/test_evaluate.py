@@ -323,6 +323,8 @@ def test_bad_input_is_named(shapes, trained_run, tmp_path):
         open_weights(str(tmp_path))
     with pytest.raises(InputError, match=r"layers = \[4\]: this network has 3 blocks"):
         evaluate.run(EvaluateConfig(run=trained_run, images=shapes, layers=[4], tracking=OFF))
+    with pytest.raises(InputError, match=r"run = '': give its directory"):
+        evaluate.run(EvaluateConfig(run="", images=shapes, tracking=OFF))
     with pytest.raises(InputError, match=r"num_folds = 1: give 2 or more"):
         EvaluateConfig(run="r", images="i", num_folds=1)
     generator = np.random.default_rng(0)
