@@ -1,118 +1,38 @@
 """Batches follow the sample order exactly, carry the right tokens, whoever does the work."""
 
+import contextlib
 import dataclasses
-import io
+import os
 import pickle
+import signal
 import threading
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
-from PIL import Image
 
 from beit.images import decode_array, image_digest
 from beit.views import ViewPolicy, render, render_fast, sample_view
-from pipelines import decoding, storage, token_table
+from pipelines import decoding
 from pipelines.config.pretrain import MaskingConfig
 from pipelines.decoding import mask_of
 from pipelines.errors import InputError
-from pipelines.image_table import ImageRow, ImageTable, commit_manifest, write_part
+from pipelines.image_table import ImageTable
 from pipelines.ingest import open_training_data, train_batches
 from pipelines.sample_order import SampleOrder
-from pipelines.token_files import Identity, TokenFile, encode_file, file_name
+from tests.pipelines.ingest_fixtures import (
+    GRID,
+    NUM_ROWS,
+    POLICY,
+    encoded,
+    tokens_of,
+    write_images,
+    write_tokens,
+)
 
-PART_ROWS = [37, 60, 23]
-NUM_ROWS = sum(PART_ROWS)
-GRID = (4, 4)
-POLICY = ViewPolicy(seed=11)
 MASKING = MaskingConfig(num_masked=6, min_block=2)
-
-
-def encoded(row):
-    rng = np.random.default_rng(row)
-    small = rng.integers(0, 256, (6, 5, 3), dtype=np.uint8)
-    image = Image.fromarray(small).resize((40 + row % 17, 30 + row % 13))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG" if row % 5 == 0 else "JPEG")
-    return buffer.getvalue()
-
-
-def key_of(row):
-    return f"folder/{row:05d}.jpg"
-
-
-def tokens_of(rows, views):
-    """(rows, views, N): every token tells its row and view."""
-    rows, views = np.asarray(rows)[:, None, None], np.asarray(views)[None, :, None]
-    return (rows * 100 + views * 16 + np.arange(16)).astype(np.uint16)
-
-
-def write_images(uri, change=None):
-    parts, row = [], 0
-    for number, count in enumerate(PART_ROWS):
-        rows = []
-        for _ in range(count):
-            data = encoded(row)
-            if row == change:
-                data = data[: len(data) // 2]
-            rows.append(
-                ImageRow(
-                    key=key_of(row), image=data, height=1, width=1, label=None,
-                    digest=image_digest(data),
-                )
-            )  # fmt: skip
-            row += 1
-        parts.append(write_part(uri, f"part-{number:05d}.parquet", rows, row_group_bytes=9000))
-    commit_manifest(
-        uri, parts=parts, class_names=[], source={}, options={}, rejected={}, num_items=row
-    )
-    return ImageTable.open(uri)
-
-
-def write_tokens(uri, images, views, rename=None, **changes):
-    identity = Identity(
-        **{
-            "image_fingerprint": images.fingerprint,
-            "num_rows": NUM_ROWS,
-            "tokenizer_fingerprint": "a" * 32,
-            "vocab_size": 20000,
-            "grid_size": GRID,
-            "image_size": 16,
-            "interpolation": "lanczos",
-            "policy": POLICY.to_dict(),
-            "views": (views.start, views.stop),
-            "precision": "float32",
-            "batch_size": 16,
-        }
-        | changes
-    )
-    files, base = [], 0
-    for part, count in enumerate(PART_ROWS):
-        for start in range(0, count, 25):
-            stop = min(start + 25, count)
-            rows = range(base + start, base + stop)
-            keys = ["intruder" if row == rename else key_of(row) for row in rows]
-            data = encode_file(keys, tokens_of(rows, views), identity)
-            name = file_name(f"part-{part:05d}.parquet", start, stop)
-            storage.write_bytes(storage.join(uri, name), data)
-            files.append(
-                TokenFile(
-                    part=part, start=start, stop=stop, size=len(data), hash=storage.digest(data)
-                )
-            )
-        base += count
-    manifest = token_table.build_manifest(
-        identity=identity,
-        part_names=[part.name for part in images.parts],
-        part_rows=PART_ROWS,
-        files=files,
-        rejected=[],
-        rows_per_unit=25,
-        libraries={},
-    )
-    storage.write_json(storage.join(uri, "manifest.json"), manifest)
-    return str(uri)
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +154,21 @@ def test_ray_tasks_give_the_same_batches(ray_cluster, data, reference, monkeypat
             assert_same(batch, expected)
     with stream(data, executor="ray_tasks", rank=1, num_ranks=2, start_step=9) as batches:
         assert torch.equal(next(batches).pixels, reference[9].pixels[8:])
+
+
+@pytest.mark.ray
+def test_killed_ray_workers_change_nothing(ray_cluster, data, reference, monkeypatch):
+    monkeypatch.setattr(decoding.RayDecoder, "slice_rows", 2)
+    killed = 0
+    with stream(data, executor="ray_tasks", prefetch_batches=3) as batches:
+        for batch, expected in zip(batches, reference, strict=True):
+            assert_same(batch, expected)
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error, ProcessLookupError):
+                    if killed < 3 and "ray::render_rows" in " ".join(process.cmdline()):
+                        os.kill(process.pid, signal.SIGKILL)
+                        killed += 1
+    assert killed == 3
 
 
 @pytest.mark.ray

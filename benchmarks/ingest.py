@@ -1,0 +1,340 @@
+"""What a core makes of encoded images: our data path beside the upstream transform and DataLoader.
+
+    OMP_NUM_THREADS=1 python benchmarks/ingest.py [--images 192] [--rounds 7] [--output FILE.md]
+
+Variants run interleaved, round by round; figures are medians over rounds of CPU time (of all
+threads and child processes), so that other work on the machine disturbs them less than it
+would disturb wall time. The pictures are cut out of photographs that scikit-learn and matplotlib
+bring along: 500x375 JPEGs, quality 90, 4:2:0.
+
+"Upstream" is the transform of BEiT's pretraining code (torchvision's v1 transforms on Pillow
+images) written out here in plain Pillow: torchvision cannot be installed beside a CPU build of
+torch. Decode, jitter on the full image, flip, one crop, two resizes, to float, normalise.
+"""
+
+import argparse
+import io
+import math
+import platform
+import random
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import PIL
+import sklearn.datasets
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+
+from beit.images import decode_array, decode_image, image_digest
+from beit.views import ViewPolicy, render, render_fast, render_views, sample_view
+from pipelines import storage, token_table
+from pipelines.config.pretrain import MaskingConfig
+from pipelines.image_table import ImageRow, ImageTable, commit_manifest, write_part
+from pipelines.ingest import open_training_data, train_batches
+from pipelines.sample_order import SampleOrder
+from pipelines.token_files import Identity, TokenFile, encode_file, file_name
+
+POLICY = ViewPolicy(seed=0)
+MASKING = MaskingConfig()
+BATCH = 32
+
+
+def make_jpegs(count: int) -> list[bytes]:
+    """500x375 cuts at random places and scales of three photographs."""
+    rng = random.Random(0)
+    photographs = [
+        *Path(sklearn.datasets.__file__).parent.glob("images/*.jpg"),
+        Path(matplotlib.get_data_path()) / "sample_data/grace_hopper.jpg",
+    ]
+    sources = [Image.open(path).convert("RGB") for path in sorted(photographs)]
+    files = []
+    for number in range(count):
+        source = sources[number % len(sources)]
+        scale = rng.uniform(0.6, 1.0) * min(source.width / 500, source.height / 375)
+        width, height = int(500 * scale), int(375 * scale)
+        left, top = rng.randint(0, source.width - width), rng.randint(0, source.height - height)
+        cut = source.resize((500, 375), box=(left, top, left + width, top + height))
+        buffer = io.BytesIO()
+        cut.save(buffer, "JPEG", quality=90)
+        files.append(buffer.getvalue())
+    return files
+
+
+class Upstream:
+    """The two-view transform of BEiT's pretraining, for one encoded image."""
+
+    def __init__(self, seed: int = 0, *, jitter: bool = True) -> None:
+        self.random = random.Random(seed)
+        self.jitter = jitter
+        self.mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+        self.std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+
+    def __call__(self, data: bytes) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalised patch view (3, 224, 224) and mapped tokenizer view (3, 112, 112)."""
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        if self.jitter:
+            enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
+            self.random.shuffle(enhancers)
+            for enhancer in enhancers:
+                image = enhancer(image).enhance(self.random.uniform(0.6, 1.4))
+        if self.random.random() < 0.5:
+            image = ImageOps.mirror(image)
+        crop = image.crop(self.box(image.width, image.height))
+        patches = self.to_tensor(crop.resize((224, 224), Image.Resampling.BICUBIC))
+        tokens = self.to_tensor(crop.resize((112, 112), Image.Resampling.LANCZOS))
+        return (patches - self.mean) / self.std, 0.8 * tokens + 0.1
+
+    def box(self, width: int, height: int) -> tuple[int, int, int, int]:
+        for _ in range(10):
+            area = width * height * self.random.uniform(0.08, 1.0)
+            aspect = math.exp(self.random.uniform(math.log(3 / 4), math.log(4 / 3)))
+            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                left, top = self.random.randint(0, width - w), self.random.randint(0, height - h)
+                return left, top, left + w, top + h
+        return 0, 0, width, height
+
+    @staticmethod
+    def to_tensor(image: Image.Image) -> torch.Tensor:
+        array = torch.from_numpy(np.array(image))
+        return array.permute(2, 0, 1).contiguous().float().div(255)
+
+
+class UpstreamFolder(torch.utils.data.Dataset):
+    """Files of a folder through the upstream transform, for a torch DataLoader."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths, self.transform = paths, Upstream()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.transform(self.paths[index].read_bytes())
+
+
+def write_tables(root: Path, files: list[bytes]) -> tuple[str, str]:
+    """An image table of the files, and a token table of random tokens."""
+    images_uri, tokens_uri = str(root / "images"), str(root / "tokens")
+    rows = [
+        ImageRow(
+            key=f"{i:06d}", image=data, height=375, width=500, label=None, digest=image_digest(data)
+        )
+        for i, data in enumerate(files)
+    ]
+    part = write_part(images_uri, "part-00000.parquet", rows, row_group_bytes=2**20)
+    commit_manifest(
+        images_uri, parts=[part], class_names=[], source={}, options={}, rejected={},
+        num_items=len(rows),
+    )  # fmt: skip
+    identity = Identity(
+        image_fingerprint=ImageTable.open(images_uri).fingerprint,
+        num_rows=len(files),
+        tokenizer_fingerprint="0" * 32,
+        vocab_size=8192,
+        grid_size=(14, 14),
+        image_size=112,
+        interpolation="lanczos",
+        policy=POLICY.to_dict(),
+        views=(0, 2),
+        precision="float32",
+        batch_size=8,
+    )
+    tokens = np.random.default_rng(0).integers(0, 8192, (len(files), 2, 196)).astype(np.uint16)
+    data = encode_file([row.key for row in rows], tokens, identity)
+    name = file_name(part.name, 0, len(files))
+    storage.write_bytes(storage.join(tokens_uri, name), data)
+    record = TokenFile(part=0, start=0, stop=len(files), size=len(data), hash=storage.digest(data))
+    manifest = token_table.build_manifest(
+        identity=identity, part_names=[part.name], part_rows=[len(files)], files=[record],
+        rejected=[], rows_per_unit=len(files), libraries={},
+    )  # fmt: skip
+    storage.write_json(storage.join(tokens_uri, "manifest.json"), manifest)
+    return images_uri, tokens_uri
+
+
+def transforms(files: list[bytes]) -> dict[str, Callable[[], None]]:
+    """One pass over all files each, in this thread."""
+    upstream, plain = Upstream(), Upstream(jitter=False)
+    digests = [image_digest(data) for data in files]
+    epoch = iter(range(10**9))
+
+    def upstream_all() -> None:
+        for data in files:
+            upstream(data)
+
+    def upstream_without_jitter() -> None:
+        for data in files:
+            plain(data)
+
+    def exact_both() -> None:
+        index = next(epoch)
+        for data, digest in zip(files, digests, strict=True):
+            image = decode_image(data)
+            view = sample_view(POLICY, digest, index, image.height, image.width)
+            render_views(image, view, [(224, "bicubic"), (112, "lanczos")])
+
+    def exact_patches() -> None:
+        index = next(epoch)
+        for data, digest in zip(files, digests, strict=True):
+            image = decode_image(data)
+            view = sample_view(POLICY, digest, index, image.height, image.width)
+            render(image, view, 224, "bicubic")
+
+    def exact_tokens() -> None:
+        index = next(epoch)
+        for data, digest in zip(files, digests, strict=True):
+            image = decode_image(data)
+            view = sample_view(POLICY, digest, index, image.height, image.width)
+            render(image, view, 112, "lanczos")
+
+    def fast_patches() -> None:
+        index = next(epoch)
+        for data, digest in zip(files, digests, strict=True):
+            pixels = decode_array(data)
+            view = sample_view(POLICY, digest, index, *pixels.shape[:2])
+            render_fast(pixels, view, 224)
+
+    return {
+        "upstream: both views": upstream_all,
+        "upstream without jitter": upstream_without_jitter,
+        "ours exact: both views": exact_both,
+        "ours exact: tokenizer's view": exact_tokens,
+        "ours exact: patch view": exact_patches,
+        "ours fast: patch view": fast_patches,
+        "decoding alone": lambda: [decode_array(data) for data in files] and None,
+    }
+
+
+def loaders(root: Path, files: list[bytes]) -> dict[str, Callable[[], None]]:
+    """One pass over the same files from disk, in batches, with two decoding workers or threads."""
+    folder = root / "folder"
+    folder.mkdir()
+    paths = [folder / f"{i:06d}.jpg" for i in range(len(files))]
+    for path, data in zip(paths, files, strict=True):
+        path.write_bytes(data)
+    images_uri, tokens_uri = write_tables(root, files)
+    data = open_training_data(images_uri, [tokens_uri])
+    order = SampleOrder(data.row_group_sizes, seed=0, global_batch_size=BATCH, window=64)
+
+    def torch_loader() -> None:
+        loader = torch.utils.data.DataLoader(
+            UpstreamFolder(paths), BATCH, shuffle=True, num_workers=2, drop_last=True
+        )
+        for _ in loader:
+            pass
+
+    def ours(fast: bool) -> Callable[[], None]:
+        def run() -> None:
+            with train_batches(
+                data, order, image_size=224, seed=0, masking=MASKING, start_step=0,
+                stop_step=order.steps_per_epoch, num_threads=2, fast=fast,
+            ) as batches:  # fmt: skip
+                for _ in batches:
+                    pass
+
+        return run
+
+    return {
+        "torch DataLoader, upstream transform": torch_loader,
+        "train_batches, exact": ours(False),
+        "train_batches, fast": ours(True),
+    }
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and its finished children."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def measure(
+    variants: dict[str, Callable[[], None]], rounds: int
+) -> dict[str, list[tuple[float, float]]]:
+    """(CPU, wall) seconds of each round of each variant; one round to warm up is left out."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+    for number in range(rounds + 1):
+        for name, run in variants.items():
+            cpu, wall = cpu_seconds(), time.perf_counter()
+            run()
+            if number:
+                seconds[name].append((cpu_seconds() - cpu, time.perf_counter() - wall))
+    return seconds
+
+
+def table(seconds: dict[str, list[tuple[float, float]]], count: int) -> list[str]:
+    """Markdown; ratios are medians of the ratios within each round."""
+    base = [cpu for cpu, _ in next(iter(seconds.values()))]
+    lines = [
+        "| variant | CPU ms/image, median (min) | images/s per core | x first row | wall ms |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, rounds in seconds.items():
+        cpu = [value / count * 1e3 for value, _ in rounds]
+        median = statistics.median(cpu)
+        ratio = statistics.median(b / c for b, (c, _) in zip(base, rounds, strict=True))
+        wall = statistics.median(value for _, value in rounds) / count * 1e3
+        lines.append(
+            f"| {name} | {median:.2f} ({min(cpu):.2f}) | {1e3 / median:.0f} | {ratio:.2f} "
+            f"| {wall:.2f} |"
+        )
+    return lines
+
+
+def deviation(files: list[bytes]) -> tuple[float, float]:
+    """Mean and largest per-image mean absolute difference of the fast patch view."""
+    values = []
+    for data in files:
+        pixels = decode_array(data)
+        view = sample_view(POLICY, image_digest(data), 0, *pixels.shape[:2])
+        exact = render(pixels, view, 224, "bicubic").astype(int)
+        values.append(float(np.abs(render_fast(pixels, view, 224) - exact).mean()))
+    return statistics.fmean(values), max(values)
+
+
+def main() -> None:
+    """Measures, prints, and writes the table where asked to."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--images", type=int, default=192)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    files = make_jpegs(arguments.images)
+    kilobytes = statistics.fmean(map(len, files)) / 1e3
+    single = measure(transforms(files), arguments.rounds)
+    with tempfile.TemporaryDirectory() as root:
+        whole = len(files) // BATCH * BATCH
+        loading = measure(loaders(Path(root), files), arguments.rounds)
+    mean, largest = deviation(files)
+    lines = [
+        "# Ingest",
+        "",
+        f"{len(files)} JPEGs of 500x375, quality 90, {kilobytes:.0f} kB on average; "
+        f"{arguments.rounds} interleaved rounds. Python {platform.python_version()}, "
+        f"Pillow {PIL.__version__}, torch {torch.__version__}, {platform.machine()}. "
+        "Written by `benchmarks/ingest.py`; CPU time counts all threads and processes.",
+        "",
+        "## One core: decode and transform, from memory",
+        *table(single, len(files)),
+        "",
+        "## Loaders: the same files from disk, two decoding workers or threads",
+        *table(loading, whole),
+        "",
+        f"Fast patch view against the exact one, mean absolute difference in grey levels: "
+        f"{mean:.3f} on average over the images, {largest:.3f} for the worst image.",
+        "",
+    ]
+    print("\n".join(lines))
+    if arguments.output:
+        arguments.output.write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
