@@ -185,8 +185,10 @@ def snapshot(
         _copy(parameter, name, weights if keep else None)
         for moment, value in sorted(optimizer.state[parameter].items()):
             _copy(value, f"{moment}.{name}", moments if keep else None)
+    # Every worker must take the same path here: collecting a sharded tensor is a rendezvous.
+    names = {name for name, _ in model.named_parameters()}
     for name, buffer in model.state_dict().items():
-        if name not in weights:
+        if name not in names:
             _copy(buffer, name, weights if keep else None)
     return weights, moments
 

@@ -103,7 +103,7 @@ class TrainData:
     """The data of one worker.
 
     An elastic run may get a number of workers that does not divide the canonical shards. Then the
-    largest number that does takes part, and the other workers contribute empty batches.
+    largest number that does takes part, and the other workers contribute nothing.
     """
 
     def __init__(self, config: PretrainConfig, world: World) -> None:
@@ -136,8 +136,9 @@ class TrainData:
     def my_rows(self, values: Tensor) -> Tensor:
         """This worker's rows of something drawn for the whole global batch."""
         share = len(values) // self.active
-        start = self.world.rank * share
-        return values[start : start + share if self.world.rank < self.active else start]
+        if self.world.rank >= self.active:
+            return values[:1]  # of the image that stands in, see `_nothing`
+        return values[self.world.rank * share : (self.world.rank + 1) * share]
 
     def explain(self, finding: Finding, elapsed: float) -> Finding:
         """Says of starvation what this worker's read-ahead was busy with for `elapsed` seconds.
@@ -181,7 +182,7 @@ class TrainData:
         config = self.config
         if self.world.rank >= self.active:
             for position in range(first, first + count):
-                yield self._empty(position)
+                yield self._nothing(position)
             return
         self.close()
         self._stream = ingest.train_batches(
@@ -202,22 +203,23 @@ class TrainData:
         self._counters = Counters()
         yield from self._stream
 
-    def _empty(self, position: int) -> Batch:
+    def _nothing(self, position: int) -> Batch:
+        """What an idle worker computes: one black image without a masked patch, so no loss."""
         side, patches = self.config.model.image_size, self.config.model.num_patches
         return Batch(
             step=position,
             epoch=self.order.locate(position)[0],
             row_ids=torch.zeros(0, dtype=torch.int64),
             views=torch.zeros(0, dtype=torch.int64),
-            pixels=torch.zeros(0, 3, side, side, dtype=torch.uint8),
-            mask=torch.zeros(0, patches, dtype=torch.bool),
-            token_ids=torch.zeros(0, patches, dtype=torch.int64),
+            pixels=torch.zeros(1, 3, side, side, dtype=torch.uint8),
+            mask=torch.zeros(1, patches, dtype=torch.bool),
+            token_ids=torch.zeros(1, patches, dtype=torch.int64),
         )
 
     def _on_device(self, batch: Batch) -> StepBatch:
         assert batch.token_ids is not None
-        count = len(batch.row_ids)
-        pieces = min(self.config.scaling.accumulate_steps, max(count, 1))
+        count = len(batch.pixels)
+        pieces = min(self.config.scaling.accumulate_steps, count)
         edges = [count * i // pieces for i in range(pieces + 1)]
         parts = []
         for start, stop in itertools.pairwise(edges):

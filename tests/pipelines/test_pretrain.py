@@ -432,6 +432,40 @@ class TestProbes:
         assert result.report["goodput"]["seconds"]["evaluation"] > 0
 
 
+class TestTracking:
+    def test_a_killed_and_resumed_run_is_one_mlflow_run(self, tables, tmp_path, monkeypatch):
+        from mlflow import MlflowClient
+
+        uri = f"sqlite:///{tmp_path}/mlflow.db"
+        config = small_config(
+            tables,
+            tmp_path / "run",
+            tracking={"enabled": True, "uri": uri, "artifact_uri": str(tmp_path / "artifacts")},
+        )
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(ingest, "train_batches", dies_after(6))
+            pretrain.run(config)
+        result = pretrain.run(config)
+        client = MlflowClient(uri)
+        experiment = client.search_experiments(filter_string="name = 'beit'")[0]
+        runs = client.search_runs([experiment.experiment_id])
+        assert [run.info.run_id for run in runs] == [result.mlflow_run_id]
+        run = runs[0]
+        assert run.info.status == "FINISHED"
+        assert run.data.params["optim.lr"] == "0.003"
+        for name in ("loss", "mim_accuracy", "unigram_accuracy", "lr", "grad_norm", "mfu"):
+            steps = [metric.step for metric in client.get_metric_history(run.info.run_id, name)]
+            assert steps == [3, 7, 11], name
+        tags = run.data.tags
+        assert tags["beit.input.image_table"]
+        assert tags["beit.input.token_table"]
+        assert tags["beit.input.tokenizer"] == "c" * 32
+        assert tags["beit.output.weights"]
+        images = {file.path for file in client.list_artifacts(run.info.run_id, "images")}
+        assert any("masked_input" in path for path in images)
+        assert any("tokens_predicted" in path for path in images)
+
+
 class TestPieces:
     def test_skips_map_steps_to_positions(self):
         skips = Skips([]).add(from_step=4, batches=3).add(from_step=8, batches=2)
