@@ -11,6 +11,10 @@ BIN := .venv/bin
 LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null),$(shell $(PYTHON) -m pip config get :env:.find-links 2>/dev/null))
 TORCH_BACKEND := $(if $(LINKS),,--torch-backend=$(TORCH))
 
+# Independent implementations for parity tests. Outside site-packages: torchvision's wheel is the
+# CUDA one, which CPU torch and transformers cannot import.
+PEERS := timm==1.0.31 torchvision==0.29.2
+
 .DEFAULT_GOAL := help
 .PHONY: help run demo ui test lint format clean
 
@@ -28,6 +32,7 @@ $(BIN)/.run: $(BIN)/.uv pyproject.toml constraints.txt
 
 $(BIN)/.dev: $(BIN)/.uv pyproject.toml constraints.txt
 	UV_FIND_LINKS="$(LINKS)" $(BIN)/uv pip install -q --python $(BIN)/python $(TORCH_BACKEND) -c constraints.txt -e ".[dev]"
+	$(BIN)/uv pip install -q --no-deps --target .venv/peers $(PEERS)
 	@touch $@ $(BIN)/.run
 
 run: $(BIN)/.run  ## images to a reviewed run in six minutes on two cores (IMAGES=folder for your own)

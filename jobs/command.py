@@ -4,12 +4,14 @@
 `--print_config` shows the outcome. Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
 from pipelines.errors import InputError, StageFailed
@@ -137,12 +139,22 @@ def connect_to_ray() -> None:
         return
     verbose = os.environ.get("BEIT_VERBOSE", "") not in ("", "0")
     quiet: dict[str, Any] = {} if verbose else {"log_to_driver": False, "logging_level": "ERROR"}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(address="auto", **quiet)
-        return
-    ray.init(
-        address="local",
-        num_cpus=max(4, os.cpu_count() or 1),
-        include_dashboard=verbose,
-        **quiet,
-    )
+    with contextlib.nullcontext() if verbose else _muted_stderr():
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(address="auto", **quiet)
+        else:
+            cpus = max(4, os.cpu_count() or 1)
+            ray.init(address="local", num_cpus=cpus, include_dashboard=verbose, **quiet)
+
+
+@contextlib.contextmanager
+def _muted_stderr() -> Iterator[None]:
+    """Without what Ray's C++ core prints while it starts; exceptions are shown all the same."""
+    kept = os.dup(2)
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
