@@ -317,12 +317,8 @@ SEEDS = [
     encode(
         picture(61, 47), "WEBP", lossless=True, save_all=True, append_images=[picture(61, 47, 1)]
     ),
-    encode(picture(61, 47), "BMP"),
-    encode(picture(61, 47), "TIFF", compression="tiff_lzw"),
-    encode(picture(61, 47), "TIFF", compression="jpeg"),
-    encode(picture(61, 47), "PPM"),
-    encode(picture(61, 47), "JPEG2000"),
-    encode(picture(61, 47), "AVIF"),
+    *(encode(picture(61, 47), kind) for kind in ("BMP", "PPM", "JPEG2000", "AVIF")),
+    *(encode(picture(61, 47), "TIFF", compression=name) for name in ("tiff_lzw", "jpeg")),
     encode(picture(61, 47), "MPO", save_all=True, append_images=[picture(61, 47, 1)]),
 ]
 
