@@ -67,17 +67,14 @@ class Result:
     """report.json."""
 
     def summary(self) -> str:
-        """A few lines for a person."""
+        """One line for a person."""
         books = self.report["goodput"]
-        done = "was done already" if self.resumed_from == self.steps else "done"
+        done = "were done already" if self.resumed_from == self.steps else "done"
         return (
             f"pretrain: {self.steps} steps {done}; loss {self.loss:.3f}, masked-token accuracy "
-            f"{self.mim_accuracy:.3f} (always the most frequent token: "
-            f"{self.unigram_accuracy:.3f})\n"
-            f"{self.images_per_second:.0f} images/s, {self.data_wait_share:.0%} waiting for data, "
-            f"MFU {self.mfu:.1%}; {books['goodput']:.0%} of {books['wall_seconds']:.0f} s were "
-            f"training; look first at {books['bottleneck']}: {books['knob']}\n"
-            f"run: {self.run_uri}"
+            f"{self.mim_accuracy:.3f} (floor {self.unigram_accuracy:.3f}), "
+            f"{self.images_per_second:.0f} images/s, {self.data_wait_share:.0%} data wait, "
+            f"MFU {self.mfu:.1%}; look first at {books['bottleneck']}; run: {self.run_uri}"
         )
 
 

@@ -97,7 +97,7 @@ def drive(tables, output):
     cluster.shutdown()
 
 
-def test_a_lost_node_shrinks_the_run_and_a_returned_one_grows_it(tmp_path):
+def test_a_lost_node_shrinks_the_run_and_a_returned_one_grows_it(tmp_path, ray_turn):
     tables = make_tables(tmp_path / "tables")
     output = str(tmp_path / "run")
     code = (

@@ -90,7 +90,7 @@ class TestRun:
         again = pretrain.run(config)
         assert time.monotonic() - start < 5
         assert again.resumed_from == again.steps == 12
-        assert "was done already" in again.summary()
+        assert "were done already" in again.summary()
         assert again.loss == result.loss
 
     def test_golden_losses(self, finished):
