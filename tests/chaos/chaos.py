@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from pipelines.config.audit import AuditConfig
 from tests.chaos import world
 
 REPOSITORY = Path(__file__).parent.parent.parent
-RENDER, ENCODE = "MapBatches(render_blocks)", "EncodeUnits"
+# What Ray calls the processes at work, see driver.py.
+RENDER, ENCODE = "render_and_note", "EncodeAndNote"
 KINDS = ("decode task", "encode actor", "raylet", "driver")
 
 
@@ -70,11 +72,21 @@ class Journal:
         return sum(line["event"] == event for line in self.events())
 
 
+def patiently(start):
+    """Starts a node; on a busy machine it can miss the 30 s that Ray gives it."""
+    for _ in range(4):
+        try:
+            return start()
+        except Exception as error:
+            last = error
+    raise last
+
+
 class Arena:
     """A cluster of several raylets on this machine, and a driver process on it."""
 
     def __init__(
-        self, directory, images, tokenizer, output, *, unit_seconds=0.3, nodes=2, **changes
+        self, directory, images, tokenizer, output, *, unit_seconds=1.0, nodes=2, **changes
     ):
         from ray.cluster_utils import Cluster
 
@@ -93,16 +105,23 @@ class Arena:
         os.environ |= {
             "PYTHONPATH": str(REPOSITORY),
             "RAY_AUTH_MODE": "disabled",
+            # Workers are as important as the rest: starved ones would make the test slow.
+            "RAY_worker_niceness": "0",
             "RAY_health_check_initial_delay_ms": "2000",
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_timeout_ms": "5000",
             "RAY_health_check_failure_threshold": "4",
         }
-        self.cluster = Cluster(
-            initialize_head=True,
-            head_node_args={"num_cpus": 0, "object_store_memory": 150_000_000,
-                            "include_dashboard": False},
-        )  # fmt: skip
+        self.cluster = patiently(
+            lambda: Cluster(
+                initialize_head=True,
+                head_node_args={
+                    "num_cpus": 0,
+                    "object_store_memory": 150_000_000,
+                    "include_dashboard": False,
+                },
+            )
+        )
         self.nodes = [self._add_node() for _ in range(nodes)]
         self.job = {
             "address": self.cluster.address,
@@ -112,11 +131,17 @@ class Arena:
             "changes": changes,
         }
         self.driver = None
+        self.coming = None
 
     def _add_node(self):
-        return self.cluster.add_node(num_cpus=2, object_store_memory=150_000_000)
+        return patiently(lambda: self.cluster.add_node(num_cpus=2, object_store_memory=150_000_000))
+
+    def _replace_node(self):
+        self.nodes.append(self._add_node())
 
     def close(self):
+        if self.coming is not None:
+            self.coming.join()
         if self.driver is not None and self.driver.poll() is None:
             self.driver.kill()
         self.cluster.shutdown()
@@ -157,6 +182,8 @@ class Arena:
             self.driver.wait()
             return True
         if kind == "raylet":
+            if len(self.nodes) < 2:
+                return False
             node = self.nodes.pop(generator.randrange(len(self.nodes)))
             self.cluster.remove_node(node, allow_graceful=False)
             return True
@@ -215,7 +242,9 @@ class Arena:
             del plan[index]
             print(f"kill {tally.total}: {kind}, in flight {before}", file=sys.stderr, flush=True)
             if kind == "raylet":
-                self.nodes.append(self._add_node())
+                # The job goes on meanwhile with what is left.
+                self.coming = threading.Thread(target=self._replace_node)
+                self.coming.start()
             if kind == "driver":
                 self.driver = self.start_driver()
             return

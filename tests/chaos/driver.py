@@ -22,17 +22,22 @@ def note(event, unit):
     os.close(journal)
 
 
+def unit_seconds():
+    """How long a unit takes here: as real work would, so that kills meet units in every state."""
+    return float(os.environ["CHAOS_UNIT_SECONDS"])
+
+
 def render_and_note(batch, job, attempts):
     for text in batch.column("unit").to_pylist():
         note("render", json.loads(text)["index"])
+        time.sleep(unit_seconds() / 2)
     yield from token_pool.render_blocks(batch, job, attempts)
 
 
 class EncodeAndNote(token_pool.EncodeUnits):
     def _encode(self, unit, keys, pixels, receipt):
         note("encode", unit.index)
-        # As long as a unit of real work would take, so that kills meet units in every state.
-        time.sleep(float(os.environ["CHAOS_UNIT_SECONDS"]))
+        time.sleep(unit_seconds())
         return super()._encode(unit, keys, pixels, receipt)
 
 
