@@ -67,6 +67,9 @@ def run(config: TokenizeConfig) -> TokenizeResult:
         StageFailed: too many units rejected, or the tokenizer has collapsed.
         KeyboardInterrupt: stopped by the user; what is done stays done.
     """
+    for name in ("images", "tokenizer", "output"):
+        if not getattr(config, name):
+            raise InputError(f"{name} is empty: give a URI with --{name}")
     images = Parts.open(config.images)
     job, libraries = plan_job(config, images)
     units = plan_units(

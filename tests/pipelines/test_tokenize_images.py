@@ -312,6 +312,14 @@ def test_ctrl_c_stops_cleanly_and_the_next_run_goes_on(
     assert contents(tmp_path / "t") == contents(finished[0])
 
 
+@pytest.mark.parametrize("name", ["images", "tokenizer", "output"])
+def test_an_empty_uri_is_named(name):
+    config = TokenizeConfig(**{"images": "i", "tokenizer": "t", "output": "o"} | {name: ""})
+    with pytest.raises(InputError, match=f"{name} is empty"):
+        tokenize_images.run(config)
+
+
+@pytest.mark.ray
 def test_without_images_the_message_says_what_to_do(tmp_path, tokenizer, ray_cluster):
     with pytest.raises(InputError, match="beit prepare"):
         tokenize_images.run(world.make_config(tmp_path / "no", tokenizer, tmp_path / "t"))
