@@ -8,8 +8,11 @@ from pipelines.config.audit import AuditConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the stage and returns its exit code."""
-    return stage_main("audit", AuditConfig, "pipelines.audit", argv, needs_ray=False)
+    """Runs the stage and returns its exit code. The table may be given without its flag."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and not arguments[0].startswith("-"):
+        arguments.insert(0, "--table")
+    return stage_main("audit", AuditConfig, "pipelines.audit", arguments, needs_ray=False)
 
 
 if __name__ == "__main__":

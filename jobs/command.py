@@ -25,6 +25,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a checkpoint commits within half a second
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_agent_register_timeout_ms": "120000",  # a busy machine starts Ray slowly
+    "RAY_worker_niceness": "0",  # the default of 15 starves workers on a machine that does more
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -33,6 +34,7 @@ ENVIRONMENT = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "TOKENIZERS_PARALLELISM": "false",
 }
 
