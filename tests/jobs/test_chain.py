@@ -1,0 +1,110 @@
+"""The whole chain, small, through the command and the recipe of `make run`."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jobs import cli, quickstart
+from jobs.command import parse
+from pipelines.image_table import ImageTable
+from pipelines.sample_images import write_folder
+from pipelines.token_table import TokenTable
+from pipelines.tracking_store import absolute_tracking_uri
+
+REPOSITORY = Path(__file__).parents[2]
+CONFIGS = REPOSITORY / "jobs" / "configs"
+
+SMALLER = [
+    "--train_tokenizer.model.vocab_size=64",
+    "--train_tokenizer.model.dim=32",
+    "--train_tokenizer.optim.steps=20",
+    "--train_tokenizer.optim.warmup_steps=2",
+    "--train_tokenizer.data.codebook_images=256",
+    "--train_tokenizer.gate.num_images=128",
+    "--tokenize.num_views=2",
+    "--pretrain.log_every=10",
+    "--pretrain.model.dim=64",
+    "--pretrain.model.depth=2",
+    "--pretrain.model.num_heads=2",
+    "--pretrain.data.global_batch_size=64",
+    "--pretrain.optim.steps=120",
+    "--pretrain.optim.warmup_steps=12",
+    "--pretrain.checkpoint.every_steps=60",
+    "--evaluate.num_folds=2",
+]
+
+
+@pytest.mark.parametrize("name", ["quickstart", "demo"])
+def test_the_recipes_of_the_chain_parse(name: str) -> None:
+    config = parse(
+        quickstart.QuickstartConfig,
+        ["--config", str(CONFIGS / f"{name}.yaml"), "--output", "here"],
+        stage="quickstart",
+    )
+    chain = {stage: stage_config for stage, _, stage_config in quickstart.stages(config)}
+    assert list(chain) == ["prepare", "train-tokenizer", "tokenize", "pretrain", "evaluate"]
+    assert chain["pretrain"].tokens == ["here/tokens"] == [chain["tokenize"].output]
+    assert chain["pretrain"].scaling.num_workers == 2
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_from_a_folder_to_a_reviewed_run(
+    ray_cluster: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "source", every=10)
+    command = [
+        "quickstart",
+        *("--config", str(CONFIGS / "quickstart.yaml")),
+        *("--prepare.source", str(tmp_path / "source")),
+        *("--output", str(tmp_path / "out")),
+        *SMALLER,
+    ]
+    assert cli.main(command) == 0
+    shown = capsys.readouterr().out
+    assert "codes used" in shown
+    assert "linear probe" in shown
+    assert "make ui" in shown
+
+    # The artefacts name each other.
+    images = ImageTable.open(str(tmp_path / "out" / "images"))
+    tokens = TokenTable.open(str(tmp_path / "out" / "tokens"))
+    tokenizer = json.loads((tmp_path / "out" / "tokenizer" / "manifest.json").read_text())
+    assert images.num_rows == tokens.num_rows == 401
+    assert tokens.image_fingerprint == images.fingerprint
+    assert tokens.tokenizer_fingerprint == tokenizer["fingerprint"]
+
+    # It learned: the loss fell, and guesses beat the most frequent token.
+    lines = (tmp_path / "out" / "run" / "metrics.jsonl").read_text().splitlines()
+    periods = [json.loads(line) for line in lines]
+    losses = [period["loss"] for period in periods]
+    assert losses[-1] < losses[0] - 0.3
+    floor = cli_report(tmp_path)["unigram_accuracy"]
+    assert periods[-1]["mim_accuracy"] > floor
+
+    # MLflow has five finished runs, and pictures of what was predicted.
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(absolute_tracking_uri(""))
+    experiment = client.get_experiment_by_name("beit")
+    runs = client.search_runs([experiment.experiment_id])
+    assert [run.info.status for run in runs] == ["FINISHED"] * 5
+    pictures = {
+        file.path for run in runs for file in client.list_artifacts(run.info.run_id, "images")
+    }
+    assert len(pictures) >= 5
+
+    # Once more: nothing is done twice.
+    assert cli.main(command) == 0
+    assert "done already" in capsys.readouterr().out
+    assert len(client.search_runs([experiment.experiment_id])) == 5
+
+
+def cli_report(folder: Path) -> dict[str, float]:
+    report: dict[str, float] = json.loads((folder / "out" / "run" / "report.json").read_text())
+    return report
