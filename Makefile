@@ -16,7 +16,7 @@ TORCH_BACKEND := $(if $(LINKS),,--torch-backend=$(TORCH))
 PEERS := timm==1.0.31 torchvision==0.29.2
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo ui test lint format clean
+.PHONY: help run demo ui test test-long lint format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,8 +46,11 @@ ui: $(BIN)/.run  ## the MLflow pages of everything run here
 	@MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server \
 	  --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port $(PORT) --workers 1
 
-test: $(BIN)/.dev lint  ## lint, types, import rules and all tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(BIN)/.dev lint  ## lint, types, import rules and tests
+	$(BIN)/python -m pytest -m "not long" $(ARGS)
+
+test-long: $(BIN)/.dev  ## the tests that take minutes each: lost nodes, killed drivers, failing stores
+	$(BIN)/python -m pytest -m long $(ARGS)
 
 lint: $(BIN)/.dev  ## lint, types and import rules
 	$(BIN)/ruff format --check .

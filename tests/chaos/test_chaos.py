@@ -58,6 +58,7 @@ def test_two_drivers_at_once_do_no_harm(arena):
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.long
 def test_kills_and_a_failing_store_change_nothing(tmp_path, ray_turn, s3, bucket):  # noqa: F811
     """Everything on an S3 server, behind a proxy that fails one request in ten."""
     images = world.make_images(s3.uri(bucket, "images"), count=200, parts=2)

@@ -113,6 +113,7 @@ pretrain.run(config_for({tables!r}, {output!r}))
 """
 
 
+@pytest.mark.long
 class TestDriver:
     def test_a_killed_driver_is_started_again_by_the_same_command(
         self, tables, tmp_path, undisturbed
