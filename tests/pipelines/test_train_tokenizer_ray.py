@@ -56,7 +56,7 @@ class KillingSink(ProgressSink):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_worker_changes_nothing(images, tmp_path, monkeypatch):
     undisturbed = run(two_workers(settings(images, tmp_path / "undisturbed")))
     flag = str(tmp_path / "killed")
@@ -73,6 +73,7 @@ def test_a_killed_worker_changes_nothing(images, tmp_path, monkeypatch):
     assert disturbed.fingerprint == undisturbed.fingerprint
 
 
+@pytest.mark.long
 def test_a_verdict_of_the_workers_reaches_the_driver(images, tmp_path):
     config = two_workers(settings(images, tmp_path / "out"))
     config = replaced(config, "gate", min_perplexity=31.9)
@@ -81,6 +82,7 @@ def test_a_verdict_of_the_workers_reaches_the_driver(images, tmp_path):
     assert tokenizer_store.read_manifest(config.output) is None
 
 
+@pytest.mark.long
 def test_workers_that_always_fail(tmp_path):
     def broken(job, progress):
         raise RuntimeError(f"no luck with {job}")
