@@ -17,23 +17,30 @@ class ProgressSink:
     def __init__(self, label: str, *, unit: str = "steps", board: Any = None) -> None:
         self.label, self.unit, self.board = label, unit, board
         self._progress: Progress | None = None
+        self._last_put: Any = None
 
     def start(self, total: int, initial: int) -> None:
         """States the total, and what an earlier run did of it."""
         if self.board is not None:
-            self.board.put.remote("start", (total, initial))
+            self._last_put = self.board.put.remote("start", (total, initial))
             return
         self._progress = Progress(total, self.label, self.unit, initial=initial)
 
     def update(self, done: int, **fields: object) -> None:
         """States that `done` units are finished."""
         if self.board is not None:
-            self.board.put.remote("update", (done, fields))
+            self._last_put = self.board.put.remote("update", (done, fields))
         elif self._progress is not None:
             self._progress.update(done, **fields)
 
     def close(self) -> None:
-        """Ends the line."""
+        """Ends the line; what a worker put on the board has arrived when this returns."""
+        if self._last_put is not None:
+            import ray
+
+            # A worker's process ends with its function, and takes unsent messages along.
+            ray.wait([self._last_put], timeout=10)
+            self._last_put = None
         if self._progress is not None:
             self._progress.close()
             self._progress = None

@@ -43,11 +43,10 @@ def finished(images, tokenizer, tmp_path_factory, ray_cluster):
 
 
 def contents(directory):
-    root = Path(directory)
+    """Every file of a table; what a killed writer left under a temporary name is none."""
     return {
-        str(path.relative_to(root)): path.read_bytes()
-        for path in sorted(root.rglob("*"))
-        if path.is_file()
+        file.path: storage.read_bytes(storage.join(str(directory), file.path))
+        for file in storage.list_files(str(directory))
     }
 
 
