@@ -38,7 +38,7 @@ from pipelines.config.pretrain import MaskingConfig
 from pipelines.image_table import ImageRow, ImageTable, commit_manifest, write_part
 from pipelines.ingest import open_training_data, train_batches
 from pipelines.sample_order import SampleOrder
-from pipelines.token_files import Identity, TokenFile, encode_file, file_name
+from pipelines.tables.token_files import Identity, TokenFile, encode_file, file_name
 
 POLICY = ViewPolicy(seed=0)
 MASKING = MaskingConfig()

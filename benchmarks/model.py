@@ -39,7 +39,7 @@ from beit.convert import to_huggingface
 from beit.masking import blockwise_mask
 from beit.mim import BeitMIM, mim_loss, model_config
 from beit.optim import parameter_groups
-from pipelines.goodput import known_peak
+from pipelines.training.goodput import known_peak
 
 NUM_PATCHES, MEAN_MASKED, VOCAB = 196, 74.47, 8192
 BATCH = {"cpu": {"tiny": 32, "small": 16, "base": 8, "large": 4}}

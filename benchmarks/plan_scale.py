@@ -59,11 +59,11 @@ def drive(directory, rows_per_unit):
     """The driver's share of the work, step by step."""
     from beit.views import ViewPolicy
     from pipelines import storage, tokenize_images
-    from pipelines.token_files import Identity
-    from pipelines.token_job import Parts
-    from pipelines.token_pool import UNITS_PER_ROUND
+    from pipelines.tables.token_files import Identity
     from pipelines.token_table import build_manifest, encode_manifest
-    from pipelines.token_units import Ledger, plan_units
+    from pipelines.tokenization.job import Parts
+    from pipelines.tokenization.pool import UNITS_PER_ROUND
+    from pipelines.tokenization.units import Ledger, plan_units
 
     steps = {"imports": (0.0, peak_megabytes())}
     clock = time.monotonic()

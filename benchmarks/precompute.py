@@ -29,11 +29,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from beit.images import decode_image, image_digest
 from beit.tokenizers import DalleTokenizer
 from beit.views import ViewPolicy, render, sample_view
-from pipelines import image_table, token_work, tokenize_images, tokenizer_store
+from pipelines import image_table, tokenize_images, tokenizer_store
 from pipelines.config.tokenize_images import EncoderConfig, TokenizeConfig
 from pipelines.config.tracking import TrackingConfig
-from pipelines.token_job import plan_job
-from pipelines.token_units import plan_units
+from pipelines.tokenization import work as token_work
+from pipelines.tokenization.job import plan_job
+from pipelines.tokenization.units import plan_units
 
 
 def photo(generator, height=375, width=500):

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from beit.mim import SIZES
 from beit.tokenizers.dalle import DalleEncoder, DalleTokenizer
 from benchmarks.ingest import make_jpegs, write_tables
-from pipelines import goodput, ingest, pretrain
+from pipelines import ingest, pretrain
 from pipelines.config.pretrain import (
     DataConfig,
     ModelConfig,
@@ -34,8 +34,9 @@ from pipelines.config.pretrain import (
     PretrainConfig,
     ScalingConfig,
 )
-from pipelines.distributed import clip_gradients, join_world
-from pipelines.train_data import TrainData
+from pipelines.training import goodput
+from pipelines.training.data import TrainData
+from pipelines.training.distributed import clip_gradients, join_world
 
 VOCAB = 8192
 

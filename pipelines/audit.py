@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 
 from beit.images import UnusableImage, decode_image, image_digest
 from pipelines import storage
-from pipelines.audit_files import Findings, check_files, sample_files
-from pipelines.audit_tokens import audit_tokens
+from pipelines.auditing.files import Findings, check_files, sample_files
+from pipelines.auditing.tokens import audit_tokens
 from pipelines.config.audit import AuditConfig
 from pipelines.errors import InputError, StageFailed
 from pipelines.image_table import IMAGE_SCHEMA, ImageTable

@@ -17,7 +17,7 @@ from beit.mim import BeitMIM
 from pipelines import pictures, storage, tracking
 from pipelines.config.evaluate import EvaluateConfig
 from pipelines.errors import InputError
-from pipelines.features import (
+from pipelines.evaluation.features import (
     LabelledImages,
     Weights,
     block_features,
@@ -26,7 +26,7 @@ from pipelines.features import (
     pixel_features,
     read_labelled,
 )
-from pipelines.probes import (
+from pipelines.evaluation.probes import (
     accuracy_interval,
     chosen_linear,
     grouped_folds,

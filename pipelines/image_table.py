@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 
 from pipelines import storage
 from pipelines.errors import InputError
-from pipelines.open_parts import DamagedFileError, OpenParts
-from pipelines.row_groups import RowGroups
+from pipelines.tables.open_parts import DamagedFileError, OpenParts
+from pipelines.tables.row_groups import RowGroups
 
 SCHEMA_VERSION = 1
 KIND = "image_table"

@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 
 from pipelines import storage
 from pipelines.config.prepare import PrepareConfig
-from pipelines.decode_process import DECODER, Rules
 from pipelines.errors import InputError, StageFailed
 from pipelines.image_table import (
     MANIFEST,
@@ -31,7 +30,8 @@ from pipelines.image_table import (
     Part,
     commit_manifest,
 )
-from pipelines.prepare_plan import (
+from pipelines.preparation.decode_process import DECODER, Rules
+from pipelines.preparation.plan import (
     MEGABYTE,
     Plan,
     check_identity,
@@ -40,8 +40,9 @@ from pipelines.prepare_plan import (
     unit_name,
     work_uri,
 )
-from pipelines.prepare_report import Ledger, PrepareResult, reasons, record, start_tracking
-from pipelines.prepare_unit import (
+from pipelines.preparation.report import Ledger, PrepareResult, reasons, record, start_tracking
+from pipelines.preparation.sources import mapped_ahead
+from pipelines.preparation.unit import (
     Receipt,
     UnitTask,
     process_unit,
@@ -49,7 +50,6 @@ from pipelines.prepare_unit import (
     receipt_uri,
     rejected_table_columns,
 )
-from pipelines.sources import mapped_ahead
 
 # Ray keeps something for every block of a dataset; so many units are handed to it at a time.
 UNITS_PER_DATASET = 2_000

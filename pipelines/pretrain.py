@@ -19,10 +19,12 @@ from beit.optim import parameter_groups
 from beit.schedules import warmup_cosine
 from beit.vit import drop_path_noise
 from beit.weights import save_weights
-from pipelines import goodput, storage
+from pipelines import storage
 from pipelines.checkpoint import Checkpoint, Saver, discard, load, load_newest
 from pipelines.config.pretrain import PretrainConfig, to_dict
-from pipelines.distributed import (
+from pipelines.training import goodput
+from pipelines.training.data import TrainData
+from pipelines.training.distributed import (
     World,
     clip_gradients,
     join_world,
@@ -31,13 +33,12 @@ from pipelines.distributed import (
     without_sync,
     wrap_model,
 )
-from pipelines.goodput import Books
-from pipelines.health import HealthMonitor
-from pipelines.launch import WORKER_FAILED, Plan, Result, launch
-from pipelines.run_dir import RunDir, Skips, open_run
-from pipelines.train_data import TrainData
-from pipelines.train_log import StepMetrics, TrainLog, to_period
-from pipelines.train_probes import log_pictures, run_probe
+from pipelines.training.goodput import Books
+from pipelines.training.health import HealthMonitor
+from pipelines.training.launch import WORKER_FAILED, Plan, Result, launch
+from pipelines.training.log import StepMetrics, TrainLog, to_period
+from pipelines.training.probing import log_pictures, run_probe
+from pipelines.training.run_dir import RunDir, Skips, open_run
 
 # Starts from the same checkpoint, none of which reached the next one, before a run gives up.
 MAX_FRUITLESS_STARTS = 4

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from beit.views import ViewPolicy
 from pipelines import storage
 from pipelines.errors import InputError
-from pipelines.token_files import (
+from pipelines.tables.token_files import (
     Identity,
     RejectedUnit,
     TokenFile,

@@ -9,54 +9,26 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import numpy as np
 import ray
 import ray.data
 
-from pipelines import scorecard, token_pool, token_report, tracking
+from pipelines import scorecard, tracking
 from pipelines.config.tokenize_images import TokenizeConfig
 from pipelines.errors import InputError, StageFailed
 from pipelines.progress import Progress
-from pipelines.token_job import Parts, finished_manifest, plan_job
-from pipelines.token_pool import UNITS_PER_ROUND, Job, Receipt
 from pipelines.token_table import TokenTable, build_manifest
-from pipelines.token_units import Ledger, Units, plan_units
-from pipelines.token_work import Unit
+from pipelines.tokenization import pool as token_pool
+from pipelines.tokenization import report as token_report
+from pipelines.tokenization.job import Parts, finished_manifest, plan_job
+from pipelines.tokenization.pool import UNITS_PER_ROUND, Job, Receipt
+from pipelines.tokenization.report import TokenizeResult
+from pipelines.tokenization.units import Ledger, Units, plan_units
+from pipelines.tokenization.work import Unit
 
 SAVE_EVERY_SECONDS = 20.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizeResult:
-    """What the stage made."""
-
-    uri: str
-    fingerprint: str
-    """Of the token table; empty after a dry run."""
-    num_rows: int
-    num_views: int
-    num_units: int
-    units_computed: int
-    """Units that this run computed; 0 if all was done before."""
-    rejected_units: int
-    seconds: float
-    """Spent computing, from the first unit given out to the last receipt."""
-    images_per_second: float
-    codes_used: int
-    perplexity: float
-
-    def summary(self) -> str:
-        """One line for the user."""
-        if not self.fingerprint:
-            return f"{self.uri}: nothing was done (dry run)"
-        done = f", {self.rejected_units} units rejected" if self.rejected_units else ""
-        rate = f" at {self.images_per_second:,.1f} images/s" if self.units_computed else ""
-        return (
-            f"{self.uri}: {self.num_views} views of {self.num_rows:,} images{rate}{done}; "
-            f"{self.codes_used} codes used, perplexity {self.perplexity:.1f}"
-        )
 
 
 def run(config: TokenizeConfig) -> TokenizeResult:

@@ -23,19 +23,27 @@ from pipelines.config.train_tokenizer import (
     flat_options,
     require_uris,
 )
-from pipelines.distributed import World, clip_gradients, join_world, restore, snapshot, wrap_model
 from pipelines.errors import InputError, StageFailed
 from pipelines.image_table import ImageTable
-from pipelines.metric_logger import MetricLogger
-from pipelines.ray_workers import ProgressSink, fit_with_ray
 from pipelines.scorecard import (
     Scorecard,
     check_gate,
     score,
     scorecard_record,
 )
-from pipelines.token_views import TokenViewReader
-from pipelines.tokenizer_training import (
+from pipelines.tracking import Dataset, start_run
+from pipelines.tracking.metric_logger import MetricLogger
+from pipelines.training.distributed import (
+    World,
+    clip_gradients,
+    join_world,
+    restore,
+    snapshot,
+    wrap_model,
+)
+from pipelines.training.ray_workers import ProgressSink, fit_with_ray
+from pipelines.training.token_views import TokenViewReader
+from pipelines.training.tokenizer_step import (
     AveragedWeights,
     Period,
     RelaxedVae,
@@ -48,7 +56,6 @@ from pipelines.tokenizer_training import (
     uses_bfloat16,
     view_policy,
 )
-from pipelines.tracking import Dataset, start_run
 
 STAGE = "train-tokenizer"
 RECORD = "training.json"

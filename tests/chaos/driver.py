@@ -10,7 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from pipelines import token_pool, tokenize_images
+from pipelines import tokenize_images
+from pipelines.tokenization import pool as token_pool
 from tests.chaos import world
 
 

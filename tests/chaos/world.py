@@ -11,9 +11,11 @@ from PIL import Image
 
 from beit.images import image_digest
 from beit.tokenizers import DvaeTokenizer
-from pipelines import image_table, token_pool, token_work, tokenizer_store
+from pipelines import image_table, tokenizer_store
 from pipelines.config.tokenize_images import EncoderConfig, TokenizeConfig
 from pipelines.config.tracking import TrackingConfig
+from pipelines.tokenization import pool as token_pool
+from pipelines.tokenization import work as token_work
 
 
 def make_images(uri, *, count=240, parts=3, side=48):

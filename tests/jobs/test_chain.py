@@ -8,9 +8,9 @@ import pytest
 from jobs import cli, quickstart
 from jobs.command import parse
 from pipelines.image_table import ImageTable
-from pipelines.sample_images import write_folder
+from pipelines.preparation.sample_images import write_folder
 from pipelines.token_table import TokenTable
-from pipelines.tracking_store import absolute_tracking_uri
+from pipelines.tracking.store import absolute_tracking_uri
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "jobs" / "configs"

@@ -24,7 +24,7 @@ from pipelines.config.pretrain import (
 )
 from pipelines.config.tracking import TrackingConfig
 from pipelines.image_table import ImageRow, ImageTable, commit_manifest, write_part
-from pipelines.token_files import Identity, TokenFile, encode_file, file_name
+from pipelines.tables.token_files import Identity, TokenFile, encode_file, file_name
 
 GRID = (8, 8)
 SIDE = 32

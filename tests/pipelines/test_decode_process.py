@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from beit.images import image_digest
-from pipelines.decode_process import Decoded, DecodeProcess, Refused, Rules, examine
+from pipelines.preparation.decode_process import Decoded, DecodeProcess, Refused, Rules, examine
 from tests.pipelines.image_sources import CRASH_MARK, HANG_MARK, encoded, pixels, saved
 
 FRAGILE = "tests.pipelines.image_sources:fragile_decode"

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import train_data
-from pipelines.run_dir import RunDir
-from pipelines.train_log import sample_hash
+from pipelines.training import data as train_data
+from pipelines.training.log import sample_hash
+from pipelines.training.run_dir import RunDir
 from tests.pipelines.pretrain_fixtures import make_tables, per_step, small_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.long]
@@ -58,7 +58,7 @@ def drive(tables, output):
     import ray
     from ray.cluster_utils import Cluster
 
-    from pipelines.launch import launch
+    from pipelines.training.launch import launch
 
     memory = {"object_store_memory": 100_000_000}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **memory})

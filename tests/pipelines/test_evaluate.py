@@ -19,10 +19,8 @@ from pipelines import evaluate, storage
 from pipelines.config.evaluate import EvaluateConfig
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError
-from pipelines.features import block_features, open_weights, pixel_features, pooled
-from pipelines.image_table import ImageRow, commit_manifest, write_part
-from pipelines.lineage import lineage
-from pipelines.probes import (
+from pipelines.evaluation.features import block_features, open_weights, pixel_features, pooled
+from pipelines.evaluation.probes import (
     accuracy_interval,
     chosen_linear,
     fit_linear,
@@ -31,6 +29,8 @@ from pipelines.probes import (
     knn_predict,
     linear_accuracy,
 )
+from pipelines.image_table import ImageRow, commit_manifest, write_part
+from pipelines.tracking.lineage import lineage
 
 OFF = TrackingConfig(enabled=False)
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)

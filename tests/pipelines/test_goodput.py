@@ -1,6 +1,6 @@
 import pytest
 
-from pipelines.goodput import (
+from pipelines.training.goodput import (
     CATEGORIES,
     Attempt,
     Books,

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from pipelines.config.pretrain import HealthConfig
-from pipelines.health import HealthMonitor, Period
+from pipelines.training.health import HealthMonitor, Period
 
 
 def period(first_step=0, losses=(4.0, 4.0), norms=(1.0, 1.0), **values):

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from pipelines.config.tracking import TrackingConfig
-from pipelines.metric_logger import MetricLogger, known_pictures
+from pipelines.tracking.metric_logger import MetricLogger, known_pictures
 from tests.pipelines.tracking_fixtures import (  # noqa: F401 - fixtures
     REPOSITORY,
     config_fixture,
@@ -37,7 +37,7 @@ def test_a_killed_worker_leaves_every_step_once(config):
     run = start(config)
     program = f"""
         import os, signal, sys, time
-        from pipelines.metric_logger import MetricLogger
+        from pipelines.tracking.metric_logger import MetricLogger
         first, last, kill = (int(value) for value in sys.argv[1:])
         logger = MetricLogger({run.tracking_uri!r}, {run.run_id!r}, flush_every=0.05)
         for step in range(first, last):
@@ -102,7 +102,7 @@ def test_values_for_a_run_that_does_not_exist_are_given_up(config):
 
 
 def test_system_metrics_of_a_machine_continue_after_a_restart(config, monkeypatch):
-    from pipelines import metric_logger
+    from pipelines.tracking import metric_logger
 
     monkeypatch.setattr(metric_logger._SystemSampler, "sample_every", 0.05)
     monkeypatch.setattr(metric_logger._SystemSampler, "publish_every", 0.1)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from pipelines import pictures
-from pipelines.canvas import CONTOUR, MASKED, SERIES
+from pipelines.pictures.canvas import CONTOUR, MASKED, SERIES
 
 
 def batch(count=3, size=32, seed=0):

@@ -16,13 +16,15 @@ import ray
 from PIL import Image
 
 from beit.images import decode_image, image_digest
-from pipelines import prepare, prepare_plan, prepare_unit, storage
+from pipelines import prepare, storage
 from pipelines.config.prepare import PrepareConfig
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError, StageFailed
 from pipelines.image_table import ImageTable
-from pipelines.source_readers import Reader
-from pipelines.sources import Entry
+from pipelines.preparation import plan as prepare_plan
+from pipelines.preparation import unit as prepare_unit
+from pipelines.preparation.readers import Reader
+from pipelines.preparation.sources import Entry
 from tests.faulty_proxy import faulty_proxy
 from tests.pipelines.image_sources import (
     CRASH_MARK,

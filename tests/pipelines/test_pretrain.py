@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from beit.weights import load_weights, read_weights_config
-from pipelines import ingest, launch, pretrain, storage, train_data
+from pipelines import ingest, pretrain, storage
 from pipelines.config.pretrain import PretrainConfig, changed_fields, to_dict
 from pipelines.errors import InputError, StageFailed
-from pipelines.run_dir import MetricsFile, RunDir, Skips
-from pipelines.train_log import sample_hash
+from pipelines.training import data as train_data
+from pipelines.training import launch
+from pipelines.training.log import sample_hash
+from pipelines.training.run_dir import MetricsFile, RunDir, Skips
 from tests.pipelines.pretrain_fixtures import (
     events_of,
     make_tables,
@@ -406,7 +408,7 @@ class TestStarvation:
             pretrain.run(self.config(tables, tmp_path))
 
     def test_decoding_that_is_too_slow_is_named(self, tables, tmp_path, monkeypatch):
-        from pipelines import decoding
+        from pipelines.tables import decoding
 
         real = decoding.decode_array
 

@@ -19,8 +19,8 @@ import pytest
 
 from beit.schedules import warmup_cosine
 from pipelines import pretrain, storage
-from pipelines.launch import launch
-from pipelines.run_dir import RunDir
+from pipelines.training.launch import launch
+from pipelines.training.run_dir import RunDir
 from tests.pipelines.pretrain_fixtures import (
     events_of,
     make_tables,

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines import sample_images, sources, storage
+from pipelines import storage
 from pipelines.config.prepare import PrepareConfig
 from pipelines.errors import InputError
-from pipelines.parquet_source import ParquetPlan
-from pipelines.source_readers import Item, Reader
-from pipelines.sources import Entry, cut, glob_regex, open_source, walk
+from pipelines.preparation import sample_images, sources
+from pipelines.preparation.parquet_source import ParquetPlan
+from pipelines.preparation.readers import Item, Reader
+from pipelines.preparation.sources import Entry, cut, glob_regex, open_source, walk
 from tests.pipelines.image_sources import (
     encoded,
     hf_table,

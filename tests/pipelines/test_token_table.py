@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from beit.views import ViewPolicy
 from pipelines import storage, token_table
 from pipelines.errors import InputError
-from pipelines.token_files import Identity, RejectedUnit, TokenFile, encode_file, file_name
+from pipelines.tables.token_files import Identity, RejectedUnit, TokenFile, encode_file, file_name
 from pipelines.token_table import MISSING, TokenTable
 
 PART_ROWS = [700, 300, 41]

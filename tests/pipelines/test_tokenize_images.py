@@ -8,7 +8,7 @@ import pytest
 
 from beit.images import decode_image
 from beit.views import ViewPolicy, render, sample_view
-from pipelines import storage, token_pool, tokenize_images, tokenizer_store
+from pipelines import storage, tokenize_images, tokenizer_store
 from pipelines.config.tokenize_images import (
     EncoderConfig,
     GateConfig,
@@ -19,7 +19,8 @@ from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError, StageFailed
 from pipelines.image_table import ImageTable
 from pipelines.token_table import MISSING, TokenTable, check_together
-from pipelines.token_units import Ledger, plan_units
+from pipelines.tokenization import pool as token_pool
+from pipelines.tokenization.units import Ledger, plan_units
 from tests.chaos import world
 
 ROWS = 240

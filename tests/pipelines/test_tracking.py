@@ -18,8 +18,8 @@ from beit.weights import save_weights
 from pipelines import tracking
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError
-from pipelines.lineage import lineage, users
-from pipelines.metric_logger import known_pictures
+from pipelines.tracking.lineage import lineage, users
+from pipelines.tracking.metric_logger import known_pictures
 from tests.pipelines.tracking_fixtures import (  # noqa: F401 - fixtures
     REPOSITORY,
     config_fixture,

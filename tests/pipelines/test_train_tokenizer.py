@@ -26,9 +26,10 @@ from pipelines.config.train_tokenizer import (
     flat_options,
 )
 from pipelines.errors import InputError, StageFailed
-from pipelines.ray_workers import ProgressSink
-from pipelines.token_views import TokenViewReader
-from pipelines.tokenizer_training import (
+from pipelines.train_tokenizer import CHECKPOINTS, run
+from pipelines.training.ray_workers import ProgressSink
+from pipelines.training.token_views import TokenViewReader
+from pipelines.training.tokenizer_step import (
     AveragedWeights,
     RelaxedVae,
     build_tokenizer,
@@ -38,7 +39,6 @@ from pipelines.tokenizer_training import (
     sample_order,
     view_policy,
 )
-from pipelines.train_tokenizer import CHECKPOINTS, run
 from tests.pipelines.tokenizer_fixtures import disc, image_table
 
 

@@ -10,8 +10,8 @@ import torch
 
 from pipelines import tokenizer_store, train_tokenizer
 from pipelines.errors import StageFailed
-from pipelines.ray_workers import ProgressSink, fit_with_ray
 from pipelines.train_tokenizer import run
+from pipelines.training.ray_workers import ProgressSink, fit_with_ray
 from tests.pipelines.test_train_tokenizer import replaced, settings
 from tests.pipelines.tokenizer_fixtures import disc, image_table
 

@@ -18,8 +18,9 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines import sample_images, storage
-from pipelines.sources import Entry, Format, mapped_ahead
+from pipelines import storage
+from pipelines.preparation import sample_images
+from pipelines.preparation.sources import Entry, Format, mapped_ahead
 
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm",

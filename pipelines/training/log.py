@@ -21,13 +21,13 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines import storage
-from pipelines.distributed import World
 from pipelines.errors import InputError
-from pipelines.goodput import Attempt, Books
-from pipelines.health import Finding, Period
-from pipelines.metric_logger import MetricLogger
 from pipelines.progress import Progress
-from pipelines.run_dir import MetricsFile, RunDir
+from pipelines.tracking.metric_logger import MetricLogger
+from pipelines.training.distributed import World
+from pipelines.training.goodput import Attempt, Books
+from pipelines.training.health import Finding, Period
+from pipelines.training.run_dir import MetricsFile, RunDir
 
 log = logging.getLogger(__name__)
 

@@ -2,28 +2,58 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from pipelines import pictures, storage, token_files, tokenizer_store
+from pipelines import pictures, storage, tokenizer_store
 from pipelines.config.tokenize_images import GateConfig
 from pipelines.errors import StageFailed
 from pipelines.scorecard import TokenStatistics, evenly_spaced, token_statistics
-from pipelines.token_job import Parts
-from pipelines.token_pool import Job, Receipt
+from pipelines.tables import token_files
 from pipelines.token_table import MISSING, TokenTable
-from pipelines.token_work import one_part_table, render_views
+from pipelines.tokenization.job import Parts
+from pipelines.tokenization.pool import Job, Receipt
+from pipelines.tokenization.work import one_part_table, render_views
 from pipelines.tracking import Run
-
-if TYPE_CHECKING:
-    from pipelines.tokenize_images import TokenizeResult
 
 LOG_EVERY_SECONDS = 10.0
 # Code usage of a finished table is taken from so many rows of so many files at most.
 USAGE_FILES, USAGE_ROWS = 16, 256
 NUM_PICTURES = 8
 SHORT_UNIT_SECONDS = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizeResult:
+    """What the stage made."""
+
+    uri: str
+    fingerprint: str
+    """Of the token table; empty after a dry run."""
+    num_rows: int
+    num_views: int
+    num_units: int
+    units_computed: int
+    """Units that this run computed; 0 if all was done before."""
+    rejected_units: int
+    seconds: float
+    """Spent computing, from the first unit given out to the last receipt."""
+    images_per_second: float
+    codes_used: int
+    perplexity: float
+
+    def summary(self) -> str:
+        """One line for the user."""
+        if not self.fingerprint:
+            return f"{self.uri}: nothing was done (dry run)"
+        done = f", {self.rejected_units} units rejected" if self.rejected_units else ""
+        rate = f" at {self.images_per_second:,.1f} images/s" if self.units_computed else ""
+        return (
+            f"{self.uri}: {self.num_views} views of {self.num_rows:,} images{rate}{done}; "
+            f"{self.codes_used} codes used, perplexity {self.perplexity:.1f}"
+        )
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
@@ -147,7 +177,7 @@ def table_usage(table: TokenTable) -> TokenStatistics:
 
 
 def log(
-    run: Run, images: Parts, table: TokenTable, tokenizer_uri: str, result: "TokenizeResult"
+    run: Run, images: Parts, table: TokenTable, tokenizer_uri: str, result: TokenizeResult
 ) -> None:
     """Figures and pictures of the finished table."""
     if not run.run_id:

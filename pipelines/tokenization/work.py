@@ -17,7 +17,7 @@ from beit.images import UnusableImage, decode_image
 from beit.views import Interpolation, ViewPolicy, render, sample_view
 from pipelines import storage
 from pipelines.image_table import ImageTable
-from pipelines.token_files import Identity, encode_file, file_name
+from pipelines.tables.token_files import Identity, encode_file, file_name
 
 
 class Encoder(Protocol):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pipelines.tracking import INPUT_TAG, OUTPUT_TAG, STAGE_TAG
-from pipelines.tracking_store import absolute_tracking_uri
+from pipelines.tracking.store import absolute_tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

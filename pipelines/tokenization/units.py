@@ -23,7 +23,13 @@ from numpy.typing import NDArray
 
 from pipelines import storage
 from pipelines.errors import InputError
-from pipelines.token_files import Identity, RejectedUnit, TokenFile, differing_field, file_name
+from pipelines.tables.token_files import (
+    Identity,
+    RejectedUnit,
+    TokenFile,
+    differing_field,
+    file_name,
+)
 from pipelines.token_table import MANIFEST, encode_manifest
 
 WORK = "_work"

@@ -13,12 +13,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines import sample_images, storage
+from pipelines import storage
 from pipelines.config.prepare import PrepareConfig, identity
 from pipelines.errors import InputError
-from pipelines.parquet_source import ParquetPlan
-from pipelines.source_readers import Reader
-from pipelines.sources import (
+from pipelines.preparation import sample_images
+from pipelines.preparation.parquet_source import ParquetPlan
+from pipelines.preparation.readers import Reader
+from pipelines.preparation.sources import (
     Entry,
     Source,
     check_container_sizes,

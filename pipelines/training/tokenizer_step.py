@@ -26,11 +26,11 @@ from pipelines.config.train_tokenizer import (
     TrainTokenizerConfig,
     ViewsConfig,
 )
-from pipelines.distributed import World
 from pipelines.errors import InputError
 from pipelines.image_table import ImageTable
 from pipelines.sample_order import SampleOrder
 from pipelines.scorecard import read_views, sample_rows
+from pipelines.training.distributed import World
 
 CODEBOOK_VIEW = 2**48 + 1
 """Index of the view that starts the codebook; training uses the epoch's number."""

@@ -26,7 +26,7 @@ import yaml
 from pipelines import storage
 from pipelines.config.pretrain import PretrainConfig, changed_fields, run_uri, to_dict
 from pipelines.errors import InputError
-from pipelines.goodput import Attempt
+from pipelines.training.goodput import Attempt
 
 
 class RunDir:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from pipelines.canvas import (
+from pipelines.pictures.canvas import (
     FAINT,
     FRAME,
     INK,

@@ -14,7 +14,7 @@ from pipelines import pictures, storage, tracking
 from pipelines.config.prepare import PrepareConfig
 from pipelines.errors import StageFailed
 from pipelines.image_table import REJECTED, ImageTable
-from pipelines.prepare_plan import MEGABYTE, Plan
+from pipelines.preparation.plan import MEGABYTE, Plan
 from pipelines.progress import Progress
 
 NUM_EXAMPLES = 10

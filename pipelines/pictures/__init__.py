@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from pipelines.canvas import (
+from pipelines.pictures.canvas import (
     CONTOUR,
     FAINT,
     FRAME,
@@ -27,7 +27,7 @@ from pipelines.canvas import (
     new_canvas,
     shortened,
 )
-from pipelines.plots import codebook_usage, confusion, curve
+from pipelines.pictures.plots import codebook_usage, confusion, curve
 
 __all__ = [
     "codebook_usage",

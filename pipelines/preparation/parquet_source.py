@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 from pipelines import storage
 from pipelines.config.prepare import PrepareConfig
 from pipelines.errors import InputError
-from pipelines.source_readers import Reader, is_damage
-from pipelines.sources import MAX_CONTAINER_BYTES, Entry, Source, mapped_ahead
+from pipelines.preparation.readers import Reader, is_damage
+from pipelines.preparation.sources import MAX_CONTAINER_BYTES, Entry, Source, mapped_ahead
 
 THREADS = 16
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "content")

@@ -18,12 +18,13 @@ from beit.images import decode_image
 from beit.mim import BeitMIM
 from beit.tokenizers.base import DiscreteVae
 from beit.views import center_view, render
-from pipelines import pictures, probes, tokenizer_store
+from pipelines import pictures, tokenizer_store
 from pipelines.config.pretrain import PretrainConfig
-from pipelines.distributed import World
+from pipelines.evaluation import probes
 from pipelines.image_table import ImageTable
-from pipelines.train_data import StepBatch, TrainData
-from pipelines.train_log import TrainLog
+from pipelines.training.data import StepBatch, TrainData
+from pipelines.training.distributed import World
+from pipelines.training.log import TrainLog
 
 HELD_OUT = 0.2
 PROBE_BATCH = 64

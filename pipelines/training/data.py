@@ -17,11 +17,11 @@ from torch import Tensor
 
 from pipelines import ingest
 from pipelines.config.pretrain import PretrainConfig
-from pipelines.distributed import World
 from pipelines.errors import InputError
-from pipelines.health import Finding
 from pipelines.ingest import Batch, BatchStream, Counters
 from pipelines.sample_order import SampleOrder
+from pipelines.training.distributed import World
+from pipelines.training.health import Finding
 
 Tensors = TypeVar("Tensors", Tensor, NDArray[np.int64])
 

@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from pipelines import checkpoint, storage, tracking, train_data
+from pipelines import checkpoint, storage, tracking
 from pipelines.config.pretrain import PretrainConfig, flatten, to_dict
 from pipelines.errors import InputError, StageFailed
-from pipelines.features import weights_fingerprint
-from pipelines.goodput import account, flops_per_image
+from pipelines.evaluation.features import weights_fingerprint
 from pipelines.ingest import TrainingData
-from pipelines.run_dir import RunDir, open_run
-from pipelines.train_log import ProgressThread
+from pipelines.training import data as train_data
+from pipelines.training.goodput import account, flops_per_image
+from pipelines.training.log import ProgressThread
+from pipelines.training.run_dir import RunDir, open_run
 
 FLOOR_ROWS = 4096  # rows of the token table that the unigram floor is estimated from
 FLOOR_SLICES = 16

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from PIL import Image
 
-from pipelines import tracking_store
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError
-from pipelines.metric_logger import MetricLogger, quiet_mlflow
+from pipelines.tracking import store as tracking_store
+from pipelines.tracking.metric_logger import MetricLogger, quiet_mlflow
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -87,7 +87,7 @@ class Run:
         """States what the run made, so that runs that use it can be linked to this one."""
 
     def log_weights(self, weights_dir: str, *, registered_model_name: str = "") -> None:
-        """Stores weights as an MLflow model, see `pipelines.model_registry`."""
+        """Stores weights as an MLflow model, see `pipelines.tracking.model_registry`."""
 
     def finish(self, status: Status = "FINISHED") -> None:
         """Sends what waits and ends the run."""
@@ -178,7 +178,7 @@ class MlflowRun(Run):
         self.set_tags({name: output.digest, f"{name}.uri": output.uri})
 
     def log_weights(self, weights_dir: str, *, registered_model_name: str = "") -> None:
-        from pipelines import model_registry
+        from pipelines.tracking import model_registry
 
         with self._guard("weights"):
             model_registry.log_weights(

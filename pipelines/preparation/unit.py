@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines import storage
-from pipelines.decode_process import Decoded, DecodeProcess, Rules
 from pipelines.errors import StageFailed
 from pipelines.image_table import ImageRow, Part, PartWriter
-from pipelines.prepare_plan import read_listing, work_uri
-from pipelines.source_readers import Item, Reader, rehearse
-from pipelines.sources import SUFFIXES, Entry
+from pipelines.preparation.decode_process import Decoded, DecodeProcess, Rules
+from pipelines.preparation.plan import read_listing, work_uri
+from pipelines.preparation.readers import Item, Reader, rehearse
+from pipelines.preparation.sources import SUFFIXES, Entry
 
 # A part may grow to this many times `part_bytes` before a second one is begun: a unit ends with
 # the file that fills it, and that may be a tar.

@@ -11,10 +11,10 @@ from pipelines import storage, tokenizer_store
 from pipelines.config.tokenize_images import EncoderConfig, TokenizeConfig
 from pipelines.errors import InputError
 from pipelines.image_table import ImageTable, Part
-from pipelines.token_files import Identity
-from pipelines.token_pool import Job
+from pipelines.tables.token_files import Identity
 from pipelines.token_table import MANIFEST, MAX_VOCAB_SIZE
-from pipelines.token_units import refuse_other_options
+from pipelines.tokenization.pool import Job
+from pipelines.tokenization.units import refuse_other_options
 
 LIBRARIES = ("numpy", "pillow", "pyarrow", "torch")
 

@@ -17,8 +17,9 @@ from typing import Literal, TypeVar
 
 from pyarrow import fs as pafs
 
-from pipelines import sample_images, storage
+from pipelines import storage
 from pipelines.errors import InputError
+from pipelines.preparation import sample_images
 
 T = TypeVar("T")
 S = TypeVar("S")

@@ -25,10 +25,11 @@ from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from beit.tokenizers import Precision
-from pipelines import storage, token_work, tokenizer_store
+from pipelines import storage, tokenizer_store
 from pipelines.errors import InputError
-from pipelines.token_files import Identity, check_file
-from pipelines.token_work import Unit, UnitRejected
+from pipelines.tables.token_files import Identity, check_file
+from pipelines.tokenization import work as token_work
+from pipelines.tokenization.work import Unit, UnitRejected
 
 # A process is shared (files are written while the next unit is encoded, a node has several), so
 # two deaths are a suspicion; deaths of a process that held nothing else are proof.

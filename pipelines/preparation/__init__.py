@@ -1,0 +1,1 @@
+"""Parts of the `prepare` stage: sources, units, decoding apart, reports."""

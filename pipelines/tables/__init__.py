@@ -1,0 +1,1 @@
+"""Parts that image tables, token tables and their readers share."""

@@ -1,0 +1,1 @@
+"""Parts of the `tokenize` stage: units, the pool of encoders, reports."""

@@ -1,0 +1,1 @@
+"""Parts of the training stages: driver, workers, data, logs, health, time books."""
