@@ -4,14 +4,14 @@ Provenance: microsoft/unilm at 768a3c8, `beit/modeling_finetune.py`; the `state_
 file's names. Pretraining's `mask_token`, `norm` and `lm_head` have no part in it.
 """
 
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor, nn
 
 from beit.initialisation import init_encoder_
 from beit.mim import BeitMIM
-from beit.vit import BeitEncoder, Block, RelativePositions
+from beit.vit import BeitEncoder, Block, EncoderOptions
 
 #: The official start of the head: so small that fine-tuning begins at uniform predictions.
 HEAD_INIT_SCALE = 0.001
@@ -23,38 +23,11 @@ class BeitClassifier(BeitEncoder):
     Fresh weights come from torch's default generator, `init_weights` draws them again.
     """
 
-    def __init__(
-        self,
-        *,
-        image_size: int | tuple[int, int],
-        patch_size: int,
-        dim: int,
-        depth: int,
-        num_heads: int,
-        num_classes: int,
-        mlp_ratio: float = 4,
-        absolute_positions: bool,
-        relative_positions: RelativePositions,
-        layer_scale_init: float | None,
-        drop_path: float = 0.0,
-        norm_eps: float = 1e-6,
-    ) -> None:
-        super().__init__(
-            image_size=image_size,
-            patch_size=patch_size,
-            dim=dim,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            absolute_positions=absolute_positions,
-            relative_positions=relative_positions,
-            layer_scale_init=layer_scale_init,
-            drop_path=drop_path,
-            norm_eps=norm_eps,
-        )
+    def __init__(self, *, num_classes: int, **options: Unpack[EncoderOptions]) -> None:
+        super().__init__(**options)
         self.num_classes = num_classes
-        self.fc_norm = nn.LayerNorm(dim, eps=norm_eps)
-        self.head: nn.Module = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+        self.fc_norm = nn.LayerNorm(self.dim, eps=self.norm_eps)
+        self.head: nn.Module = nn.Linear(self.dim, num_classes) if num_classes else nn.Identity()
         self.init_weights()
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:

@@ -6,14 +6,14 @@ where there is something to predict, which changes no output.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit.initialisation import init_encoder_
-from beit.vit import BeitEncoder, RelativePositions
+from beit.vit import BeitEncoder, EncoderOptions
 
 #: Width, depth, heads and layer-scale start of the named sizes (base and large: the paper's).
 SIZES: Mapping[str, Mapping[str, Any]] = {
@@ -63,39 +63,12 @@ class BeitMIM(BeitEncoder):
     encoder without one): forward then gives normalised states. Others: see `BeitEncoder`.
     """
 
-    def __init__(
-        self,
-        *,
-        image_size: int | tuple[int, int],
-        patch_size: int,
-        dim: int,
-        depth: int,
-        num_heads: int,
-        vocab_size: int,
-        mlp_ratio: float = 4,
-        absolute_positions: bool,
-        relative_positions: RelativePositions,
-        layer_scale_init: float | None,
-        drop_path: float = 0.0,
-        norm_eps: float = 1e-6,
-    ) -> None:
-        super().__init__(
-            image_size=image_size,
-            patch_size=patch_size,
-            dim=dim,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            absolute_positions=absolute_positions,
-            relative_positions=relative_positions,
-            layer_scale_init=layer_scale_init,
-            drop_path=drop_path,
-            norm_eps=norm_eps,
-        )
+    def __init__(self, *, vocab_size: int, **options: Unpack[EncoderOptions]) -> None:
+        super().__init__(**options)
         self.vocab_size = vocab_size
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.norm = nn.LayerNorm(dim, eps=norm_eps)
-        self.lm_head: nn.Module = nn.Linear(dim, vocab_size) if vocab_size else nn.Identity()
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, self.dim))
+        self.norm = nn.LayerNorm(self.dim, eps=self.norm_eps)
+        self.lm_head: nn.Module = nn.Linear(self.dim, vocab_size) if vocab_size else nn.Identity()
         self.init_weights()
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:

@@ -10,7 +10,7 @@ Provenance: arXiv 2106.08254; microsoft/unilm at 768a3c8, `beit/modeling_pretrai
 buffers are not saved; drop-path takes its randomness as an argument.
 """
 
-from typing import Any, Literal, cast
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
@@ -239,6 +239,22 @@ def _residual(x: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None) -
         return torch.addcmul(x, keep * gamma, y)
     factor = gamma if gamma is not None else keep
     return x + y if factor is None else torch.addcmul(x, factor, y)
+
+
+class EncoderOptions(TypedDict):
+    """Keyword arguments of `BeitEncoder`, for the networks that add a head to it."""
+
+    image_size: int | tuple[int, int]
+    patch_size: int
+    dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: NotRequired[float]
+    absolute_positions: bool
+    relative_positions: RelativePositions
+    layer_scale_init: float | None
+    drop_path: NotRequired[float]
+    norm_eps: NotRequired[float]
 
 
 class BeitEncoder(nn.Module):

@@ -16,6 +16,7 @@ import ray
 import ray.data
 
 from pipelines import scorecard, tracking
+from pipelines.config.checks import flatten
 from pipelines.config.tokenize_images import TokenizeConfig
 from pipelines.errors import InputError, StageFailed
 from pipelines.progress import Progress
@@ -74,7 +75,7 @@ def run(config: TokenizeConfig) -> TokenizeResult:
             name="tokenizer", uri=job.tokenizer_uri, digest=job.identity.tokenizer_fingerprint
         ),
     ]
-    params = token_report.flatten(asdict(config)) | token_report.flatten(job.identity.to_dict())
+    params = flatten(asdict(config)) | flatten(job.identity.to_dict())
     with tracking.start_run(
         config.tracking, stage="tokenize", params=params, inputs=inputs
     ) as record:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from pipelines.errors import InputError
+from pipelines.config.checks import fields_at_least, one_of, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +33,7 @@ class AuditConfig:
     def __post_init__(self) -> None:
         """Raises InputError naming the field that makes no sense."""
         for name in ("share", "min_agreement"):
-            if not 0 < getattr(self, name) <= 1:
-                raise InputError(f"{name} = {getattr(self, name)}: give a share above 0, at most 1")
-        if self.samples < 0:
-            raise InputError(f"samples = {self.samples}: give 0 or more")
-        if self.num_threads < 1:
-            raise InputError(f"num_threads = {self.num_threads}: give 1 or more")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise InputError(f"device = {self.device!r}: give auto, cpu or cuda")
+            share = getattr(self, name)
+            require(0 < share <= 1, name, share, "give a share above 0, at most 1")
+        fields_at_least(self, samples=0, num_threads=1)
+        one_of("device", self.device, ("auto", "cpu", "cuda"))

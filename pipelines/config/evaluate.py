@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pipelines.config.checks import fields_at_least, require
 from pipelines.config.tracking import TrackingConfig
-from pipelines.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +48,7 @@ class EvaluateConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        for name, least in {"num_folds": 2, "knn_k": 1, "batch_size": 1, "max_images": 0}.items():
-            if getattr(self, name) < least:
-                raise InputError(f"{name} = {getattr(self, name)}: give {least} or more")
-        if not 0 < self.crop_fraction <= 1:
-            raise InputError(f"crop_fraction = {self.crop_fraction}: give a number in (0, 1]")
-        if any(layer < 1 for layer in self.layers):
-            raise InputError(f"layers = {self.layers}: blocks are counted from 1")
+        fields_at_least(self, num_folds=2, knn_k=1, batch_size=1, max_images=0)
+        crop = self.crop_fraction
+        require(0 < crop <= 1, "crop_fraction", crop, "give a number in (0, 1]")
+        require(min(self.layers, default=1) >= 1, "layers", self.layers, "blocks count from 1")

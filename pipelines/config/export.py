@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from pipelines.errors import InputError
+from pipelines.config.checks import one_of, require
 
 FORMATS = ("hf", "timm", "unilm", "onnx", "weights")
 
@@ -28,11 +28,12 @@ class ExportConfig:
     """Attention heads of a unilm file without bias tables whose heads are not 64 wide."""
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise InputError(f"format = {self.format!r}: choose one of {', '.join(FORMATS)}")
-        if self.encoder_only and self.format != "hf":
-            raise InputError(
-                f"encoder_only = True: goes with format hf, not {self.format}; leave it out"
-            )
-        if self.image_size is not None and self.image_size < 1:
-            raise InputError(f"image_size = {self.image_size}: must be positive, or null")
+        one_of("format", self.format, FORMATS)
+        require(
+            not self.encoder_only or self.format == "hf",
+            "encoder_only",
+            self.encoder_only,
+            f"goes with format hf, not {self.format}; leave it out",
+        )
+        size = self.image_size
+        require(size is None or size >= 1, "image_size", size, "must be positive, or null")

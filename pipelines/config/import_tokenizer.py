@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from pipelines.config.checks import at_least, require
 from pipelines.config.tracking import TrackingConfig
-from pipelines.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +32,14 @@ class ImportTokenizerConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        if self.image_size < 8 or self.image_size % 8:
-            raise InputError(
-                f"image_size = {self.image_size!r}: must be a multiple of 8, the stride of DALL-E"
-            )
-        if self.num_images < 1:
-            raise InputError(f"num_images = {self.num_images!r}: must be at least 1")
+        size = self.image_size
+        remedy = "must be a multiple of 8, the stride of DALL-E"
+        require(size >= 8 and size % 8 == 0, "image_size", size, remedy)
+        at_least("num_images", self.num_images, 1)
         for name in ("source_sha256", "decoder_sha256"):
             value = getattr(self, name)
-            if value and (len(value) != 64 or not set(value.lower()) <= set("0123456789abcdef")):
-                raise InputError(f"{name} = {value!r}: must be 64 hexadecimal digits, or empty")
-        if self.decoder_sha256 and not self.decoder:
-            raise InputError(f"decoder_sha256 = {self.decoder_sha256!r}: set decoder as well")
+            hexadecimal = len(value) == 64 and set(value.lower()) <= set("0123456789abcdef")
+            remedy = "must be 64 hexadecimal digits, or empty"
+            require(not value or hexadecimal, name, value, remedy)
+        has_decoder = bool(self.decoder) or not self.decoder_sha256
+        require(has_decoder, "decoder_sha256", self.decoder_sha256, "set decoder as well")

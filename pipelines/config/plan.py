@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pipelines.errors import InputError
+from pipelines.config.checks import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +43,10 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         """Raises InputError naming the field that makes no sense."""
-        if not self.images and self.num_images < 1:
-            raise InputError("num_images = 0: give the number of images, or --images with a table")
+        counted = bool(self.images) or self.num_images >= 1
+        require(counted, "num_images", self.num_images, "give their number, or --images TABLE")
         for name in (
             "image_kilobytes", "num_views", "epochs", "num_patches", "rows_per_unit", "num_gpus",
             "num_cpus", "encode_rate", "decode_rate", "train_rate",
         ):  # fmt: skip
-            if getattr(self, name) <= 0:
-                raise InputError(f"{name} = {getattr(self, name)}: give a number above 0")
+            require(getattr(self, name) > 0, name, getattr(self, name), "give a number above 0")

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pipelines.config.checks import require
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError
 
@@ -84,8 +85,7 @@ class PrepareConfig:
         )
 
     def _require(self, condition: bool, name: str, remedy: str) -> None:
-        if not condition:
-            raise InputError(f"{name} = {getattr(self, name)!r}: {remedy}")
+        require(condition, name, getattr(self, name), remedy)
 
 
 # What may differ when an interrupted prepare goes on; everything else decides what the table

@@ -5,8 +5,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pipelines.config.checks import at_least, flatten, one_of, require
 from pipelines.config.tracking import TrackingConfig
-from pipelines.errors import InputError
 
 Action = Literal["off", "warn", "stop", "rollback"]
 ACTIONS = ("off", "warn", "stop", "rollback")
@@ -39,22 +39,6 @@ MAY_CHANGE = (
     "probe",
     "tracking",
 )
-
-
-def require(condition: bool, name: str, value: object, remedy: str) -> None:
-    """Raises InputError naming the dotted field, its value and what to do instead."""
-    if not condition:
-        raise InputError(f"{name} = {value!r}: {remedy}")
-
-
-def one_of(name: str, value: object, options: tuple[str, ...]) -> None:
-    """Raises InputError unless `value` is one of `options`."""
-    require(value in options, name, value, "choose " + ", ".join(options))
-
-
-def at_least(name: str, value: float, low: float) -> None:
-    """Raises InputError for a value below `low`."""
-    require(value >= low, name, value, f"must be at least {low}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -433,17 +417,6 @@ def to_dict(config: PretrainConfig) -> dict[str, Any]:
     """The effective configuration as plain values, for config.yaml."""
     values: dict[str, Any] = _plain(dataclasses.asdict(config))
     return values
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections to dotted fields."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def changed_fields(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

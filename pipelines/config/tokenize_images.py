@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pipelines.config.checks import fields_at_least
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError
 
@@ -98,11 +99,13 @@ class TokenizeConfig:
 
     def __post_init__(self) -> None:
         """Raises InputError naming the field that makes no sense."""
-        require_at_least(self, {"num_views": 1, "first_view": 0, "rows_per_unit": 1})
-        require_at_least(self, {"batch_size": 1, "max_rejected_units": 0})
-        require_at_least(self.encoders, {"min_actors": 1, "max_actors": 0}, "encoders.")
-        require_at_least(self.encoders, {"num_cpus": 0, "decode_cpus": 0}, "encoders.")
-        require_at_least(self.gate, {"min_perplexity": 0, "min_codes": 0, "num_units": 1}, "gate.")
+        fields_at_least(
+            self, num_views=1, first_view=0, rows_per_unit=1, batch_size=1, max_rejected_units=0
+        )
+        fields_at_least(
+            self.encoders, "encoders.", min_actors=1, max_actors=0, num_cpus=0, decode_cpus=0
+        )
+        fields_at_least(self.gate, "gate.", min_perplexity=0, min_codes=0, num_units=1)
         if self.encoders.num_gpus is not None and self.encoders.num_gpus < 0:
             raise InputError(f"encoders.num_gpus = {self.encoders.num_gpus}: give 0 or more")
         if self.precision not in ("auto", "float32", "float16"):
@@ -110,11 +113,3 @@ class TokenizeConfig:
                 f"precision = {self.precision!r}: give auto, float32 or float16 (bfloat16 changes "
                 "2 to 3 % of the tokens)"
             )
-
-
-def require_at_least(section: object, bounds: dict[str, float], prefix: str = "") -> None:
-    """Raises InputError for a field of `section` that is below its bound."""
-    for name, bound in bounds.items():
-        value = getattr(section, name)
-        if value < bound:
-            raise InputError(f"{prefix}{name} = {value!r}: give {bound} or more")

@@ -4,8 +4,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pipelines.config.checks import at_least, flatten, require
 from pipelines.config.tracking import TrackingConfig
-from pipelines.errors import InputError
 
 # What a resumed run may change: how it is computed, judged and reported, not what is computed.
 MAY_CHANGE = (
@@ -19,11 +19,6 @@ MAY_CHANGE = (
     "gate",
     "tracking",
 )
-
-
-def _require(condition: bool, name: str, value: object, remedy: str) -> None:
-    if not condition:
-        raise InputError(f"{name} = {value!r}: {remedy}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,19 +48,19 @@ class ModelConfig:
     """dalle: residual blocks in each of the four groups."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.architecture in ("dvae", "dalle"),
             "model.architecture",
             self.architecture,
             "choose dvae or dalle",
         )
-        _require(
+        require(
             self.image_size >= self.stride and self.image_size % self.stride == 0,
             "model.image_size",
             self.image_size,
             f"must be a multiple of the {self.stride} pixels of a token",
         )
-        _require(
+        require(
             2 <= self.vocab_size <= 65536,
             "model.vocab_size",
             self.vocab_size,
@@ -73,10 +68,10 @@ class ModelConfig:
         )
         for name in ("patch_size", "dim", "hidden_dim", "init_dim", "blocks_per_group"):
             value = getattr(self, name)
-            _require(value >= 1, f"model.{name}", value, "must be at least 1")
+            at_least(f"model.{name}", value, 1)
         for name in ("encoder_blocks", "decoder_blocks"):
             value = getattr(self, name)
-            _require(value >= 0, f"model.{name}", value, "must be at least 0")
+            at_least(f"model.{name}", value, 0)
 
     @property
     def stride(self) -> int:
@@ -105,7 +100,7 @@ class LossConfig:
     """Steps in which the temperature falls, on a cosine."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.likelihood in ("logit_laplace", "mse"),
             "loss.likelihood",
             self.likelihood,
@@ -113,8 +108,8 @@ class LossConfig:
         )
         for name in ("kl_weight", "kl_warmup_steps", "temperature_steps"):
             value = getattr(self, name)
-            _require(value >= 0, f"loss.{name}", value, "must be at least 0")
-        _require(
+            at_least(f"loss.{name}", value, 0)
+        require(
             0 < self.end_temperature <= self.start_temperature,
             "loss.end_temperature",
             self.end_temperature,
@@ -160,9 +155,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name in ("num_shards", "window", "prefetch_batches", "codebook_images"):
             value = getattr(self, name)
-            _require(value >= 1, f"data.{name}", value, "must be at least 1")
-        _require(self.num_threads >= 0, "data.num_threads", self.num_threads, "must be >= 0")
-        _require(
+            at_least(f"data.{name}", value, 1)
+        at_least("data.num_threads", self.num_threads, 0)
+        require(
             self.global_batch_size > 0 and self.global_batch_size % self.num_shards == 0,
             "data.global_batch_size",
             self.global_batch_size,
@@ -194,15 +189,15 @@ class OptimConfig:
     """Decay of the averaged weights, which are what is saved; lower in the first steps. 0: none."""
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 1, "optim.steps", self.steps, "must be at least 1")
-        _require(self.lr > 0, "optim.lr", self.lr, "must be positive")
-        _require(
+        at_least("optim.steps", self.steps, 1)
+        require(self.lr > 0, "optim.lr", self.lr, "must be positive")
+        require(
             0 <= self.min_lr <= self.lr,
             "optim.min_lr",
             self.min_lr,
             f"must be between 0 and optim.lr = {self.lr}",
         )
-        _require(
+        require(
             0 <= self.warmup_steps < self.steps,
             "optim.warmup_steps",
             self.warmup_steps,
@@ -210,8 +205,8 @@ class OptimConfig:
         )
         for name in ("beta1", "beta2", "ema_decay"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"optim.{name}", value, "must be in [0, 1)")
-        _require(
+            require(0 <= value < 1, f"optim.{name}", value, "must be in [0, 1)")
+        require(
             self.clip_grad_norm is None or self.clip_grad_norm > 0,
             "optim.clip_grad_norm",
             self.clip_grad_norm,
@@ -239,14 +234,14 @@ class ScalingConfig:
     def __post_init__(self) -> None:
         for name in ("num_workers", "max_failures"):
             value = getattr(self, name)
-            _require(value >= 0, f"scaling.{name}", value, "must be at least 0")
-        _require(
+            at_least(f"scaling.{name}", value, 0)
+        require(
             self.cpus_per_worker >= 1,
             "scaling.cpus_per_worker",
             self.cpus_per_worker,
             "must be at least 1",
         )
-        _require(
+        require(
             self.precision in ("auto", "float32", "bf16"),
             "scaling.precision",
             self.precision,
@@ -266,7 +261,7 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         for name in ("every_steps", "keep"):
             value = getattr(self, name)
-            _require(value >= 1, f"checkpoint.{name}", value, "must be at least 1")
+            at_least(f"checkpoint.{name}", value, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,8 +278,8 @@ class GateConfig:
     """Images scored at the end, spread over the table, on views that training did not use."""
 
     def __post_init__(self) -> None:
-        _require(self.num_images >= 1, "gate.num_images", self.num_images, "must be at least 1")
-        _require(self.grace_steps >= 0, "gate.grace_steps", self.grace_steps, "must be >= 0")
+        at_least("gate.num_images", self.num_images, 1)
+        at_least("gate.grace_steps", self.grace_steps, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,10 +305,10 @@ class TrainTokenizerConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        _require(0 <= self.seed < 2**63, "seed", self.seed, "must be in [0, 2**63)")
-        _require(self.log_every >= 1, "log_every", self.log_every, "must be at least 1")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "must be in [0, 2**63)")
+        at_least("log_every", self.log_every, 1)
         workers = max(1, self.scaling.num_workers)
-        _require(
+        require(
             self.data.num_shards % workers == 0,
             "data.num_shards",
             self.data.num_shards,
@@ -325,7 +320,7 @@ class TrainTokenizerConfig:
 # for sub-commands.
 def flat_options(config: TrainTokenizerConfig) -> dict[str, Any]:
     """Every field by its dotted name."""
-    return _flatten(dataclasses.asdict(config), "")
+    return flatten(dataclasses.asdict(config))
 
 
 def deciding_options(config: TrainTokenizerConfig) -> dict[str, Any]:
@@ -340,14 +335,4 @@ def deciding_options(config: TrainTokenizerConfig) -> dict[str, Any]:
 def require_uris(**uris: str) -> None:
     """Raises InputError for an empty one: a quickstart fills them in, so parsing allows it."""
     for name, uri in uris.items():
-        _require(bool(uri), name, uri, "give a path or URI")
-
-
-def _flatten(values: dict[str, Any], prefix: str) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
+        require(bool(uri), name, uri, "give a path or URI")

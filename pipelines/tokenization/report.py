@@ -1,7 +1,7 @@
 """What a tokenize run tells: waiting shares while it runs, code usage and pictures at its end."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,17 +54,6 @@ class TokenizeResult:
             f"{self.uri}: {self.num_views} views of {self.num_rows:,} images{rate}{done}; "
             f"{self.codes_used} codes used, perplexity {self.perplexity:.1f}"
         )
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
-    """Nested options as one level of dotted names."""
-    flat: dict[str, object] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 class Meter:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from pipelines import checkpoint, storage, tracking
-from pipelines.config.pretrain import PretrainConfig, flatten, to_dict
+from pipelines.config.checks import flatten
+from pipelines.config.pretrain import PretrainConfig, to_dict
 from pipelines.errors import InputError, StageFailed
 from pipelines.evaluation.features import weights_fingerprint
 from pipelines.ingest import TrainingData

@@ -325,7 +325,7 @@ def test_bad_input_is_named(shapes, trained_run, tmp_path):
         evaluate.run(EvaluateConfig(run=trained_run, images=shapes, layers=[4], tracking=OFF))
     with pytest.raises(InputError, match=r"run = '': give its directory"):
         evaluate.run(EvaluateConfig(run="", images=shapes, tracking=OFF))
-    with pytest.raises(InputError, match=r"num_folds = 1: give 2 or more"):
+    with pytest.raises(InputError, match=r"num_folds = 1: must be at least 2"):
         EvaluateConfig(run="r", images="i", num_folds=1)
     generator = np.random.default_rng(0)
     table = write_table(tmp_path / "none", [(picture(generator, 0), None, None)] * 3)
