@@ -40,10 +40,13 @@ class AuditResult:
 
     def summary(self) -> str:
         """One line for the user."""
-        again = "images decoded" if self.kind == "image_table" else "views tokenized"
+        done = "images decoded" if self.kind == "image_table" else "views tokenized"
+        again = f"{self.samples:,} {done} again"
+        if self.kind == "token_table" and not self.samples:
+            again = "no views tokenized again (that needs --images and --tokenizer)"
         return (
             f"{self.table}: sound. {self.num_files:,} files ({self.num_bytes / 1e6:,.1f} MB) "
-            f"re-hashed, {self.samples:,} {again} again"
+            f"re-hashed, {again}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Parity with timm's BEiT, where timm is at hand (`make peers` puts it into .venv/peers)."""
+"""Parity with timm's BEiT, where timm is at hand (`make test` puts it into .venv/peers)."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def randomised(model):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (PEERS / "timm").is_dir(), reason="timm is not installed: make peers")
+@pytest.mark.skipif(not (PEERS / "timm").is_dir(), reason="timm is not in .venv/peers: make test")
 def test_encoders_and_classifiers_equal_those_of_timm(tmp_path):
     small = {**model_config("tiny", image_size=64), "depth": 3}
     plain = {**model_config("tiny", architecture="plain", image_size=(32, 64)), "depth": 3}

@@ -1,4 +1,4 @@
-"""A lost node shrinks an elastic run; the samples stay the same.
+"""A lost node shrinks an elastic run, a returned one grows it; the samples stay the same.
 
 Runs in a process of its own, because a cluster of several nodes cannot share one with the Ray of
 the other tests.
@@ -20,7 +20,7 @@ from tests.pipelines.pretrain_fixtures import make_tables, per_step, small_confi
 pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 REPOSITORY = Path(__file__).parents[2]
-STEPS = 120
+STEPS = 400
 
 
 def config_for(tables, output):
@@ -34,7 +34,7 @@ def config_for(tables, output):
 
 
 def slow_loop(config, plan, *, in_ray):
-    """`train_loop` at a pace at which a node can be lost."""
+    """`train_loop` at a pace at which nodes can come and go."""
     import time
 
     from pipelines.pretrain import train_loop
@@ -43,7 +43,8 @@ def slow_loop(config, plan, *, in_ray):
 
     def paced(self, segments):
         for batch in real(self, segments):
-            time.sleep(0.1 if self.world.size == 2 else 0.0)
+            # Waits while the run is alone, so that it does not end before the node is back.
+            time.sleep(0.1 if self.world.size == 2 else 0.4)
             yield batch
 
     train_data.TrainData.batches = paced
@@ -51,11 +52,13 @@ def slow_loop(config, plan, *, in_ray):
 
 
 def drive(tables, output):
-    """The driver: a head without CPUs, two nodes; one is killed."""
+    """The driver: a head without CPUs, two nodes; one is killed and comes back."""
+    import functools
     import threading
     import time
 
     import ray
+    import ray.train
     from ray.cluster_utils import Cluster
 
     from pipelines.training.launch import launch
@@ -66,12 +69,29 @@ def drive(tables, output):
     victim = cluster.add_node(num_cpus=1, **memory)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
 
-    def lose_a_node():
-        while not any(attempt.next_step >= 20 for attempt in RunDir(output).attempts()):
-            time.sleep(0.2)
-        cluster.remove_node(victim, allow_graceful=False)
+    ray.train.ScalingConfig = functools.partial(
+        ray.train.ScalingConfig, elastic_resize_monitor_interval_s=5
+    )
 
-    thread = threading.Thread(target=lose_a_node, daemon=True)
+    def workers_at(step):
+        """Waits until the newest attempt has logged `step`; its number of workers."""
+        while True:
+            attempts = RunDir(output).attempts()
+            if attempts and attempts[-1].next_step >= step:
+                return attempts[-1].workers
+            time.sleep(0.2)
+
+    def come_and_go():
+        assert workers_at(20) == 2
+        cluster.remove_node(victim, allow_graceful=False)
+        while RunDir(output).attempts()[-1].workers != 1:
+            time.sleep(0.2)
+        before = RunDir(output).attempts()[-1].start_step
+        workers_at(before + 10)
+        cluster.add_node(num_cpus=1, **memory)
+        print("the node is back", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=come_and_go, daemon=True)
     thread.start()
     result = launch(config_for(tables, output), slow_loop)
     print(json.dumps({"steps": result.steps}))
@@ -79,7 +99,7 @@ def drive(tables, output):
     cluster.shutdown()
 
 
-def test_a_lost_node_shrinks_the_run(tmp_path, ray_turn):
+def test_a_lost_node_shrinks_the_run_and_a_returned_one_grows_it(tmp_path, ray_turn):
     tables = make_tables(tmp_path / "tables")
     output = str(tmp_path / "run")
     code = (
@@ -105,7 +125,10 @@ def test_a_lost_node_shrinks_the_run(tmp_path, ray_turn):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     attempts = RunDir(output).attempts()
-    assert [attempts[0].workers, attempts[-1].workers] == [2, 1]
+    workers = [attempt.workers for attempt in attempts]
+    assert workers[0] == 2
+    assert 1 in workers
+    assert workers[-1] == 2, done.stderr[-4000:]
     # Every step took the rows of the order, whoever took them.
     config = config_for(tables, output)
     order = train_data.make_order(config, train_data.open_tables(config))
