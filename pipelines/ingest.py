@@ -127,7 +127,7 @@ def train_batches(
         grid_size: Patches per column and row; needed only without token tables.
         num_threads: Decoding threads (threads executor only).
         prefetch_batches: Batches decoded ahead of the consumer.
-        fast: Patch view within 0.05 grey levels of the exact one, in two thirds of the time.
+        fast: Patch view within 0.05 grey levels (mean) of the exact one, in two thirds of the time.
         token_view: Size and filter of the tokenizer's view, to tokenize online.
         pin_memory: Pixels in page-locked memory, for asynchronous copies to CUDA.
 

@@ -39,7 +39,7 @@ from pipelines.tables.token_files import (
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
-# In `token_ids` where a quarantined unit left rows without tokens; no vocabulary reaches it.
+# In `token_ids` where a rejected unit left rows without tokens; no vocabulary reaches it.
 MISSING = np.uint16(65535)
 MAX_VOCAB_SIZE = 65535
 
@@ -204,7 +204,7 @@ class TokenTable:
         return range(int(self._first[index]), int(self._last[index]))
 
     def missing_rows(self) -> list[range]:
-        """Row ranges of quarantined units."""
+        """Row ranges of rejected units."""
         starts = (int(self.part_starts[unit["part"]]) for unit in self.manifest["rejected"])
         return [
             range(base + unit["start"], base + unit["stop"])
@@ -219,7 +219,7 @@ class TokenTable:
     def read_rows(self, start: int, stop: int) -> tuple[list[str], NDArray[np.uint16]]:
         """Keys and token ids (stop - start, V, N) of rows [start, stop) of the image table.
 
-        Rows of quarantined units come with the key "" and with `MISSING` for every token.
+        Rows of rejected units come with the key "" and with `MISSING` for every token.
 
         Raises:
             IndexError: the range does not lie inside the table.

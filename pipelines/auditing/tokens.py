@@ -168,8 +168,8 @@ def _tokenize_again(
         if online.tokenizer is not None:
             pixels.append(online.pixels(row)[view])
             cached.append(token_ids[0, view])
-    if not pixels:
-        return len(chosen), 1.0
+    if not pixels:  # keys were compared, no tokens
+        return 0, 1.0
     same = online.encode(np.stack(pixels)) == np.stack(cached)
     agreement = float(same.mean())
     if agreement < config.min_agreement:

@@ -347,7 +347,7 @@ class ProbeConfig:
     every_steps: int = 10_000
     """Steps between probes; one is also made at the end."""
     max_images: int = 10_000
-    """Images used, spread evenly over the table; a fifth of them is held out by content."""
+    """Images used, spread evenly over the table; a fifth of the table's groups is held out."""
     layer: int | None = None
     """Block whose features are probed, 1-based; null: three quarters of the depth."""
 

@@ -14,6 +14,9 @@ class TrackingConfig:
     """MLflow experiment; made when it does not exist."""
     run_name: str = ""
     """Name of the run. Empty: the stage and the time."""
+    registered_model: str = ""
+    """Name under which `pretrain` registers its weights as a model. Empty: they are stored with the
+    run only."""
     enabled: bool = True
     """False: nothing is recorded and MLflow is not imported."""
     artifact_uri: str = ""

@@ -36,7 +36,7 @@ def log_weights(
     Args:
         client: client of the store that holds the run.
         run_id: the run that made the weights.
-        weights_uri: directory with `model.safetensors` and `config.json`.
+        weights_uri: directory with `weights.safetensors` and `config.json`.
         registered_model_name: name in the model registry; a new version is made.
 
     Returns:

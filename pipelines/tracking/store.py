@@ -108,6 +108,7 @@ def reopened(client: "MlflowClient", run_id: str) -> str:
         log.warning("tracking: run %s is not in the store any more; a new one is made", run_id)
         return ""
     if run.info.lifecycle_stage != "active":
+        log.warning("tracking: run %s was deleted; a new one is made", run_id)
         return ""
     client.update_run(run_id, status="RUNNING")
     return run_id

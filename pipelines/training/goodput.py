@@ -102,9 +102,9 @@ class Attempt:
     latest: dict[str, float | None] = field(default_factory=dict)
     """Figures of its last logging period, for the progress line."""
     outcome: str = ""
-    """finished, stopped, refused; empty while running and after a kill."""
+    """finished or stopped; empty while running and after a kill."""
     message: str = ""
-    """Why it stopped or was refused."""
+    """Why it stopped."""
 
     @property
     def until(self) -> float:

@@ -133,7 +133,7 @@ def launch(config: PretrainConfig, train_loop: TrainLoop) -> Result:
         tracked.set_note(result.summary())
         identity = weights_fingerprint(run.weights)
         tracked.set_output(tracking.Dataset(name="weights", uri=run.weights, digest=identity))
-        tracked.log_weights(run.weights)
+        tracked.log_weights(run.weights, registered_model_name=config.tracking.registered_model)
     return result
 
 

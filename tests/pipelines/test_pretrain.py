@@ -17,6 +17,7 @@ from pipelines.training import data as train_data
 from pipelines.training import launch
 from pipelines.training.log import sample_hash
 from pipelines.training.run_dir import MetricsFile, RunDir, Skips
+from tests.chaos.world import make_tokenizer
 from tests.pipelines.pretrain_fixtures import (
     events_of,
     make_tables,
@@ -238,6 +239,16 @@ class TestRefusals:
         other = make_tables(tmp_path, 64)
         with pytest.raises(InputError, match="image_fingerprint"):
             pretrain.run(small_config((tables[0], other[1]), tmp_path / "run"))
+
+    def test_another_tokenizer_than_that_of_the_tokens_is_refused(self, tables, tmp_path):
+        tokenizer = make_tokenizer(str(tmp_path / "tokenizer"))
+        for uri, message in (
+            (tokenizer, "were made by c{32}"),
+            ("nowhere", "no finished tokenizer"),
+        ):
+            config = small_config(tables, tmp_path / "run", tokenizer=uri)
+            with pytest.raises(InputError, match=f"tokenizer = .*{message}"):
+                pretrain.run(config)
 
     def test_a_grid_that_does_not_fit_the_tokens_is_refused(self, tables, tmp_path):
         config = small_config(

@@ -1,4 +1,4 @@
-"""Real deaths: a worker, the driver, a node. SIGKILL, then the same result bit for bit.
+"""Real deaths: a worker, the driver, by SIGKILL; then the same result bit for bit.
 
 Each test trains the small recipe on Ray Train and compares with an undisturbed run.
 """
