@@ -217,8 +217,9 @@ class Saver:
     def _write(self, checkpoint: Checkpoint) -> None:
         try:
             save(self.root, checkpoint)
-            retain(self.root, self.keep)
         except (OSError, DamagedCheckpointError) as error:
             self.failed(checkpoint.step, str(error))
             return
         self.last_saved = checkpoint.step
+        with contextlib.suppress(OSError):  # what cannot be deleted now goes with the next one
+            retain(self.root, self.keep)

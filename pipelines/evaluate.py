@@ -107,10 +107,12 @@ def run(config: EvaluateConfig) -> Result:
     layers = config.layers or list(range(1, weights.model.depth + 1))
     if max(layers) > weights.model.depth:
         raise InputError(f"layers = {layers}: this network has {weights.model.depth} blocks")
-    data, test_rows = _read(config, weights.model)
+    data, test = _read(config, weights.model)
     identity = {
         "weights": weights.fingerprint,
         "image_table": data.fingerprint,
+        "test_table": test.fingerprint if test else "",
+        "groups": storage.fingerprint(data.groups),  # not part of an image table's fingerprint
         "options": {
             name: value
             for name, value in asdict(config).items()
@@ -133,7 +135,7 @@ def run(config: EvaluateConfig) -> Result:
     with tracking.start_run(
         config.tracking, stage="evaluate", params=params, tags=tags, inputs=inputs
     ) as tracked:
-        splits = _splits(config, data, test_rows)
+        splits = _splits(config, data, len(test.labels) if test else 0)
         report = _evaluate(config, weights, data, layers, splits)
         report["identity"] = identity
         storage.write_json(report_uri, report)
@@ -145,8 +147,8 @@ def run(config: EvaluateConfig) -> Result:
 Split = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def _read(config: EvaluateConfig, model: BeitMIM) -> tuple[LabelledImages, int]:
-    # All rows, and how many of the last of them are the test table's (0: no test table).
+def _read(config: EvaluateConfig, model: BeitMIM) -> tuple[LabelledImages, LabelledImages | None]:
+    # All rows, and those of the test table (if there is one), which are the last of them.
     if model.image_size[0] != model.image_size[1]:
         raise InputError(f"run: image_size {model.image_size} is not square")
     options: dict[str, Any] = {
@@ -156,9 +158,9 @@ def _read(config: EvaluateConfig, model: BeitMIM) -> tuple[LabelledImages, int]:
     }
     data = read_labelled(config.images, one_per_group=config.one_per_group, **options)
     if not config.test_images:
-        return data, 0
+        return data, None
     test = read_labelled(config.test_images, one_per_group=False, **options)
-    return joined(data, test), len(test.labels)
+    return joined(data, test), test
 
 
 def _splits(config: EvaluateConfig, data: LabelledImages, test_rows: int) -> list[Split]:

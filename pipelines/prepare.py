@@ -12,7 +12,7 @@ import sys
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -93,7 +93,9 @@ def run(config: PrepareConfig, *, decoder: str = DECODER) -> PrepareResult:
             return _finished(config, output)
         result = _commit(config, output, plan)
         record(tracked, result, ledger.source_bytes)
-    storage.delete_prefix(work_uri(output))
+    # The table exists; another driver that writes there at this moment is no failure.
+    with suppress(OSError):
+        storage.delete_prefix(work_uri(output))
     return dataclasses.replace(result, run_id=tracked.run_id)
 
 
@@ -111,10 +113,12 @@ def _finished(config: PrepareConfig, output: str) -> PrepareResult:
 
 def _receipts(output: str, plan: Plan) -> dict[int, dict[str, Any]]:
     """Summaries of the units that are done; receipts without their parts are withdrawn."""
+    # Parts are written before their receipts, so they are listed after them: another driver may be
+    # at work.
+    receipts = storage.list_files(work_uri(output, "receipts"), ".json")
     sizes = {
         file.path: file.size for file in storage.list_files(output, ".parquet", recursive=False)
     }
-    receipts = storage.list_files(work_uri(output, "receipts"), ".json")
     units = [int(file.path.removesuffix(".json")) for file in receipts]
 
     def check(unit: int) -> dict[str, Any] | None:

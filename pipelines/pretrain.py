@@ -6,6 +6,7 @@ the order in which things happen. See docs/pretrain.md.
 """
 
 import contextlib
+import itertools
 import tempfile
 import time
 from typing import Any
@@ -378,7 +379,9 @@ def hopeless(run_dir: RunDir, launched_at: float, step: int) -> str:
     for event in failures:
         if event["final"]:
             return str(event["message"])
-    starts = [a for a in run_dir.attempts()[:-1] if a.launched_at == launched_at]
+    attempts = [a for a in run_dir.attempts() if a.launched_at == launched_at]
+    # A start that a larger group followed was ended by growing, not by failing.
+    starts = [a for a, after in itertools.pairwise(attempts) if after.workers <= a.workers]
     last = starts[-MAX_FRUITLESS_STARTS:]
     if len(last) == MAX_FRUITLESS_STARTS and all(a.start_step == step for a in last):
         seen = failures[-1]["message"] if failures else "its processes were killed"

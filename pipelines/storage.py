@@ -53,8 +53,11 @@ def is_local(uri: str) -> bool:
 
 def join(uri: str, *parts: str) -> str:
     """`uri/part/part`; the query of an S3 URI (endpoint, region) stays at the end."""
+    if is_local(uri):
+        return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
     base, question, query = uri.partition("?")
-    return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)]) + question + query
+    names = (part.strip("/").replace("?", "%3F") for part in parts)
+    return "/".join([base.rstrip("/"), *names]) + question + query
 
 
 def absolute(uri: str) -> str:
@@ -74,7 +77,7 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
         return pafs.LocalFileSystem(), absolute(uri)
     base, _, query = uri.partition("?")
     scheme, _, path = base.partition("://")
-    return _filesystem(scheme, path.partition("/")[0], query), path.rstrip("/")
+    return _filesystem(scheme, path.partition("/")[0], query), path.rstrip("/").replace("%3F", "?")
 
 
 @lru_cache(maxsize=32)

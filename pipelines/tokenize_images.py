@@ -57,7 +57,10 @@ def run(config: TokenizeConfig) -> TokenizeResult:
     finished = finished_manifest(job, options)
     if finished is not None:
         ledger.load_manifest(finished)
-        if not (config.retry_rejected and ledger.rejected):
+        lost = ledger.changed_files()
+        for unit in lost:  # made again below
+            ledger.forget(unit)
+        if not lost and not (config.retry_rejected and ledger.rejected):
             say(f"{job.output}: already done, {images.num_rows:,} images; nothing to do")
             return _result(config, job, ledger, TokenTable.open(job.output), computed=0, seconds=0)
         unverified = np.zeros(0, np.int64)

@@ -8,6 +8,7 @@ of workers, and an interrupted run continues as if it had not been interrupted.
 """
 
 import contextlib
+import dataclasses
 import math
 import sys
 import time
@@ -107,6 +108,8 @@ def run(config: TrainTokenizerConfig) -> TrainTokenizerResult:
         StageFailed: the codebook collapsed, the loss is not finite, or the workers died too often.
     """
     require_uris(images=config.images, output=config.output)
+    # Workers may have another working directory than this process.
+    config = dataclasses.replace(config, images=storage.absolute(config.images))
     output = storage.absolute(config.output)
     images = ImageTable.open(config.images)
     source = {

@@ -158,15 +158,20 @@ def _tokenize_again(
     for row, view in zip(rows.tolist(), views.tolist(), strict=True):
         if any(row in span for span in bad_rows):
             continue
-        keys, token_ids = table.read_rows(row, row + 1)
-        if token_ids[0, 0, 0] == MISSING:
+        try:
+            keys, token_ids = table.read_rows(row, row + 1)
+            if token_ids[0, 0, 0] == MISSING:
+                continue
+            wanted = online.keys(row, row + 1)
+            rendered = online.pixels(row) if online.tokenizer is not None else None
+        except (InputError, token_work.UnitRejected) as error:
+            findings.add(f"row {row}: {error}")
             continue
-        wanted = online.keys(row, row + 1)
         if keys != wanted:
             findings.add(f"row {row}: key {keys[0]!r} != {wanted[0]!r} (token table != images)")
         chosen.append((row, view))
-        if online.tokenizer is not None:
-            pixels.append(online.pixels(row)[view])
+        if rendered is not None:
+            pixels.append(rendered[view])
             cached.append(token_ids[0, view])
     if not pixels:  # keys were compared, no tokens
         return 0, 1.0

@@ -67,6 +67,12 @@ class PrepareConfig:
         self._require(1 <= self.quality <= 100, "quality", "give 1 to 100")
         self._require(self.min_side >= 1, "min_side", "give at least 1")
         self._require(self.max_pixels >= 1, "max_pixels", "give at least 1")
+        # What later stages decode: `beit.images.DEFAULT_MAX_PIXELS`.
+        most = 89_478_485
+        shrunk = 0 < self.max_side**2 <= most
+        self._require(
+            self.max_pixels <= most or shrunk, "max_pixels", f"give at most {most}, or set max_side"
+        )
         self._require(0 < self.max_image_mb <= 1900, "max_image_mb", "give at most 1900")
         self._require(self.decode_timeout > 0, "decode_timeout", "give seconds above 0")
         self._require(self.max_rejected >= 0, "max_rejected", "give a share or a number")

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from beit.images import decode_image
 from beit.mim import BeitMIM
 from beit.views import center_view, render
-from beit.weights import load_weights, read_weights_config
+from beit.weights import CONFIG_FILE, WEIGHTS_FILE, load_weights, read_weights_config
 from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.image_table import ImageTable
@@ -40,8 +40,9 @@ class Weights:
 
 
 def weights_fingerprint(uri: str) -> str:
-    """Identity of a weights directory: the hash of its files' names and contents."""
-    files = storage.list_files(uri)
+    """Identity of weights: the hash of the names and contents of the files that make them up."""
+    names = (WEIGHTS_FILE, CONFIG_FILE)
+    files = [file for file in storage.list_files(uri, recursive=False) if file.path in names]
     return storage.fingerprint(
         {file.path: storage.digest(storage.read_bytes(storage.join(uri, file.path)))
          for file in files}

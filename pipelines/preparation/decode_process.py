@@ -130,6 +130,9 @@ class DecodeProcess:
                 reason = "decoder_timeout"
             except (EOFError, BrokenPipeError):
                 reason = "decoder_crash"
+            except BaseException:  # interrupted: its answer must not be taken for the next one
+                self.close()
+                raise
             self.deaths += 1
             self.close()
         return Refused(reason=reason, detail=f"{NUM_TRIES} processes ended with it")

@@ -3,6 +3,7 @@
 Nothing is skipped: what cannot be read comes as an item with a reason.
 """
 
+import errno
 import io
 import json
 import re
@@ -29,6 +30,10 @@ IMAGE_SUFFIXES = (
 READ_THREADS = 8
 BATCH_ROWS = 32
 STREAM_BYTES = 4 * 2**20
+# Failures of the moment, not of a file: a rejection would be for good.
+PASSING = {
+    errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.EINTR,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +102,9 @@ class Reader:
             data = storage.read_bytes(storage.join(self.root, entry.path))
         except FileNotFoundError:
             return replace(item, reason="missing")
-        except OSError:
+        except OSError as error:
             # A file of this machine that cannot be read stays so; a store may come back.
-            if not storage.is_local(self.root):
+            if not storage.is_local(self.root) or error.errno in PASSING:
                 raise
             return replace(item, reason="unreadable")
         return replace(item, data=data, size=len(data))
@@ -240,7 +245,11 @@ class Reader:
 
 def is_damage(error: Exception, uri: str) -> bool:
     """Whether reading Parquet failed because of the file, not because of the way to it."""
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError | pa.ArrowMemoryError | pa.ArrowCancelled):
+        return False
+    if isinstance(error, OSError) and (
+        error.errno in PASSING or (not storage.is_local(uri) and storage.is_transient(error))
+    ):
         return False
     if isinstance(error, pa.ArrowException) or storage.is_local(uri):
         return True

@@ -85,9 +85,21 @@ def plan_job(config: TokenizeConfig, images: Parts) -> tuple[Job, dict[str, str]
         decode_cpus=encoders.decode_cpus,
         min_actors=encoders.min_actors,
         max_actors=_most_actors(encoders, num_gpus),
-        rows_per_unit=config.rows_per_unit,
+        rows_per_unit=min(config.rows_per_unit, max(part.rows for part in images.parts)),
     )
+    _check_memory(job)
     return job, {name: version(name) for name in LIBRARIES}
+
+
+def _check_memory(job: Job) -> None:
+    """Raises InputError where no node can hold a unit's pixels: its task would wait for ever."""
+    most = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
+    if job.decode_memory > most:
+        raise InputError(
+            f"rows_per_unit: a unit of {job.rows_per_unit} rows in {job.identity.num_views} views "
+            f"needs {job.decode_memory / 1e9:.1f} GB to decode, the largest node has "
+            f"{most / 1e9:.1f} GB; lower rows_per_unit or num_views"
+        )
 
 
 def _most_actors(encoders: EncoderConfig, num_gpus: float) -> int:

@@ -335,6 +335,7 @@ def run_alone(units: Sequence[Unit], job: Job) -> Iterator[Receipt]:
     task = ray.remote(
         num_gpus=job.num_gpus,
         num_cpus=0 if job.num_gpus else job.num_cpus,
+        memory=job.decode_memory,
         max_retries=0,
         # A process that served one unit is not used for the next.
         max_calls=1,

@@ -172,7 +172,9 @@ class Ledger:
 
     def find(self, part: int, start: int, stop: int) -> int | None:
         """The unit of this row range, or None."""
-        low, high = np.searchsorted(self.units.part, [part, part + 1])
+        # Of the column's own type: another one would have numpy copy the column at each call.
+        bounds = np.array([part, part + 1], self.units.part.dtype)
+        low, high = np.searchsorted(self.units.part, bounds)
         unit = int(low + np.searchsorted(self.units.start[low:high], start))
         if unit < high and self.units.start[unit] == start and self.units.stop[unit] == stop:
             return unit

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines import ingest, tokenizer_store
+from pipelines import ingest
 from pipelines.config.pretrain import PretrainConfig
 from pipelines.errors import InputError
 from pipelines.ingest import Batch, BatchStream, Counters
@@ -91,23 +91,7 @@ def open_tables(config: PretrainConfig) -> ingest.TrainingData:
             f"token tables have grid_size {data.grid_size}; change model.image_size or "
             "model.patch_size, or tokenize for this grid"
         )
-    if config.tokenizer:
-        _check_tokenizer(config.tokenizer, str(data.fingerprints()["tokenizer"]))
     return data
-
-
-def _check_tokenizer(uri: str, fingerprint: str) -> None:
-    manifest = tokenizer_store.read_manifest(uri)
-    if manifest is None:
-        raise InputError(
-            f"tokenizer = {uri!r}: there is no finished tokenizer; name the one of the token "
-            "tables, or leave it empty (it only draws pictures)"
-        )
-    if manifest["fingerprint"] != fingerprint:
-        raise InputError(
-            f"tokenizer = {uri!r}: its fingerprint is {manifest['fingerprint']}, the token tables "
-            f"were made by {fingerprint}; name that one, or leave it empty"
-        )
 
 
 def largest_divisor(number: int, limit: int) -> int:
@@ -250,6 +234,11 @@ class TrainData:
                     rows=slice(start, stop),
                 )
             )
+        if self.world.rank >= self.active:
+            # As many passes as those who work: in a sharded model all take part in each.
+            share = self.config.data.global_batch_size // self.active
+            passes = min(self.config.scaling.accumulate_steps, share)
+            parts = [dataclasses.replace(parts[0]) for _ in range(passes)]
         return StepBatch(parts=parts, host=batch)
 
     def _move(self, tensor: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from pipelines.ingest import TrainingData
 from pipelines.training import data as train_data
 from pipelines.training.goodput import account, flops_per_image
 from pipelines.training.log import ProgressThread
+from pipelines.training.preflight import check_probe, check_tokenizer, check_workers
 from pipelines.training.run_dir import RunDir, open_run
 
 FLOOR_ROWS = 4096  # rows of the token table that the unigram floor is estimated from
@@ -91,16 +92,18 @@ def launch(config: PretrainConfig, train_loop: TrainLoop) -> Result:
         StageFailed: a health check stopped the run, or the workers failed too often.
     """
     launched_at = time.time()
+    config = _absolute(config)
     run = open_run(config)
     data = train_data.open_tables(config)
     plan = make_plan(config, data, launched_at)
     check_workers(config)
+    check_tokenizer(config, data)
+    check_probe(config)
     record = run.prepare(config, plan.fingerprints)
     before = max(checkpoint.complete_steps(run.checkpoints), default=0)
-    if before == plan.total_steps and storage.exists(run.at("report.json")):
-        return _result(
-            run, plan, record["mlflow_run_id"], before, storage.read_json(run.at("report.json"))
-        )
+    finished = _finished_report(run)
+    if before == plan.total_steps and finished is not None:
+        return _result(run, plan, record["mlflow_run_id"], before, finished)
     with tracking.start_run(
         config.tracking,
         stage="pretrain",
@@ -135,6 +138,32 @@ def launch(config: PretrainConfig, train_loop: TrainLoop) -> Result:
         tracked.set_output(tracking.Dataset(name="weights", uri=run.weights, digest=identity))
         tracked.log_weights(run.weights, registered_model_name=config.tracking.registered_model)
     return result
+
+
+def _absolute(config: PretrainConfig) -> PretrainConfig:
+    # Workers may have another working directory than this process.
+    def absolute(uri: str) -> str:
+        return storage.absolute(uri) if uri else uri
+
+    return dataclasses.replace(
+        config,
+        images=absolute(config.images),
+        tokens=[absolute(uri) for uri in config.tokens],
+        output=absolute(config.output),
+        tokenizer=absolute(config.tokenizer),
+        probe=dataclasses.replace(config.probe, images=absolute(config.probe.images)),
+    )
+
+
+def _finished_report(run: RunDir) -> dict[str, Any] | None:
+    # A report is written however a launch ends; weights are the last thing a run makes.
+    if not storage.exists(storage.join(run.weights, "config.json")):
+        return None
+    try:
+        report: dict[str, Any] = storage.read_json(run.at("report.json"))
+    except FileNotFoundError:
+        return None
+    return report if report["outcome"] == "finished" else None
 
 
 def make_plan(config: PretrainConfig, data: TrainingData, launched_at: float) -> Plan:
@@ -183,22 +212,6 @@ def unigram_floor(data: TrainingData) -> tuple[float, float]:
         counts += np.bincount(token_ids.ravel(), minlength=len(counts))
     share = counts[counts > 0] / counts.sum()
     return float(share.max()), float(-(share * np.log(share)).sum())
-
-
-def check_workers(config: PretrainConfig) -> None:
-    """A fixed number of workers must divide the canonical shards.
-
-    Raises:
-        InputError: it does not.
-    """
-    low, high = config.scaling.worker_range
-    if low == high > 0 and config.data.num_shards % high:
-        raise InputError(
-            f"scaling.num_workers = {high} does not divide data.num_shards = "
-            f"{config.data.num_shards}: choose "
-            f"{train_data.largest_divisor(config.data.num_shards, high)} workers, or start a new "
-            "run with another data.num_shards"
-        )
 
 
 def _inputs(config: PretrainConfig, data: TrainingData) -> list[tracking.Dataset]:

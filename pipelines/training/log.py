@@ -4,6 +4,7 @@ Worker 0 writes; the others hold a `TrainLog` that writes nothing. The device is
 `StepMetrics.reduce`, once a logging period.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -11,7 +12,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -146,13 +147,15 @@ class TrainLog:
         self.tracker.log({k: v for k, v in tracked.items() if math.isfinite(v)}, step)
         self.latest = {name: tracked[name] for name in SHOWN}
         if time.monotonic() - self.written >= self.pause:
-            self.write_attempt(step + 1)
+            with tolerated():
+                self.write_attempt(step + 1)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Something that a person should be able to find out later."""
         if not self.active:
             return
-        self.run.event(kind, **clean(fields))
+        with tolerated():
+            self.run.event(kind, **clean(fields))
         if self.tracker and "step" in fields:
             self.tracker.log({f"events/{kind}": 1.0}, int(fields["step"]))
 
@@ -194,13 +197,26 @@ class TrainLog:
     def flush(self) -> None:
         """Makes metrics durable; done with every checkpoint."""
         if self.metrics:
-            self.metrics.flush()
+            with tolerated():
+                self.metrics.flush()
 
     def close(self) -> None:
         """Sends what waits."""
         self.flush()
         if self.tracker:
             self.tracker.close()
+
+
+@contextlib.contextmanager
+def tolerated() -> Iterator[None]:
+    """Lets training go on while the store of the run directory is away; the next write tells all.
+
+    What a resume depends on (checkpoints, skips, the outcome) is not written under this.
+    """
+    try:
+        yield
+    except OSError as error:
+        log.warning("the run directory cannot be written now: %s", error)
 
 
 def to_period(first_step: int, values: Mapping[str, Any], data_wait_share: float) -> Period:

@@ -39,7 +39,7 @@ def run_probe(
     A fifth of the table's leak groups, always the same, is held out.
     """
     start = time.monotonic()
-    table, rows, labels, held_out = _probe_rows(config.probe.images, config.probe.max_images)
+    table, rows, labels, held_out = probe_rows(config.probe.images, config.probe.max_images)
     # Workers take turns row by row; all make the same number of passes, for a sharded model waits
     # for everyone. Rows that only fill up are cut off after gathering.
     share = -(-len(rows) // world.size)
@@ -76,9 +76,10 @@ def run_probe(
 
 
 @functools.lru_cache(maxsize=2)
-def _probe_rows(
+def probe_rows(
     uri: str, max_images: int
 ) -> tuple[ImageTable, NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    """Table, row numbers, labels, and which rows are held out."""
     table = ImageTable.open(uri)
     labels = table.labels()
     rows = np.flatnonzero(labels >= 0)

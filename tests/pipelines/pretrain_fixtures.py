@@ -46,7 +46,9 @@ def draw_image(index: int) -> Image.Image:
     return Image.fromarray(ground)
 
 
-def write_images(uri: str, num_images: int = 96, *, parts: int = 2) -> ImageTable:
+def write_images(
+    uri: str, num_images: int = 96, *, parts: int = 2, labelled: bool = True
+) -> ImageTable:
     """An image table of PNGs with 3 classes, several row groups a part."""
     rows = []
     for index in range(num_images):
@@ -60,7 +62,7 @@ def write_images(uri: str, num_images: int = 96, *, parts: int = 2) -> ImageTabl
                 image=data,
                 height=image.height,
                 width=image.width,
-                label=index % 3,
+                label=index % 3 if labelled else None,
                 digest=image_digest(data),
             )
         )

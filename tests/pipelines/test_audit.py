@@ -143,6 +143,13 @@ def test_tokens_of_other_pixels_are_found_though_every_hash_is_right(copied):
     assert audit.run(of_tokens(copied, min_agreement=0.1)).token_agreement < 1
 
 
+def test_views_that_cannot_be_compared_are_findings(copied):
+    part = next((copied / "images").glob("part-*.parquet"))
+    part.unlink()
+    with pytest.raises(StageFailed, match=rf"row \d+: .*{part.name}"):
+        audit.run(of_tokens(copied, samples=100))
+
+
 def test_missing_truncated_and_foreign_files_are_named(copied):
     (copied / "tokens" / "part-00000-00000000-00000040.parquet").rename(
         copied / "tokens" / "part-00009-00000000-00000040.parquet"

@@ -19,7 +19,13 @@ from pipelines import evaluate, storage
 from pipelines.config.evaluate import EvaluateConfig
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError
-from pipelines.evaluation.features import block_features, open_weights, pixel_features, pooled
+from pipelines.evaluation.features import (
+    block_features,
+    open_weights,
+    pixel_features,
+    pooled,
+    weights_fingerprint,
+)
 from pipelines.evaluation.probes import (
     accuracy_interval,
     chosen_linear,
@@ -338,3 +344,14 @@ def test_weights_are_found_in_a_run_or_by_themselves(trained_run):
     assert inside.fingerprint == alone.fingerprint
     assert (inside.run_id, alone.run_id) == ("r" * 32, "")
     assert inside.mean == pytest.approx(MEAN)
+
+
+def test_what_lies_beside_the_weights_is_not_part_of_them(tmp_path):
+    for name in ("weights.safetensors", "config.json"):
+        (tmp_path / name).write_bytes(name.encode())
+    before = weights_fingerprint(str(tmp_path))
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "evaluation.json").write_text("{}")
+    assert weights_fingerprint(str(tmp_path)) == before
+    (tmp_path / "config.json").write_text("{}")
+    assert weights_fingerprint(str(tmp_path)) != before

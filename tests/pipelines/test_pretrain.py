@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from beit.weights import load_weights, read_weights_config
-from pipelines import ingest, pretrain, storage
+from pipelines import checkpoint, ingest, pretrain, storage
 from pipelines.config.pretrain import PretrainConfig, changed_fields, to_dict
 from pipelines.errors import InputError, StageFailed
 from pipelines.training import data as train_data
-from pipelines.training import launch
+from pipelines.training import launch, preflight
+from pipelines.training.goodput import Attempt
 from pipelines.training.log import sample_hash
 from pipelines.training.run_dir import MetricsFile, RunDir, Skips
 from tests.chaos.world import make_tokenizer
@@ -26,6 +27,7 @@ from tests.pipelines.pretrain_fixtures import (
     replaced,
     small_config,
     weight_bytes,
+    write_images,
     write_tokens,
 )
 
@@ -244,11 +246,21 @@ class TestRefusals:
         tokenizer = make_tokenizer(str(tmp_path / "tokenizer"))
         for uri, message in (
             (tokenizer, "were made by c{32}"),
-            ("nowhere", "no finished tokenizer"),
+            (str(tmp_path / "nowhere"), "nowhere"),
         ):
             config = small_config(tables, tmp_path / "run", tokenizer=uri)
-            with pytest.raises(InputError, match=f"tokenizer = .*{message}"):
+            with pytest.raises(InputError, match=message):
                 pretrain.run(config)
+
+    def test_a_probe_that_could_not_work_is_refused_at_the_start(self, tables, tmp_path):
+        unlabelled = write_images(str(tmp_path / "images"), 8, labelled=False)
+        for probe, message in (
+            ({"images": str(tmp_path / "typo")}, "typo"),
+            ({"images": unlabelled.uri}, "0 labelled images"),
+            ({"images": tables[0], "layer": 3}, "probe.layer = 3: the network has 2 blocks"),
+        ):
+            with pytest.raises(InputError, match=message):
+                pretrain.run(small_config(tables, tmp_path / "run", probe=probe))
 
     def test_a_grid_that_does_not_fit_the_tokens_is_refused(self, tables, tmp_path):
         config = small_config(
@@ -296,7 +308,7 @@ class TestRefusals:
 
     def test_a_fixed_number_of_workers_divides_the_shards(self, tables, tmp_path):
         with pytest.raises(InputError, match=r"scaling\.num_workers = 3 .* choose 2 workers"):
-            launch.check_workers(small_config(tables, tmp_path, scaling={"num_workers": 3}))
+            preflight.check_workers(small_config(tables, tmp_path, scaling={"num_workers": 3}))
 
 
 def poison(monkeypatch, positions):
@@ -430,6 +442,45 @@ class TestStarvation:
         monkeypatch.setattr(decoding, "decode_array", slow)
         with pytest.raises(StageFailed, match=r"waiting for data.*Cause: decoding.*num_threads"):
             pretrain.run(self.config(tables, tmp_path))
+
+
+class TestAwayStore:
+    def test_records_that_cannot_be_written_do_not_stop_training(
+        self, finished, tables, tmp_path, monkeypatch, caplog
+    ):
+        def away(*args, **options):
+            raise OSError("the store is away")
+
+        monkeypatch.setattr(RunDir, "event", away)
+        monkeypatch.setattr(MetricsFile, "flush", away)
+        monkeypatch.setattr(checkpoint, "retain", away)
+        result = pretrain.run(small_config(tables, tmp_path / "run"))
+        assert weight_bytes(result.run_uri) == weight_bytes(finished[1].run_uri)
+        assert "cannot be written now: the store is away" in caplog.text
+
+
+class TestHopeless:
+    def test_growing_is_no_failure_and_dying_is(self, tmp_path):
+        run = RunDir(str(tmp_path))
+
+        def starts(*workers):
+            for number, count in enumerate(workers, 1):
+                run.write_attempt(
+                    Attempt(
+                        number=number,
+                        launched_at=1.0,
+                        entered_at=float(number),
+                        start_step=0,
+                        next_step=0,
+                        workers=count,
+                    )
+                )
+
+        starts(1, 2, 3, 4, 5)
+        assert pretrain.hopeless(run, 1.0, 0) == ""
+        starts(2, 2, 2, 2, 2)
+        assert "4 starts in a row" in pretrain.hopeless(run, 1.0, 0)
+        assert pretrain.hopeless(run, 2.0, 0) == ""
 
 
 class TestProbes:

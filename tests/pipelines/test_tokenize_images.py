@@ -19,6 +19,7 @@ from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError, StageFailed
 from pipelines.image_table import ImageTable
 from pipelines.token_table import MISSING, TokenTable, check_together
+from pipelines.tokenization import job as token_job
 from pipelines.tokenization import pool as token_pool
 from pipelines.tokenization.units import Ledger, plan_units
 from tests.chaos import world
@@ -162,6 +163,26 @@ def test_the_same_command_again_does_nothing(finished, images, tokenizer, capsys
     assert again.fingerprint == result.fingerprint
     assert "already done" in capsys.readouterr().err
     assert contents(output) == before
+
+
+@pytest.mark.ray
+def test_a_lost_file_of_a_finished_table_is_made_again(finished, images, tokenizer, tmp_path):
+    output = tmp_path / "table"
+    shutil.copytree(finished[0], output)
+    (output / "part-00000-00000000-00000020.parquet").unlink()
+    result = tokenize_images.run(world.make_config(images, tokenizer, output))
+    assert result.units_computed == 1
+    assert contents(output) == contents(finished[0])
+
+
+@pytest.mark.ray
+def test_a_unit_that_no_node_can_hold_is_refused(images, tokenizer, tmp_path, monkeypatch):
+    small = [{"Alive": True, "Resources": {"CPU": 8.0, "memory": 100_000.0}}]
+    monkeypatch.setattr(token_job.ray, "nodes", lambda: small)
+    with pytest.raises(InputError, match=r"rows_per_unit: a unit of 80 rows .* 0\.0 GB; lower"):
+        tokenize_images.run(
+            world.make_config(images, tokenizer, tmp_path / "table", rows_per_unit=1_000_000)
+        )
 
 
 @pytest.mark.ray
