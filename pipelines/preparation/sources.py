@@ -76,7 +76,7 @@ class Source:
         depth = self.pattern.count("/") if self.pattern and ".*" not in self.pattern else None
         return (
             entry
-            for entry in walk(self.root, max_depth=depth)
+            for entry in walk(self.root, max_depth=depth, container_suffix=suffix)
             if matches(entry.path) and entry.path.lower().endswith(suffix)
         )
 
@@ -176,13 +176,16 @@ class _Listed:
     is_dir: bool
     reason: str = ""
 
-    @property
-    def position(self) -> str:
-        return self.name + "/" if self.is_dir else self.name
+    def position(self, container_suffix: str) -> str:
+        """What it is sorted by: keys of what is inside go on with a slash."""
+        container = container_suffix and self.name.lower().endswith(container_suffix)
+        return self.name + "/" if self.is_dir or container else self.name
 
 
-def walk(root: str, *, max_depth: int | None = None) -> Iterator[Entry]:
+def walk(root: str, *, max_depth: int | None = None, container_suffix: str = "") -> Iterator[Entry]:
     """All files below `root`, sorted by path; directories are listed a few ahead.
+
+    Files with `container_suffix` (tars, Parquet) are sorted as the keys of what they hold are.
 
     Memory grows with the largest directory, not with the number of files. What is no regular
     file, or has a name that is no text, comes with a reason.
@@ -196,7 +199,7 @@ def walk(root: str, *, max_depth: int | None = None) -> Iterator[Entry]:
     with ThreadPoolExecutor(LIST_THREADS) as pool:
 
         def visit(path: str, listing: "Future[list[_Listed]]") -> Iterator[Entry]:
-            listed = sorted(listing.result(), key=lambda one: one.position)
+            listed = sorted(listing.result(), key=lambda one: one.position(container_suffix))
             depth = path.count("/") + 1 if path else 0
             below = max_depth is None or depth < max_depth
             names = (f"{path}/{one.name}" if path else one.name for one in listed if one.is_dir)

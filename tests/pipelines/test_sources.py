@@ -62,6 +62,16 @@ def test_a_walk_is_sorted_by_key_without_sorting(tmp_path: Path) -> None:
     assert found == sorted(found, key=str.encode)
 
 
+def test_containers_are_listed_in_the_order_of_the_keys_inside(tmp_path: Path) -> None:
+    names = ["a.tar", "a.tar-1.tar", "a.tar.tar", "b/c.tar"]
+    (tmp_path / "b").mkdir()
+    for name in names:
+        (tmp_path / name).write_bytes(b"1")
+    found = [entry.path for entry in walk(str(tmp_path), container_suffix=".tar")]
+    assert found == sorted(names, key=lambda name: f"{name}/member")
+    assert found != sorted(names)
+
+
 def test_what_is_no_file_has_a_reason(tmp_path: Path) -> None:
     (tmp_path / "dir").mkdir()
     (tmp_path / "dir" / "image.png").write_bytes(b"12345")
