@@ -49,7 +49,7 @@ def test_the_recipes_of_the_chain_parse(name: str) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.long
+@pytest.mark.slow
 def test_from_a_folder_to_a_reviewed_run(
     ray_cluster: None,
     tmp_path: Path,

@@ -64,7 +64,10 @@ def drive(tables, output):
     from pipelines.training.launch import launch
 
     memory = {"object_store_memory": 100_000_000}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **memory})
+    # Without hooks at exit, for those cannot be set in the thread that adds a node below.
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, **memory}, shutdown_at_exit=False
+    )
     cluster.add_node(num_cpus=1, **memory)
     victim = cluster.add_node(num_cpus=1, **memory)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
@@ -88,15 +91,21 @@ def drive(tables, output):
             time.sleep(0.2)
         before = RunDir(output).attempts()[-1].start_step
         workers_at(before + 10)
-        cluster.add_node(num_cpus=1, **memory)
-        print("the node is back", file=sys.stderr, flush=True)
+        for _ in range(3):  # Ray gives a node 30 s to start, which a busy machine may miss
+            try:
+                cluster.add_node(num_cpus=1, **memory)
+                break
+            except Exception as error:
+                print(f"no node yet: {error}", file=sys.stderr, flush=True)
 
     thread = threading.Thread(target=come_and_go, daemon=True)
     thread.start()
-    result = launch(config_for(tables, output), slow_loop)
-    print(json.dumps({"steps": result.steps}))
-    ray.shutdown()
-    cluster.shutdown()
+    try:
+        result = launch(config_for(tables, output), slow_loop)
+        print(json.dumps({"steps": result.steps}))
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
 
 
 def test_a_lost_node_shrinks_the_run_and_a_returned_one_grows_it(tmp_path, ray_turn):

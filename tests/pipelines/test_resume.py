@@ -3,6 +3,7 @@
 Each test trains the small recipe on Ray Train and compares with an undisturbed run.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -128,17 +129,20 @@ class TestDriver:
         )
         below = []
         try:
-            wait_for_step(output, 30)
+            wait_for_step(output, 0)
             below = psutil.Process(driver.pid).children(recursive=True)
+            wait_for_step(output, 12)
         finally:
             driver.kill()
+            # Its Ray dies with it, but only when it notices; these steps take milliseconds.
+            for process in below:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             driver.wait()
-            # Its Ray dies with it; what is slow to notice is helped along.
-            for process in psutil.wait_procs(below, timeout=10)[1]:
-                process.kill()
+            psutil.wait_procs(below, timeout=10)
         assert not storage.exists(storage.join(output, "report.json"))
         result = pretrain.run(config_for(tables, output))
-        assert 28 <= result.resumed_from < STEPS
+        assert 8 <= result.resumed_from < STEPS
         assert weight_bytes(output) == weight_bytes(undisturbed.run_uri)
         assert per_step(output) == per_step(undisturbed.run_uri)
         assert result.report["goodput"]["seconds"]["idle"] > 0
