@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from beit.mim import SIZES
-from beit.tokenizers.dalle import DalleEncoder, DalleTokenizer
+from beit.tokenizers.dalle import DalleTokenizer
 from benchmarks.ingest import make_jpegs, write_tables
 from pipelines import ingest, pretrain
 from pipelines.config.pretrain import (
@@ -56,8 +56,8 @@ class Trainer:
             self.model.compile()
         self.tokenizer = None
         if online:
-            encoder = DalleEncoder().to(self.world.device).eval()
-            self.tokenizer = DalleTokenizer(encoder, None, image_size=112)
+            self.tokenizer = DalleTokenizer(image_size=112, has_decoder=False)
+            self.tokenizer.to(self.world.device).eval()
             if self.world.device.type == "cuda":
                 self.tokenizer.set_precision("float16")
         self.stream = ingest.train_batches(
