@@ -48,6 +48,7 @@ def test_ten_kills_change_nothing(arena):
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.long
 def test_two_drivers_at_once_do_no_harm(arena):
     output = arena.job["output"]
     arena.environment["CHAOS_UNIT_SECONDS"] = "0"
