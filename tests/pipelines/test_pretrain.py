@@ -444,6 +444,20 @@ class TestStarvation:
             pretrain.run(self.config(tables, tmp_path))
 
 
+class TestDoneAlready:
+    def test_a_run_without_weights_or_with_a_failed_report_is_not_done(
+        self, finished, tables, tmp_path
+    ):
+        run_uri = pretrain.run(small_config(tables, tmp_path / "run")).run_uri
+        weights = weight_bytes(run_uri)
+        storage.delete_prefix(storage.join(run_uri, "weights"))
+        assert pretrain.run(small_config(tables, tmp_path / "run")).resumed_from == 12
+        assert weight_bytes(run_uri) == weights
+        report_uri = storage.join(run_uri, "report.json")
+        storage.write_json(report_uri, storage.read_json(report_uri) | {"outcome": "stopped"})
+        assert pretrain.run(small_config(tables, tmp_path / "run")).report["outcome"] == "finished"
+
+
 class TestAwayStore:
     def test_records_that_cannot_be_written_do_not_stop_training(
         self, finished, tables, tmp_path, monkeypatch, caplog
