@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -35,7 +36,7 @@ def fingerprint_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-class DiscreteVae(nn.Module):
+class DiscreteVae(nn.Module, ABC):
     """Encoder and decoder of a discrete VAE behind the `ImageTokenizer` protocol.
 
     `encoder(pixels in [0.1, 0.9]) -> logits (B,V,h,w)`; `decoder(z (B,V,h,w)) -> (B,6,H,W)`: three
@@ -75,9 +76,9 @@ class DiscreteVae(nn.Module):
         """Rows and columns of the token grid."""
         return (self.image_size // self.stride, self.image_size // self.stride)
 
+    @abstractmethod
     def model_config(self) -> dict[str, Any]:
-        """The constructor's keyword arguments; subclasses answer."""
-        raise NotImplementedError
+        """The constructor's keyword arguments."""
 
     def config(self) -> dict[str, Any]:
         """What config.json holds: everything a reader needs to rebuild and feed the tokenizer."""
