@@ -56,6 +56,7 @@ def parse(config_class: type[Config], argv: Sequence[str] | None, *, stage: str)
             as_positional=False,
             args=_bracket_lists(config_class, arguments),
             prog=f"beit {stage}",
+            allow_abbrev=False,
         )
     except ValueError as error:
         raise InputError(str(error)) from error

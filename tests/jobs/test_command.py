@@ -54,7 +54,11 @@ def test_lists_are_written_as_users_write_them(flags: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("flags", "named"),
-    [(["--outptu", "x"], "outptu"), (["--output", "o", "--optim.lr", "fast"], "optim.lr")],
+    [
+        (["--outptu", "x"], "outptu"),
+        (["--outp", "x"], "--outp"),  # not even where only one key begins so
+        (["--output", "o", "--optim.lr", "fast"], "optim.lr"),
+    ],
 )
 def test_unknown_keys_and_wrong_types_exit_2_and_are_named(
     flags: list[str], named: str, capsys: pytest.CaptureFixture[str]
