@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -26,13 +27,17 @@ from pipelines.errors import InputError
 
 T = TypeVar("T")
 
-# What object stores answer when they want to be asked again later.
-TRANSIENT_MARKS = (
-    "slowdown", "slow down", "503", "500", "internal error", "internalerror", "timeout",
-    "timed out", "reset", "throttl", "too many requests", "connection", "curlcode", "network",
-    "service unavailable", "requesttimeout", "incomplete", "unable to connect", "broken pipe",
-    "unexpected end", "content-length",
+# Answers of S3 that stay the same however often it is asked; its other errors pass.
+FINAL_S3_ERRORS = (
+    "ACCESS_DENIED", "INVALID_", "MALFORMED_", "MISSING_", "NO_SUCH_", "RESOURCE_NOT_FOUND",
+    "SIGNATURE_", "UNRECOGNIZED_CLIENT",
 )  # fmt: skip
+# What other stores answer when they want to be asked again later.
+TRANSIENT_MARKS = re.compile(
+    r"slow ?down|\b50[0234]\b|internal ?error|time-?out|timed out|reset|throttl|too many requests|"
+    r"connect|curlcode|network|unavailable|incomplete|broken pipe|unexpected end|content-length",
+    re.IGNORECASE,
+)
 NUM_TRIES = 6
 
 
@@ -119,8 +124,10 @@ def retry(action: Callable[[], T]) -> T:
 
 def is_transient(error: OSError) -> bool:
     """Whether it is worth asking the store again."""
-    message = str(error).lower()
-    return any(mark in message for mark in TRANSIENT_MARKS)
+    s3_error = re.search(r"AWS Error (\w+)", str(error))
+    if s3_error and s3_error[1] != "UNKNOWN":
+        return not s3_error[1].startswith(FINAL_S3_ERRORS)
+    return bool(TRANSIENT_MARKS.search(str(error)))
 
 
 def pause(attempt: int) -> float:

@@ -313,6 +313,7 @@ def _batches(uri: str, entry: Entry, columns: list[str]) -> Iterator[pa.RecordBa
                     skip -= batch.num_rows - fresh.num_rows
                     if fresh.num_rows:
                         done += fresh.num_rows
+                        attempt = 0
                         yield fresh
                 return
         except OSError as error:

@@ -1,5 +1,6 @@
 """Names of files below URIs. Reading, writing and retries are tested where they are used."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -20,3 +21,42 @@ def test_a_question_mark_in_an_object_name_is_not_a_query():
     uri = storage.join("s3://bucket/images?region=mars", "img.jpg?w=300")
     assert uri == "s3://bucket/images/img.jpg%3Fw=300?region=mars"
     assert storage.resolve(uri)[1] == "bucket/images/img.jpg?w=300"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        # An answer that broke off in its middle, as pyarrow words it.
+        "AWS Error INTERNAL_FAILURE during GetObject operation: Failed to flush response stream",
+        "When reading part-0: AWS Error SLOW_DOWN during GetObject operation: Please reduce",
+        "AWS Error NETWORK_CONNECTION during PutObject operation: curlCode: 56, Failure when",
+        "AWS Error UNKNOWN (HTTP status 503) during HeadObject operation: No response body.",
+        "google::cloud::Status(UNAVAILABLE: try again)",
+        "500, message='Internal Server Error'",
+        "Connection reset by peer",
+    ],
+)
+def test_what_passes_is_asked_again(message):
+    assert storage.is_transient(OSError(message))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "AWS Error ACCESS_DENIED during GetObject operation: connection refused to this user",
+        "AWS Error NO_SUCH_BUCKET during ListObjectsV2 operation: The bucket does not exist",
+        "AWS Error SIGNATURE_DOES_NOT_MATCH during GetObject operation",
+        "AWS Error UNKNOWN (HTTP status 411) during PutObject operation: MissingContentLength",
+        "part-00500.parquet: Couldn't deserialize thrift",
+    ],
+)
+def test_what_stays_is_final(message):
+    tries = []
+
+    def action():
+        tries.append(1)
+        raise OSError(message)
+
+    with pytest.raises(OSError, match=re.escape(message[:20])):
+        storage.retry(action)
+    assert len(tries) == 1
