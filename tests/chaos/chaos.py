@@ -112,9 +112,11 @@ class Arena:
             "RAY_health_check_timeout_ms": "5000",
             "RAY_health_check_failure_threshold": "4",
         }
+        # Without hooks at exit, for those cannot be set in the thread that brings nodes back.
         self.cluster = patiently(
             lambda: Cluster(
                 initialize_head=True,
+                shutdown_at_exit=False,
                 head_node_args={
                     "num_cpus": 0,
                     "object_store_memory": 150_000_000,
@@ -132,12 +134,14 @@ class Arena:
         }
         self.driver = None
         self.coming = None
+        self.returned = 0
 
     def _add_node(self):
         return patiently(lambda: self.cluster.add_node(num_cpus=2, object_store_memory=150_000_000))
 
     def _replace_node(self):
         self.nodes.append(self._add_node())
+        self.returned += 1
 
     def close(self):
         if self.coming is not None:
@@ -214,6 +218,9 @@ class Arena:
                 time.sleep(0.2)
         else:
             raise AssertionError(f"not finished after {limit_seconds} s\n{self.log()}")
+        if self.coming is not None:
+            self.coming.join()
+        assert self.returned == tally.kills["raylet"], "a killed node never came back"
         tally.rendered = self.journal.count("render")
         tally.encoded = self.journal.count("encode")
         tally.seconds = time.monotonic() - begin
@@ -243,6 +250,8 @@ class Arena:
             print(f"kill {tally.total}: {kind}, in flight {before}", file=sys.stderr, flush=True)
             if kind == "raylet":
                 # The job goes on meanwhile with what is left.
+                if self.coming is not None:
+                    self.coming.join()
                 self.coming = threading.Thread(target=self._replace_node)
                 self.coming.start()
             if kind == "driver":
