@@ -29,8 +29,10 @@ MAX_GROUPS = 64
 class TokenStatistics:
     """What the tokens of some images say about a codebook; entropies in nats.
 
-    Entropies carry the Miller-Madow correction, (cells seen - 1) / (2 tokens), because plain
-    frequencies of few tokens make a large vocabulary look more orderly than it is.
+    Plain frequencies of few tokens make a large vocabulary look more orderly than it is. The
+    unigram entropy carries the Miller-Madow correction, (codes seen - 1) / (2 tokens). For pairs,
+    of which most are never seen, that is far too little: what neighbours seem to tell of each
+    other after shuffling is taken off what they seem to tell before.
     """
 
     num_tokens: int
@@ -44,7 +46,8 @@ class TokenStatistics:
     unigram_entropy: float
     """Of a token by itself: the loss of the best constant guess."""
     neighbour_entropy: float
-    """Of a token given its left or upper neighbour (mean of both): what context explains."""
+    """Of a token given its left or upper neighbour (mean of both); the less, the more context
+    explains. On the high side where images are few for the vocabulary."""
 
     @property
     def dead_codes(self) -> int:
@@ -139,9 +142,20 @@ def _entropy(counts: np.ndarray, *, corrected: bool = True) -> float:
 
 
 def _conditional_entropy(before: np.ndarray, after: np.ndarray, vocab_size: int) -> float:
-    _, pairs = np.unique(before * vocab_size + after, return_counts=True)
-    _, alone = np.unique(before, return_counts=True)
-    return max(0.0, _entropy(pairs) - _entropy(alone))
+    shuffled = np.random.default_rng(0).permutation(after)
+    information = _information(before, after, vocab_size)
+    chance = _information(before, shuffled, vocab_size)
+    _, counts = np.unique(after, return_counts=True)
+    return max(0.0, _entropy(counts) - max(0.0, information - chance))
+
+
+def _information(before: np.ndarray, after: np.ndarray, vocab_size: int) -> float:
+    """Mutual information by plain frequencies, in nats."""
+
+    def entropy(values: np.ndarray) -> float:
+        return _entropy(np.unique(values, return_counts=True)[1], corrected=False)
+
+    return entropy(before) + entropy(after) - entropy(before * vocab_size + after)
 
 
 def score(
