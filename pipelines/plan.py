@@ -16,6 +16,9 @@ from pipelines.tokenization import work as token_work
 
 # Parquet keeps 2 bytes a token before compression; less after it (docs/tokenize.md).
 BYTES_PER_TOKEN = 2
+NUM_PATCHES = 196
+# CPU time of a 500 x 375 JPEG as measured in docs/tokenize.md: once, and for each view.
+DECODE_MILLISECONDS, RENDER_MILLISECONDS = 1.2, 3.0
 MEASURE_SECONDS = 5.0
 MEASURE_BATCH = 64
 
@@ -26,8 +29,10 @@ class PlanResult:
 
     num_images: int
     num_units: int
+    device: str
+    """What tokenizes and trains: "GPU", or "machine" where the rate is that of a CPU."""
     encode_rate: float
-    """Views a second of one GPU, stated or measured."""
+    """Views a second of one device, stated or measured."""
     tokenize_hours: float
     tokenize_gpu_hours: float
     limited_by: str
@@ -48,13 +53,14 @@ class PlanResult:
         """The plan as text."""
         cached = self.tokenize_gpu_hours + self.pretrain_gpu_hours
         online = self.online_gpu_hours + self.pretrain_gpu_hours
+        unit = f"{self.device}-hours"
         lines = [
             f"{self.num_images:,} images, {_bytes(self.image_bytes)}",
-            f"tokenize   {_hours(self.tokenize_hours)}, {self.tokenize_gpu_hours:,.1f} GPU-hours, "
+            f"tokenize   {_hours(self.tokenize_hours)}, {self.tokenize_gpu_hours:,.1f} {unit}, "
             f"limited by {self.limited_by}; {self.num_units:,} units",
             f"storage    {_bytes(self.token_bytes)} of tokens at most",
-            f"pretrain   {_hours(self.pretrain_hours)}, {self.pretrain_gpu_hours:,.1f} GPU-hours",
-            f"together   {cached:,.1f} GPU-hours; computing tokens online instead {online:,.1f}",
+            f"pretrain   {_hours(self.pretrain_hours)}, {self.pretrain_gpu_hours:,.1f} {unit}",
+            f"together   {cached:,.1f} {unit}; computing tokens online instead {online:,.1f}",
             f"caching pays from {self.break_even_epochs} epochs on",
             "assumed:",
             *(f"  {line}" for line in self.assumptions),
@@ -79,39 +85,45 @@ def run(config: PlanConfig) -> PlanResult:
         image_bytes = int(num_images * config.image_kilobytes * 1000)
         num_units = -(-num_images // config.rows_per_unit)
         assumptions.append(f"{num_images:,} images of {config.image_kilobytes:g} kB, as stated")
-    encode_rate = config.encode_rate
+    encode_rate, device, num_patches = config.encode_rate, "GPU", config.num_patches
     if config.tokenizer:
-        encode_rate, device = measure_rate(config.tokenizer)
-        assumptions.append(
-            f"{encode_rate:,.0f} views/s a {device}: measured here, on random pixels"
-        )
+        encode_rate, name = measure_rate(config.tokenizer)
+        assumptions.append(f"{encode_rate:,.0f} views/s a {name}: measured here, on random pixels")
+        device = "machine" if name.startswith("CPU") else "GPU"
+        height, width = tokenizer_store.describe(config.tokenizer).config["grid_size"]
+        num_patches = num_patches or height * width
     else:
         assumptions.append(f"{encode_rate:,.0f} views/s a GPU: stated, not measured")
+        num_patches = num_patches or NUM_PATCHES
+    decode_rate = config.decode_rate or 1000 / (
+        DECODE_MILLISECONDS + RENDER_MILLISECONDS * config.num_views
+    )
     assumptions += [
-        f"{config.decode_rate:,.0f} images/s a core for decoding and rendering all "
+        f"{decode_rate:,.0f} images/s a core for decoding and rendering all "
         f"{config.num_views} views: stated, not measured here",
-        f"{config.train_rate:,.0f} images/s a GPU in pretraining: stated, not measured",
-        f"{config.num_gpus} GPUs and {config.num_cpus} cores, all busy all the time; no start-up, "
-        "no interruption",
-        f"{BYTES_PER_TOKEN} bytes a token, {config.num_patches} tokens a view; zstd saves 18 % of "
+        f"{config.train_rate:,.0f} images/s a {device} in pretraining: stated, not measured",
+        f"{config.num_gpus} {device}s and {config.num_cpus} cores, all busy all the time; no "
+        "start-up, no interruption",
+        f"{BYTES_PER_TOKEN} bytes a token, {num_patches} tokens a view; zstd saves 18 % of "
         "that for a vocabulary of 8192 used evenly, more for a smaller one",
     ]
     views = num_images * config.num_views
     encode_seconds = views / (encode_rate * config.num_gpus)
-    decode_seconds = num_images / (config.decode_rate * config.num_cpus)
+    decode_seconds = num_images / (decode_rate * config.num_cpus)
     tokenize_hours = max(encode_seconds, decode_seconds) / 3600
     gpu_second = 1 / (3600 * encode_rate)
     pretrain_gpu_hours = num_images * config.epochs / config.train_rate / 3600
     return PlanResult(
         num_images=num_images,
         num_units=num_units,
+        device=device,
         encode_rate=encode_rate,
         tokenize_hours=tokenize_hours,
         # GPUs are held while they wait for decoding.
         tokenize_gpu_hours=tokenize_hours * config.num_gpus,
         limited_by="encoding" if encode_seconds >= decode_seconds else "decoding",
         image_bytes=image_bytes,
-        token_bytes=views * config.num_patches * BYTES_PER_TOKEN,
+        token_bytes=views * num_patches * BYTES_PER_TOKEN,
         pretrain_hours=pretrain_gpu_hours / config.num_gpus,
         pretrain_gpu_hours=pretrain_gpu_hours,
         online_gpu_hours=num_images * config.epochs * gpu_second,
@@ -131,6 +143,7 @@ def measure_rate(tokenizer_uri: str) -> tuple[float, str]:
     """Views a second that this machine tokenizes, and on what."""
     import torch
 
+    token_work.set_reference_arithmetic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = "float16" if device == "cuda" else "float32"
     tokenizer = tokenizer_store.load(tokenizer_uri, device=device, precision=precision)  # type: ignore[arg-type]

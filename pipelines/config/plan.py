@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pipelines.config.checks import require
+from pipelines.config.checks import fields_at_least, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,12 +20,12 @@ class PlanConfig:
     """Views kept in the token table."""
     epochs: int = 300
     """Epochs of pretraining."""
-    num_patches: int = 196
-    """Tokens of a view."""
+    num_patches: int = 0
+    """Tokens of a view. 0: those of `tokenizer`, or 196 where none is named."""
     rows_per_unit: int = 1024
     """Images in one unit of work."""
     num_gpus: int = 8
-    """GPUs for tokenizing and for pretraining."""
+    """GPUs for tokenizing and for pretraining; machines, where the rate is measured on a CPU."""
     num_cpus: int = 64
     """CPU cores that decode."""
     tokenizer: str = ""
@@ -34,9 +34,9 @@ class PlanConfig:
     encode_rate: float = 2500.0
     """Views a second that one GPU tokenizes. The default is an assumption: the DALL-E encoder in
     float16 at 40 % of an A100's peak (50 GFLOP a view)."""
-    decode_rate: float = 60.0
-    """Images a second that one core reads, decodes and renders `num_views` views of. The default
-    is for four views of 500 x 375 JPEGs, as measured in docs/tokenize.md."""
+    decode_rate: float = 0.0
+    """Images a second that one core reads, decodes and renders `num_views` views of. 0: what
+    500 x 375 JPEGs take in docs/tokenize.md."""
     train_rate: float = 1000.0
     """Images a second that one GPU trains on. The default is an assumption: BEiT-Base at 224 px
     in bfloat16 on an A100."""
@@ -46,7 +46,8 @@ class PlanConfig:
         counted = bool(self.images) or self.num_images >= 1
         require(counted, "num_images", self.num_images, "give their number, or --images TABLE")
         for name in (
-            "image_kilobytes", "num_views", "epochs", "num_patches", "rows_per_unit", "num_gpus",
-            "num_cpus", "encode_rate", "decode_rate", "train_rate",
+            "image_kilobytes", "num_views", "epochs", "rows_per_unit", "num_gpus", "num_cpus",
+            "encode_rate", "train_rate",
         ):  # fmt: skip
             require(getattr(self, name) > 0, name, getattr(self, name), "give a number above 0")
+        fields_at_least(self, num_patches=0, decode_rate=0)

@@ -46,6 +46,14 @@ def test_slow_decoding_limits_and_moves_the_break_even():
     assert few.break_even_epochs > many.break_even_epochs == 5
 
 
+def test_fewer_views_take_less_decoding():
+    one, four = (
+        plan.run(PlanConfig(num_images=10**6, num_views=views, num_cpus=1)) for views in (1, 4)
+    )
+    assert one.limited_by == four.limited_by == "decoding"
+    assert 3 < four.tokenize_hours / one.tokenize_hours < 4
+
+
 def test_counts_come_from_the_manifest_and_nothing_is_touched(tmp_path):
     images = world.make_images(str(tmp_path / "images"), count=100, parts=3)
     world.make_tokenizer(str(tmp_path / "tokenizer"))
@@ -61,6 +69,10 @@ def test_counts_come_from_the_manifest_and_nothing_is_touched(tmp_path):
         path.stat().st_size for path in (tmp_path / "images").glob("part-*.parquet")
     )
     assert result.encode_rate > 0
+    assert result.device == "machine"
+    assert "machine-hours" in result.summary()
+    assert "GPU" not in result.summary()
+    assert result.token_bytes == 100 * 4 * 16 * 2  # the tokenizer's grid is 4 x 4
     assert any("measured here" in line for line in result.assumptions)
     assert {path: path.stat().st_mtime_ns for path in Path(tmp_path).rglob("*")} == before
 
