@@ -117,6 +117,7 @@ def train_batches(
     num_threads: int = 2,
     prefetch_batches: int = 2,
     fast: bool = True,
+    interpolation: Interpolation = "bicubic",
     token_view: tuple[int, Interpolation] | None = None,
     pin_memory: bool = False,
 ) -> "BatchStream":
@@ -128,6 +129,7 @@ def train_batches(
         num_threads: Decoding threads (threads executor only).
         prefetch_batches: Batches decoded ahead of the consumer.
         fast: Patch view within 0.05 grey levels (mean) of the exact one, in two thirds of the time.
+        interpolation: Filter of the exact patch view, where it is not `fast`.
         token_view: Size and filter of the tokenizer's view, to tokenize online.
         pin_memory: Pixels in page-locked memory, for asynchronous copies to CUDA.
 
@@ -154,6 +156,7 @@ def train_batches(
         policy=data.policy,
         image_size=image_size,
         fast=fast,
+        interpolation=interpolation,
         token_view=token_view,
         masking=masking,
         grid_size=grid_size,

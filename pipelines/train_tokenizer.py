@@ -26,6 +26,7 @@ from pipelines.config.train_tokenizer import (
 )
 from pipelines.errors import InputError, StageFailed
 from pipelines.image_table import ImageTable
+from pipelines.ingest import open_training_data, train_batches
 from pipelines.scorecard import (
     Scorecard,
     check_gate,
@@ -43,7 +44,6 @@ from pipelines.training.distributed import (
     wrap_model,
 )
 from pipelines.training.ray_workers import ProgressSink, fit_with_ray
-from pipelines.training.token_views import TokenViewReader
 from pipelines.training.tokenizer_step import (
     AveragedWeights,
     Period,
@@ -149,7 +149,11 @@ def run(config: TrainTokenizerConfig) -> TrainTokenizerResult:
         )
         _train_somewhere(job)
         manifest = tokenizer_store.read_manifest(output)
-        assert manifest is not None
+        if manifest is None:
+            raise InputError(
+                f"output = {output}: the workers have written the tokenizer, and it is not there: "
+                "nodes see different disks; use a directory that all of them share, or s3://"
+            )
         tracking.set_output(Dataset(name="tokenizer", uri=output, digest=manifest["fingerprint"]))
     for leftover in (CHECKPOINTS, RAY_STATE):
         storage.delete_prefix(storage.join(output, leftover))
@@ -194,17 +198,6 @@ def train(job: Job, world: World, progress: ProgressSink) -> None:  # noqa: PLR0
     low_precision = uses_bfloat16(config, world)
     shards = order.shards_of(world.rank, world.size)
     noise_shape = (order.shard_batch_size, tokenizer.vocab_size, *tokenizer.grid_size)
-    reader = TokenViewReader(
-        images=images,
-        order=order,
-        policy=policy,
-        size=tokenizer.image_size,
-        interpolation="lanczos",
-        rank=world.rank,
-        num_ranks=world.size,
-        num_threads=config.data.num_threads or config.scaling.cpus_per_worker,
-        prefetch_batches=config.data.prefetch_batches,
-    )
     # Closed however this ends: the curves of a collapsed run are those worth looking at.
     with contextlib.ExitStack() as closing:
         logger = MetricLogger(job.tracking_uri, job.run_id if first else "")
@@ -215,13 +208,30 @@ def train(job: Job, world: World, progress: ProgressSink) -> None:  # noqa: PLR0
         closing.callback(saver.close)
         period = Period(tokenizer.vocab_size, world)
         period_start, waited = time.monotonic(), 0.0
-        batches = reader.batches(start_step, total)
+        # Without tokens every epoch is a view of its own: no image is seen twice in one crop.
+        batches = train_batches(
+            open_training_data(config.images, policy=policy),
+            order,
+            image_size=tokenizer.image_size,
+            interpolation=tokenizer.interpolation,
+            fast=False,
+            grid_size=tokenizer.grid_size,
+            seed=config.seed,
+            start_step=start_step,
+            stop_step=total,
+            rank=world.rank,
+            num_ranks=world.size,
+            num_threads=config.data.num_threads or config.scaling.cpus_per_worker,
+            prefetch_batches=config.data.prefetch_batches,
+            pin_memory=world.device.type == "cuda",
+        )
+        closing.callback(batches.close)
         progress.start(total, start_step)
 
         # The loop.
         for step in range(start_step, total):
             wait_start = time.monotonic()
-            batch = next(batches).to(device, non_blocking=True)
+            batch = next(batches).pixels.to(device, non_blocking=True)
             waited += time.monotonic() - wait_start
 
             for group in optimizer.param_groups:
@@ -305,31 +315,45 @@ def _train_somewhere(job: Job) -> None:
     if scaling.num_workers == 0:
         train(job, join_world(use_gpu=scaling.use_gpu, in_ray=False), ProgressSink(STAGE))
         return
-    fit_with_ray(
-        _worker,
-        job,
-        label=STAGE,
-        num_workers=scaling.num_workers,
-        use_gpu=scaling.use_gpu,
-        cpus_per_worker=scaling.cpus_per_worker,
-        max_failures=scaling.max_failures,
-        state_uri=storage.join(job.output, RAY_STATE),
-    )
     try:
-        failure = storage.read_json(storage.join(job.output, FAILURE))
-    except FileNotFoundError:
-        return
-    raise StageFailed(failure["message"])
+        fit_with_ray(
+            _worker,
+            job,
+            label=STAGE,
+            num_workers=scaling.num_workers,
+            use_gpu=scaling.use_gpu,
+            cpus_per_worker=scaling.cpus_per_worker,
+            max_failures=scaling.max_failures,
+            state_uri=storage.join(job.output, RAY_STATE),
+        )
+    finally:
+        _raise_verdict(job)
 
 
 def _worker(job: Job, progress: ProgressSink) -> None:
+    """A verdict is written down, and whoever finds one ends at once: a restart changes nothing."""
+    failure = storage.join(job.output, FAILURE)
+    if storage.exists(failure):
+        return
     world = join_world(use_gpu=job.config.scaling.use_gpu, in_ray=True)
     try:
         train(job, world, progress)
     except StageFailed as error:
-        # A verdict, the same on all workers (or of rank 0 after the last step): no restart.
+        # The same on all workers, or of rank 0 after the last step.
         if world.rank == 0:
-            storage.write_json(storage.join(job.output, FAILURE), {"message": str(error)})
+            storage.write_json(failure, {"message": str(error), "bad_input": False})
+    except InputError as error:
+        storage.write_json(failure, {"message": str(error), "bad_input": True})
+        raise  # the others wait for this one
+
+
+def _raise_verdict(job: Job) -> None:
+    """Raises what a worker has written down as the end of the run, as it was meant there."""
+    try:
+        failure = storage.read_json(storage.join(job.output, FAILURE))
+    except FileNotFoundError:
+        return
+    raise (InputError if failure["bad_input"] else StageFailed)(failure["message"])
 
 
 def _newest_checkpoint(root: str, world: World) -> checkpoint.Checkpoint | None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from beit.views import Interpolation
+
 Precision = Literal["float32", "float16"]
 PIXEL_MARGIN = 0.1
 """Half of what DALL-E's `map_pixels` cuts off [0, 1]: logit-Laplace needs values inside (0, 1)."""
@@ -46,7 +48,7 @@ class DiscreteVae(nn.Module, ABC):
     """
 
     architecture: ClassVar[str]
-    interpolation: str = "lanczos"
+    interpolation: Interpolation = "lanczos"
 
     def __init__(
         self,

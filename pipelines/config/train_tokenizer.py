@@ -61,10 +61,10 @@ class ModelConfig:
             f"must be a multiple of the {self.stride} pixels of a token",
         )
         require(
-            2 <= self.vocab_size <= 65536,
+            2 <= self.vocab_size <= 65535,
             "model.vocab_size",
             self.vocab_size,
-            "must be between 2 and 65536: token tables hold uint16",
+            "must be between 2 and 65535: token tables hold uint16, and one value says 'none'",
         )
         for name in ("patch_size", "dim", "hidden_dim", "init_dim", "blocks_per_group"):
             value = getattr(self, name)
@@ -307,6 +307,12 @@ class TrainTokenizerConfig:
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, "seed", self.seed, "must be in [0, 2**63)")
         at_least("log_every", self.log_every, 1)
+        require(
+            self.loss.temperature_steps <= self.optim.steps,
+            "loss.temperature_steps",
+            self.loss.temperature_steps,
+            f"must be at most optim.steps = {self.optim.steps}, or the codes never become discrete",
+        )
         workers = max(1, self.scaling.num_workers)
         require(
             self.data.num_shards % workers == 0,

@@ -36,8 +36,10 @@ class RenderSpec:
     policy: ViewPolicy
     image_size: int
     """Side of the patch view in pixels."""
+    interpolation: Interpolation = "bicubic"
+    """Filter of the patch view where it is exact."""
     fast: bool = True
-    """Patch view by `beit.views.render_fast` instead of the exact `render`."""
+    """Patch view by `beit.views.render_fast` (bicubic) instead of the exact `render`."""
     token_view: tuple[int, Interpolation] | None = None
     """Size and filter of the tokenizer's view, where tokens are computed online. Always exact."""
     masking: MaskingConfig | None = None
@@ -113,7 +115,9 @@ def render_rows(
                 "the table is damaged; run `beit audit`, then prepare it again"
             ) from error
         view = sample_view(spec.policy, digest, int(views[i]), *source.shape[:2])
-        outputs: list[tuple[int, Interpolation]] = [] if spec.fast else [(size, "bicubic")]
+        outputs: list[tuple[int, Interpolation]] = []
+        if not spec.fast:
+            outputs.append((size, spec.interpolation))
         if spec.token_view is not None:
             outputs.append(spec.token_view)
         rendered = render_views(source, view, outputs) if outputs else []

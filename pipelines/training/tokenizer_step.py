@@ -109,7 +109,10 @@ class RelaxedVae(nn.Module):
         kl = kl_to_uniform(logits)
         loss = reconstruction + kl_weight * self.kl_share * kl
         with torch.no_grad():
-            counts = torch.bincount(logits.argmax(1).flatten(), minlength=logits.shape[1])
+            token_ids = logits.argmax(1).flatten()
+            # bincount would have the host wait for the largest id.
+            counts = token_ids.new_zeros(logits.shape[1])
+            counts.scatter_add_(0, token_ids, torch.ones_like(token_ids))
             terms = torch.stack([loss, reconstruction, kl])
         return loss, terms, counts
 

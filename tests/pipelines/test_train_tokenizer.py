@@ -26,9 +26,9 @@ from pipelines.config.train_tokenizer import (
     flat_options,
 )
 from pipelines.errors import InputError, StageFailed
+from pipelines.ingest import open_training_data, train_batches
 from pipelines.train_tokenizer import CHECKPOINTS, run
 from pipelines.training.ray_workers import ProgressSink
-from pipelines.training.token_views import TokenViewReader
 from pipelines.training.tokenizer_step import (
     AveragedWeights,
     RelaxedVae,
@@ -214,7 +214,7 @@ def test_logit_laplace_and_dalle(images, tmp_path, architecture):
             encoder_blocks=1,
             decoder_blocks=1,
         ),
-        loss=LossConfig(likelihood="logit_laplace", kl_warmup_steps=2, temperature_steps=8),
+        loss=LossConfig(likelihood="logit_laplace", kl_warmup_steps=2, temperature_steps=4),
         gate=GateConfig(min_perplexity=1, min_codes=1, grace_steps=0, num_images=16),
     )
     config = replaced(replaced(config, "optim", steps=4), "checkpoint", every_steps=2)
@@ -348,20 +348,27 @@ def test_views_follow_the_order(images):
     order = sample_order(config, images)
     policy = view_policy(config.views, seed=5)
 
-    def reader(rank, num_ranks, **changes):
-        return TokenViewReader(
-            images=images,
-            order=order,
-            policy=policy,
-            size=16,
+    data = open_training_data(images.uri, policy=policy)
+
+    def batches(start, stop, *, rank=0, num_ranks=1, **changes):
+        with train_batches(
+            data,
+            order,
+            image_size=16,
             interpolation="lanczos",
+            fast=False,
+            grid_size=(4, 4),
+            seed=0,
+            start_step=start,
+            stop_step=stop,
             rank=rank,
             num_ranks=num_ranks,
             **changes,
-        )
+        ) as stream:
+            return [batch.pixels for batch in stream]
 
     steps = 2 * order.steps_per_epoch + 1
-    whole = list(reader(0, 1).batches(0, steps))
+    whole = batches(0, steps)
     for batch, step in ((whole[0], 0), (whole[-1], steps - 1)):
         epoch, step_in_epoch = order.locate(step)
         for pixels, row in zip(batch, order.global_batch(epoch, step_in_epoch), strict=True):
@@ -371,11 +378,12 @@ def test_views_follow_the_order(images):
             expected = render(image, view, 16, "lanczos").transpose(2, 0, 1)
             assert np.array_equal(pixels.numpy(), expected)
     halves = [
-        list(reader(r, 2, num_threads=3, prefetch_batches=1).batches(0, steps)) for r in (0, 1)
+        batches(0, steps, rank=rank, num_ranks=2, num_threads=3, prefetch_batches=1)
+        for rank in (0, 1)
     ]
     for batch, first, second in zip(whole, *halves, strict=True):
         assert torch.equal(batch, torch.cat([first, second]))
-    later = list(reader(0, 1, prefetch_batches=7).batches(3, steps))
+    later = batches(3, steps, prefetch_batches=7)
     assert all(torch.equal(a, b) for a, b in zip(whole[3:], later, strict=True))
 
 

@@ -9,7 +9,7 @@ import ray
 import torch
 
 from pipelines import tokenizer_store, train_tokenizer
-from pipelines.errors import StageFailed
+from pipelines.errors import InputError, StageFailed
 from pipelines.train_tokenizer import run
 from pipelines.training.ray_workers import ProgressSink, fit_with_ray
 from tests.pipelines.test_train_tokenizer import replaced, settings
@@ -91,6 +91,14 @@ def test_a_verdict_of_the_workers_reaches_the_driver(images, tmp_path):
     with pytest.raises(StageFailed, match="collapsed at step 4"):
         run(config)
     assert tokenizer_store.read_manifest(config.output) is None
+
+
+@pytest.mark.long
+def test_bad_input_that_only_a_worker_sees_ends_the_run_at_once(images, tmp_path):
+    config = two_workers(settings(images, tmp_path / "out"))
+    config = replaced(config, "model", vocab_size=2000)
+    with pytest.raises(InputError, match=r"data\.codebook_images = 70"):
+        run(config)
 
 
 @pytest.mark.long
