@@ -143,6 +143,7 @@ def write_tables(root: Path, files: list[bytes]) -> tuple[str, str]:
         interpolation="lanczos",
         policy=POLICY.to_dict(),
         views=(0, 2),
+        device="cpu",
         precision="float32",
         batch_size=8,
     )

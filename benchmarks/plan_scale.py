@@ -111,6 +111,7 @@ def drive(directory, rows_per_unit):
         interpolation="lanczos",
         policy=ViewPolicy().to_dict(),
         views=(0, 4),
+        device="cuda",
         precision="float16",
         batch_size=64,
     )

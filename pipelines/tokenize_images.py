@@ -10,12 +10,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import ray
 import ray.data
 
-from pipelines import scorecard, tracking
+from pipelines import scorecard, storage, tracking
 from pipelines.config.checks import flatten
 from pipelines.config.tokenize_images import TokenizeConfig
 from pipelines.errors import InputError, StageFailed
@@ -30,6 +31,8 @@ from pipelines.tokenization.units import Ledger, Units, plan_units
 from pipelines.tokenization.work import Unit
 
 SAVE_EVERY_SECONDS = 20.0
+# Units set aside one after the other that end the stage; more where the pool may be large.
+ASIDE_IN_A_ROW = 16
 
 
 def run(config: TokenizeConfig) -> TokenizeResult:
@@ -143,9 +146,13 @@ def _compute(
 ) -> tuple[int, float]:
     """Runs what is to do; returns the number of units computed and the seconds it took."""
     todo = ledger.todo()
-    before = ledger.rows_done()
+    before = ledger.rows_done
     if before:
         say(f"going on: {before:,} of {images.num_rows:,} images are done")
+    say(
+        f"tokenize: {job.min_actors} to {job.max_actors} encoders on {job.device} in "
+        f"{job.identity.precision}"
+    )
     meter = token_report.Meter(record)
     progress = Progress(images.num_rows, "tokenize", "images", initial=before)
     gate = _Gate(config, job, ledger)
@@ -154,10 +161,14 @@ def _compute(
     try:
         gate.check()
         for receipt in _receipts(job, ledger.units, gate.first(todo), images):
-            computed += _book(receipt, ledger, config)
+            if receipt.suspect:
+                gate.skip(receipt.unit)
+            elif _book(receipt, ledger, config):
+                computed += 1
+                _check_shared(job, ledger, receipt)
             meter.add(receipt, ledger.units.rows(receipt.unit))
             progress.update(
-                ledger.rows_done(), rejected=len(ledger.rejected), waiting=meter.waiting()
+                ledger.rows_done, rejected=len(ledger.rejected), waiting=meter.waiting()
             )
             if time.monotonic() - saved > SAVE_EVERY_SECONDS:
                 ledger.save()
@@ -166,7 +177,7 @@ def _compute(
         gate.check(last=True)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"{ledger.rows_done():,} of {images.num_rows:,} images are done; the same command goes "
+            f"{ledger.rows_done:,} of {images.num_rows:,} images are done; the same command goes "
             "on from here."
         ) from None
     finally:
@@ -192,6 +203,16 @@ def _book(receipt: Receipt, ledger: Ledger, config: TokenizeConfig) -> int:
     return 1
 
 
+def _check_shared(job: Job, ledger: Ledger, receipt: Receipt) -> None:
+    """Raises InputError where a worker wrote its file to a disk that only its own node sees."""
+    name = ledger.units.name(receipt.unit)
+    if storage.is_local(job.output) and not storage.exists(storage.join(job.output, name)):
+        raise InputError(
+            f"output = {job.output}: a worker has written {name}, and it is not there: nodes see "
+            "different disks; use a directory that all of them share, or an object store (s3://)"
+        )
+
+
 def _too_many(ledger: Ledger, config: TokenizeConfig) -> str:
     unit, reason = next(iter(sorted(ledger.rejected.items())))
     return (
@@ -202,22 +223,33 @@ def _too_many(ledger: Ledger, config: TokenizeConfig) -> str:
 
 
 def _receipts(job: Job, units: Units, todo: np.ndarray, images: Parts) -> Iterator[Receipt]:
-    """Receipts of all units in `todo`, first from the pool, then of those set aside."""
-    suspects: list[int] = []
+    """Receipts of all units in `todo`, first from the pool, then of those set aside there.
+
+    Raises:
+        StageFailed: so many in a row were set aside that the trouble is not theirs.
+    """
+    aside: list[Receipt] = []
+    in_a_row, most = 0, max(ASIDE_IN_A_ROW, 4 * job.max_actors)
     attempts = token_pool.start_attempts() if len(todo) else None
-    with _quiet_ray_data():
+    with _ray_data_settings():
         for start in range(0, len(todo), UNITS_PER_ROUND):
             chunk = [_unit(units, images, unit) for unit in todo[start : start + UNITS_PER_ROUND]]
             for receipt in token_pool.run_in_pool(chunk, job, attempts):
+                yield receipt
+                in_a_row = in_a_row + 1 if receipt.suspect else 0
                 if receipt.suspect:
-                    suspects.append(receipt.unit)
-                else:
-                    yield receipt
+                    aside.append(receipt)
+                if in_a_row >= most:
+                    raise StageFailed(
+                        f"{receipt.suspect} (and {in_a_row - 1} units before it); when this is "
+                        "mended, the same command goes on"
+                    )
     if attempts is not None:
         ray.kill(attempts)
-    if suspects:
-        say(f"\n{len(suspects)} units killed their process and are now tried alone")
-        yield from token_pool.run_alone([_unit(units, images, unit) for unit in suspects], job)
+    if aside:
+        say(f"\n{len(aside)} units were set aside and are now tried alone; {aside[0].suspect}")
+        again = [_unit(units, images, receipt.unit) for receipt in aside]
+        yield from token_pool.run_alone(again, job)
 
 
 def _unit(units: Units, images: Parts, unit: int) -> Unit:
@@ -230,17 +262,25 @@ def _unit(units: Units, images: Parts, unit: int) -> Unit:
 
 
 @contextmanager
-def _quiet_ray_data() -> Iterator[None]:
-    """Ray Data's own bars and start message off, for this stage only."""
+def _ray_data_settings() -> Iterator[None]:
+    """For this stage only: no bars of Ray Data's own, and no limit on how long it may wait."""
     context = ray.data.DataContext.get_current()
+    changed: dict[str, Any] = {
+        "enable_progress_bars": False,
+        "print_on_execution_start": False,
+        # Half an hour by default: nodes may come later, and a unit may take longer.
+        "execution_no_progress_timeout_s": -1,
+    }
     logger = logging.getLogger("ray.data")
-    before = context.enable_progress_bars, context.print_on_execution_start, logger.level
-    context.enable_progress_bars = context.print_on_execution_start = False
+    before, level = {name: getattr(context, name) for name in changed}, logger.level
+    for name, value in changed.items():
+        setattr(context, name, value)
     logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        context.enable_progress_bars, context.print_on_execution_start, level = before
+        for name, value in before.items():
+            setattr(context, name, value)
         logger.setLevel(level)
 
 
@@ -251,6 +291,7 @@ class _Gate:
         self.options, self.job, self.ledger = config.gate, job, ledger
         self.open = bool(self.options.min_codes or self.options.min_perplexity)
         self.units = scorecard.evenly_spaced(len(ledger.units), self.options.num_units)
+        self.skipped: set[int] = set()
 
     def first(self, todo: np.ndarray) -> np.ndarray:
         """`todo` with the units that the gate waits for in front."""
@@ -259,10 +300,19 @@ class _Gate:
         waited = np.isin(todo, self.units)
         return np.concatenate([todo[waited], todo[~waited]])
 
+    def skip(self, unit: int) -> None:
+        """This unit is not waited for: it was set aside."""
+        self.skipped.add(unit)
+
     def check(self, *, last: bool = False) -> None:
         """Raises StageFailed once if the tokenizer uses too few codes."""
-        ready = self.units[self.ledger.done[self.units]]
-        if not self.open or not len(ready) or (len(ready) < len(self.units) and not last):
+        if not self.open:
+            return
+        done = self.ledger.size[self.units] >= 0
+        given_up = self.skipped | self.ledger.rejected.keys()
+        awaited = [unit for unit in self.units[~done].tolist() if unit not in given_up]
+        ready = self.units[done]
+        if not len(ready) or (awaited and not last):
             return
         self.open = False
         names = [self.ledger.units.name(unit) for unit in ready]

@@ -54,9 +54,10 @@ def audit_tokens(
 def _load_tokenizer(config: AuditConfig, table: TokenTable) -> tuple[DiscreteVae | None, str]:
     import torch
 
-    device = config.device
-    if device == "auto":
-        device = "cuda" if table.precision == "float16" and torch.cuda.is_available() else "cpu"
+    made_on = table.identity.device
+    device = made_on if config.device == "auto" else config.device
+    if device == "cuda" and config.device == "auto" and not torch.cuda.is_available():
+        device = "cpu"
     if not config.tokenizer:
         return None, device
     if not config.images:
@@ -70,6 +71,12 @@ def _load_tokenizer(config: AuditConfig, table: TokenTable) -> tuple[DiscreteVae
             f"{table.tokenizer_fingerprint!r} of {table.uri}; give the tokenizer of this table"
         )
     token_work.set_reference_arithmetic()
+    if device != made_on and config.min_agreement == 1:
+        print(
+            f"the tokens were made on {made_on} and are computed again on {device}, where some "
+            "come out otherwise: audit on the same kind of device, or give --min_agreement 0.99",
+            file=sys.stderr,
+        )
     return tokenizer, device
 
 

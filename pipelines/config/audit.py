@@ -24,7 +24,7 @@ class AuditConfig:
     """Least share of tokens that come out the same. Below 1 only for an audit on another kind of
     device than the tokens were made on."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where tokens are computed. auto: the GPU for tokens made in float16, else the CPU."""
+    """Where tokens are computed. auto: the kind of device that they were made on, if it is here."""
     seed: int = 0
     """Another seed takes another sample."""
     num_threads: int = 8

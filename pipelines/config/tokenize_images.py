@@ -40,10 +40,10 @@ class EncoderConfig:
     """Actors to start with."""
     max_actors: int = 0
     """Actors the pool may grow to; 0: what the GPUs of the cluster hold, or where there is none,
-    what its CPUs hold beside one decode task for each."""
+    what its CPUs hold beside one decode task for each. Give it where nodes are still to come."""
     num_gpus: float | None = None
-    """GPUs of one actor; a fraction lets several share one. Empty: 1 if the cluster has GPUs,
-    else 0."""
+    """GPUs of one actor; a fraction lets several share one. Empty: 1 if the cluster has GPUs now,
+    else 0. Where it is given, GPUs that are not there yet are waited for."""
     num_cpus: float = 1
     """CPUs of one actor without a GPU; also its number of threads."""
     decode_cpus: float = 1

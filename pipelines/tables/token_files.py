@@ -41,6 +41,8 @@ class Identity:
     """`ViewPolicy.to_dict()`, with its seed and version."""
     views: tuple[int, int]
     """First view and the one after the last."""
+    device: str
+    """cpu or cuda: where the arithmetic was done."""
     precision: str
     batch_size: int
     """Views in one call of the encoder; every call has exactly this many."""

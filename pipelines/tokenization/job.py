@@ -1,5 +1,6 @@
 """What a tokenize run will do, decided once by the driver, and what is there already."""
 
+import sys
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -71,6 +72,7 @@ def plan_job(config: TokenizeConfig, images: Parts) -> tuple[Job, dict[str, str]
         interpolation=tokenizer.interpolation,
         policy=policy.to_dict(),
         views=(config.first_view, config.first_view + config.num_views),
+        device="cuda" if num_gpus else "cpu",
         precision=precision,
         # A unit smaller than a batch would be filled up with views nobody wants.
         batch_size=min(config.batch_size, config.rows_per_unit * config.num_views),
@@ -87,12 +89,48 @@ def plan_job(config: TokenizeConfig, images: Parts) -> tuple[Job, dict[str, str]
         max_actors=_most_actors(encoders, num_gpus),
         rows_per_unit=min(config.rows_per_unit, max(part.rows for part in images.parts)),
     )
-    _check_memory(job)
+    _check_room(job, encoders)
     return job, {name: version(name) for name in LIBRARIES}
 
 
-def _check_memory(job: Job) -> None:
-    """Raises InputError where no node can hold a unit's pixels: its task would wait for ever."""
+def _most_actors(encoders: EncoderConfig, num_gpus: float) -> int:
+    """Largest size of the pool."""
+    if encoders.max_actors:
+        return max(encoders.max_actors, encoders.min_actors)
+    resources = ray.cluster_resources()
+    if num_gpus:
+        fitting = resources.get("GPU", 0) / num_gpus
+    else:
+        per_actor = max(encoders.num_cpus + encoders.decode_cpus, 0.1)
+        fitting = resources.get("CPU", 0) / per_actor
+    return max(int(fitting), encoders.min_actors)
+
+
+def _check_room(job: Job, encoders: EncoderConfig) -> None:
+    """Sees to it that the nodes there are can do the job: tasks that fit none would wait for ever.
+
+    A cluster may grow, and then waiting is right: where GPUs or the size of the pool were asked
+    for by name, what is missing is said and no more.
+
+    Raises:
+        InputError: it does not fit.
+    """
+    resources = ray.cluster_resources()
+    cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
+    need_cpus = job.decode_cpus + (0 if job.num_gpus else job.num_cpus * job.min_actors)
+    need_gpus = job.num_gpus * job.min_actors
+    if cpus < need_cpus or gpus < need_gpus:
+        missing = (
+            f"encoders: {job.min_actors} actors and a decode task need {need_cpus:g} CPUs and "
+            f"{need_gpus:g} GPUs, the cluster has {cpus:g} and {gpus:g}"
+        )
+        if encoders.num_gpus is None and not encoders.max_actors:
+            raise InputError(
+                f"{missing}; lower encoders.min_actors, num_cpus or decode_cpus (fractions are "
+                "allowed), or give encoders.max_actors to wait for more nodes"
+            )
+        print(f"tokenize: {missing}; waiting for more nodes", file=sys.stderr)
+        return
     most = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
     if job.decode_memory > most:
         raise InputError(
@@ -100,27 +138,6 @@ def _check_memory(job: Job) -> None:
             f"needs {job.decode_memory / 1e9:.1f} GB to decode, the largest node has "
             f"{most / 1e9:.1f} GB; lower rows_per_unit or num_views"
         )
-
-
-def _most_actors(encoders: EncoderConfig, num_gpus: float) -> int:
-    """Largest size of the pool. Raises InputError where decoding would find no CPU."""
-    resources = ray.cluster_resources()
-    cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
-    taken = 0 if num_gpus else encoders.num_cpus * encoders.min_actors
-    if cpus < taken + encoders.decode_cpus or gpus < num_gpus * encoders.min_actors:
-        raise InputError(
-            f"encoders: {encoders.min_actors} actors of {encoders.num_cpus:g} CPUs or "
-            f"{num_gpus:g} GPUs and a decode task of {encoders.decode_cpus:g} CPUs do not fit the "
-            f"cluster's {cpus:g} CPUs and {gpus:g} GPUs; lower encoders.min_actors, num_cpus, "
-            "num_gpus or decode_cpus (fractions are allowed)"
-        )
-    if encoders.max_actors:
-        return max(encoders.max_actors, encoders.min_actors)
-    if num_gpus:
-        fitting = gpus / num_gpus
-    else:
-        fitting = cpus / max(encoders.num_cpus + encoders.decode_cpus, 0.1)
-    return max(int(fitting), encoders.min_actors)
 
 
 def finished_manifest(job: Job, options: dict[str, Any]) -> dict[str, Any] | None:

@@ -6,11 +6,12 @@ not threads in the encoder, because one GPU encodes what 25 to 50 CPU cores rend
 able to sit on other nodes. What that costs is measured in docs/tokenize.md.
 
 A process that dies with a unit in its hands is seen by `Attempts`, which counts work that began
-and never ended. Ray repeats the work; a unit that began twice without an end is set aside, and
-tried alone after all others (`run_alone`).
+and never ended. Ray repeats the work. A unit that began twice without an end is set aside, as is
+one whose work ended in an error, and tried alone after all others (`run_alone`).
 """
 
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
+import torch
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -35,6 +37,10 @@ from pipelines.tokenization.work import Unit, UnitRejected
 # two deaths are a suspicion; deaths of a process that held nothing else are proof.
 DEATHS_IN_POOL = 2
 DEATHS_ALONE = 3
+# A unit is written while the next is encoded, and the next two lie ready. Ray Data adds actors when
+# those it has are given 1.75 units for each that they work on at a time; fewer, and no pool grows.
+UNITS_AT_WORK = 2
+UNITS_PER_ACTOR = 4
 # Units given to Ray Data at once: it keeps an object in the driver's memory for each.
 UNITS_PER_ROUND = 16384
 
@@ -57,12 +63,11 @@ class Job:
     decode_cpus: float
     min_actors: int
     max_actors: int
-
     rows_per_unit: int
 
     @property
     def device(self) -> str:
-        return "cuda" if self.num_gpus else "cpu"
+        return self.identity.device
 
     @property
     def decode_memory(self) -> int:
@@ -80,8 +85,8 @@ class Receipt:
     hash: str = ""
     rejected: str = ""
     """Why the unit can never have tokens."""
-    suspect: bool = False
-    """Work on the unit ended twice in the death of a process."""
+    suspect: str = ""
+    """Why the unit is set aside for now: its process died twice, or the work ended in an error."""
     failed: str = ""
     """What stops the whole job."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -141,6 +146,14 @@ def _unit(text: str) -> Unit:
     return Unit(**json.loads(text))
 
 
+def _error(error: Exception, unit: Unit) -> dict[str, Any]:
+    """Field of the receipt for work that ended in an error: bad input is bad for every unit, and
+    anything else (a store, a device, memory) may be of this place and moment only."""
+    if isinstance(error, InputError):
+        return {"failed": f"unit {unit.name}: {error}"}
+    return {"suspect": f"unit {unit.name}: {_cause(error)}"}
+
+
 def _cause(error: Exception) -> str:
     if isinstance(error, InputError | OSError):
         return str(error)
@@ -154,14 +167,14 @@ def render_blocks(batch: pa.Table, job: Job, attempts: ActorHandle | None) -> It
         note: dict[str, Any] = {}
         keys, pixels = "[]", b""
         if _begin(attempts, "render", unit.index) >= DEATHS_IN_POOL:
-            note = {"suspect": True}
+            note = {"suspect": f"unit {unit.name}: killed its process twice"}
         else:
             try:
                 done = token_work.render_unit(job.images_uri, unit, job.identity)
             except UnitRejected as error:
                 note = {"rejected": str(error)}
             except Exception as error:
-                note = {"failed": f"unit {unit.name}: {_cause(error)}"}
+                note = _error(error, unit)
             else:
                 keys, pixels = json.dumps(done.keys), pa.py_buffer(done.pixels)
                 note = {"read": done.read_seconds, "render": done.render_seconds}
@@ -180,7 +193,7 @@ def render_blocks(batch: pa.Table, job: Job, attempts: ActorHandle | None) -> It
 class EncodeUnits:
     """Actor: holds the tokenizer, encodes a unit's pixels, writes its file, returns a receipt.
 
-    Two units are in its hands at a time: while one is written, the next is encoded.
+    Two units are at work at a time: while one is written, the next is encoded.
     """
 
     def __init__(self, job: Job, attempts: ActorHandle | None) -> None:
@@ -205,11 +218,9 @@ class EncodeUnits:
 
     def _one(self, text: str, note_text: str, keys: str, pixels: pa.Buffer) -> Receipt:
         unit, note = _unit(text), json.loads(note_text)
-        receipt = Receipt(unit=unit.index)
         if "render" not in note:
-            for name, value in note.items():
-                setattr(receipt, name, value)
-            return receipt
+            return Receipt(unit=unit.index, **note)
+        receipt = Receipt(unit=unit.index)
         try:
             if self._encode(unit, json.loads(keys), pixels, receipt):
                 receipt.seconds |= {
@@ -217,8 +228,11 @@ class EncodeUnits:
                     "render": note["render"],
                     "queued": max(0.0, receipt.seconds.pop("began_at") - note["rendered_at"]),
                 }
+        except torch.AcceleratorError:
+            # After a fault of the device nothing works in this process; Ray starts another one.
+            os._exit(1)
         except Exception as error:
-            receipt.failed = f"unit {unit.name}: {_cause(error)}"
+            receipt = Receipt(unit=unit.index, **_error(error, unit))
         _end(self.attempts, "encode", unit.index)
         return receipt
 
@@ -230,7 +244,7 @@ class EncodeUnits:
             idle = 0.0 if self.free_since is None else begin - self.free_since
             began_at = time.time()
             if _begin(self.attempts, "encode", unit.index) >= DEATHS_IN_POOL:
-                receipt.suspect = True
+                receipt.suspect = f"unit {unit.name}: killed its process twice"
                 return False
             token_ids = token_work.encode_rendered(
                 self.tokenizer,
@@ -257,8 +271,6 @@ def load_encoder(job: Job) -> token_work.Encoder:
     Raises:
         InputError: it is not the one the driver saw.
     """
-    import torch
-
     token_work.set_reference_arithmetic()
     if not job.num_gpus:
         torch.set_num_threads(max(1, int(job.num_cpus)))
@@ -278,7 +290,8 @@ def run_in_pool(units: Sequence[Unit], job: Job, attempts: ActorHandle | None) -
     """Runs units through the two stages; receipts come in the order of completion."""
     texts = [json.dumps(asdict(unit)) for unit in units]
     encoder_options: dict[str, Any] = (
-        {"num_gpus": job.num_gpus} if job.num_gpus else {"num_cpus": job.num_cpus}
+        # Ray Data would count a CPU for each, and decoding might find none.
+        {"num_gpus": job.num_gpus, "num_cpus": 0} if job.num_gpus else {"num_cpus": job.num_cpus}
     )
     dataset = (
         ray.data.from_items([{"unit": text} for text in texts], override_num_blocks=len(texts))
@@ -300,8 +313,8 @@ def run_in_pool(units: Sequence[Unit], job: Job, attempts: ActorHandle | None) -
             compute=ray.data.ActorPoolStrategy(
                 min_size=min(job.min_actors, len(texts)),
                 max_size=min(job.max_actors, len(texts)),
-                max_tasks_in_flight_per_actor=3,
-                max_concurrent_calls_per_actor=2,
+                max_tasks_in_flight_per_actor=UNITS_PER_ACTOR,
+                max_concurrent_calls_per_actor=UNITS_AT_WORK,
                 enable_true_multi_threading=True,
             ),
             **encoder_options,
@@ -331,7 +344,7 @@ def tokenize_alone(unit: Unit, job: Job) -> Receipt:
 
 
 def run_alone(units: Sequence[Unit], job: Job) -> Iterator[Receipt]:
-    """Tries units that killed their process in a process of their own, three times at most."""
+    """Tries units that were set aside in a process of their own, three times at most."""
     task = ray.remote(
         num_gpus=job.num_gpus,
         num_cpus=0 if job.num_gpus else job.num_cpus,

@@ -95,7 +95,7 @@ class Ledger:
         self.size = np.full(len(units), -1, np.int64)
         self.hash = np.zeros((len(units), HASH_BYTES), np.uint8)
         self.rejected: dict[int, str] = {}
-        self._index: dict[tuple[int, int], int] = {}
+        self.rows_done = 0
         self._parts = {
             name.removesuffix(".parquet"): index for index, name in enumerate(units.part_names)
         }
@@ -189,6 +189,8 @@ class Ledger:
     # -- what is new -----------------------------------------------------------------------
 
     def _set(self, unit: int, size: int, digest: str) -> None:
+        if self.size[unit] < 0:
+            self.rows_done += self.units.rows(unit)
         self.size[unit] = size
         self.hash[unit] = np.frombuffer(bytes.fromhex(digest), np.uint8)
 
@@ -200,6 +202,8 @@ class Ledger:
 
     def forget(self, unit: int) -> None:
         """Takes a unit back: its file is gone or is not what the receipt says."""
+        if self.size[unit] >= 0:
+            self.rows_done -= self.units.rows(unit)
         self.size[unit] = -1
 
     def save(self) -> None:
@@ -243,9 +247,6 @@ class Ledger:
         missing = ~self.done
         missing[list(self.rejected)] = False
         return np.flatnonzero(missing)
-
-    def rows_done(self) -> int:
-        return int(self.units.sizes[self.done].sum())
 
     def changed_files(self) -> list[int]:
         """Units whose file is not there in the size of its receipt."""

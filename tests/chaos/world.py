@@ -4,6 +4,7 @@ import io
 import itertools
 import os
 import signal
+import time
 
 import numpy as np
 import torch
@@ -121,6 +122,71 @@ class EncodeAndDie(token_pool.EncodeUnits):
         if deadly(unit):
             self.tokenizer = Deadly()
         return super()._encode(unit, keys, pixels, receipt)
+
+
+def render_and_fail(batch, job, attempts):
+    """`render_blocks` of a node that cannot read the deadly unit."""
+    real = token_work.render_unit
+
+    def render_unit(images_uri, unit, identity):
+        if deadly(unit):
+            raise OSError(5, "Input/output error")
+        return real(images_uri, unit, identity)
+
+    token_work.render_unit = render_unit
+    try:
+        yield from token_pool.render_blocks(batch, job, attempts)
+    finally:
+        token_work.render_unit = real
+
+
+class Broken:
+    """A tokenizer that fails."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def encode(self, images):
+        raise self.error
+
+
+class EncodeAndFail(token_pool.EncodeUnits):
+    """`EncodeUnits` on a device that has no memory for the deadly unit."""
+
+    error = torch.OutOfMemoryError("out of memory")
+
+    def _encode(self, unit, keys, pixels, receipt):
+        whole = self.tokenizer
+        if deadly(unit):
+            self.tokenizer = Broken(self.error)
+        try:
+            return super()._encode(unit, keys, pixels, receipt)
+        finally:
+            self.tokenizer = whole
+
+
+class EncodeAndFault(EncodeAndFail):
+    """`EncodeUnits` on a device that is lost with the deadly unit."""
+
+    error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
+class EncodeNothing(EncodeAndFail):
+    """`EncodeUnits` where no unit can be encoded."""
+
+    def _encode(self, unit, keys, pixels, receipt):
+        self.tokenizer = Broken(self.error)
+        return super()._encode(unit, keys, pixels, receipt)
+
+
+class EncodeSlowly(token_pool.EncodeUnits):
+    """`EncodeUnits` that takes its time, and says who it is."""
+
+    def _encode(self, unit, keys, pixels, receipt):
+        time.sleep(2)
+        done = super()._encode(unit, keys, pixels, receipt)
+        receipt.seconds["pid"] = os.getpid()
+        return done
 
 
 def alone_and_die(unit, job):

@@ -70,6 +70,7 @@ def write_tokens(uri, images, views, rename=None, **changes):
             "interpolation": "lanczos",
             "policy": POLICY.to_dict(),
             "views": (views.start, views.stop),
+            "device": "cpu",
             "precision": "float32",
             "batch_size": 16,
         }

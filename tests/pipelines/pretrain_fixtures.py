@@ -108,6 +108,7 @@ def write_tokens(uri: str, images: ImageTable, *, views: tuple[int, int] = (0, 2
         interpolation="lanczos",
         policy=POLICY.to_dict(),
         views=views,
+        device="cpu",
         precision="float32",
         batch_size=16,
     )

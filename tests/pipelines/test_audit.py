@@ -42,6 +42,7 @@ def write_tokens(images, tokenizer_uri, output, views=(0, 2)):
         interpolation=tokenizer.interpolation,
         policy=ViewPolicy().to_dict(),
         views=views,
+        device="cpu",
         precision="float32",
         batch_size=16,
     )

@@ -33,6 +33,7 @@ def make_identity(**changes):
         "interpolation": "lanczos",
         "policy": ViewPolicy(seed=3).to_dict(),
         "views": (0, 2),
+        "device": "cpu",
         "precision": "float32",
         "batch_size": 16,
     }

@@ -1,10 +1,13 @@
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import ray.data
 
 from beit.images import decode_image
 from beit.views import ViewPolicy, render, sample_view
@@ -112,6 +115,57 @@ def test_a_ledger_knows_what_was_committed(tmp_path):
     assert list(third.todo()) == [0, 1, 2, 3]
 
 
+def test_the_gate_does_not_wait_for_units_that_were_given_up(tmp_path, monkeypatch):
+    looked_at = []
+    monkeypatch.setattr(
+        tokenize_images.token_report,
+        "check_usage",
+        lambda job, names, options: looked_at.append(names),
+    )
+    units = plan_units(["part-00000.parquet"], [40], 10)
+    ledger = Ledger(str(tmp_path), units)
+    config = TokenizeConfig(
+        images="i", tokenizer="t", output="o", gate=GateConfig(min_codes=2, num_units=4)
+    )
+    gate = tokenize_images._Gate(config, None, ledger)
+    assert list(gate.first(np.arange(4))) == [0, 1, 2, 3]
+    ledger.add(0, 1, "ab" * 16)
+    ledger.reject(1, "bad")
+    ledger.add(2, 1, "ab" * 16)
+    gate.check()
+    assert not looked_at
+    gate.skip(3)
+    gate.check()
+    gate.check(last=True)
+    assert looked_at == [[units.name(0), units.name(2)]]
+
+
+def test_the_rows_that_are_done_are_counted(tmp_path):
+    ledger = Ledger(str(tmp_path), plan_units(["a"], [25], 10))
+    for unit in (0, 1, 1):
+        ledger.add(unit, 1, "ab" * 16)
+    assert ledger.rows_done == ledger.units.sizes[:2].sum()
+    ledger.forget(0)
+    ledger.forget(0)
+    assert ledger.rows_done == ledger.units.rows(1)
+
+
+def test_a_file_that_only_its_worker_sees_ends_the_stage(tmp_path):
+    ledger = Ledger(str(tmp_path), plan_units(["a"], [25], 10))
+    job, receipt = SimpleNamespace(output=str(tmp_path)), token_pool.Receipt(unit=1)
+    with pytest.raises(InputError, match="nodes see different disks"):
+        tokenize_images._check_shared(job, ledger, receipt)
+    (tmp_path / ledger.units.name(1)).touch()
+    tokenize_images._check_shared(job, ledger, receipt)
+
+
+def test_actors_are_given_enough_for_the_pool_to_grow():
+    """Ray Data adds actors above this; see test_the_pool_grows for the whole of it."""
+    scaling = ray.data.DataContext.get_current().autoscaling_config
+    threshold = scaling.actor_pool_util_upscaling_threshold
+    assert threshold <= token_pool.UNITS_PER_ACTOR / token_pool.UNITS_AT_WORK
+
+
 # -- the whole stage -----------------------------------------------------------------------
 
 
@@ -183,6 +237,80 @@ def test_a_unit_that_no_node_can_hold_is_refused(images, tokenizer, tmp_path, mo
         tokenize_images.run(
             world.make_config(images, tokenizer, tmp_path / "table", rows_per_unit=1_000_000)
         )
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("encoders", "missing"),
+    [
+        (EncoderConfig(min_actors=99), r"99 actors and a decode task need 100 CPUs and 0 GPUs"),
+        (EncoderConfig(num_gpus=1), r"1 actors and a decode task need 1 CPUs and 1 GPUs"),
+    ],
+)
+def test_nodes_are_waited_for_where_they_were_asked_for(
+    encoders, missing, images, tokenizer, tmp_path, ray_cluster, capsys
+):
+    config = world.make_config(
+        images, tokenizer, tmp_path / "table", encoders=encoders, dry_run=True
+    )
+    if encoders.num_gpus is None:
+        with pytest.raises(InputError, match=missing):
+            tokenize_images.run(config)
+        encoders = dataclasses.replace(encoders, max_actors=99)
+    tokenize_images.run(dataclasses.replace(config, encoders=encoders))
+    said = capsys.readouterr().err
+    assert re.search(missing, said)
+    assert "waiting for more nodes" in said
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_the_pool_grows(images, tokenizer, tmp_path, ray_cluster, monkeypatch):
+    monkeypatch.setattr(token_pool, "EncodeUnits", world.EncodeSlowly)
+    book, actors = tokenize_images._book, set()
+
+    def noting(receipt, ledger, options):
+        actors.add(receipt.seconds["pid"])
+        return book(receipt, ledger, options)
+
+    monkeypatch.setattr(tokenize_images, "_book", noting)
+    config = world.make_config(
+        images, tokenizer, tmp_path / "table", encoders=EncoderConfig(max_actors=2), rows_per_unit=8
+    )
+    tokenize_images.run(config)
+    assert len(actors) == 2
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "replacement"),
+    [
+        ("render_blocks", world.render_and_fail),
+        ("EncodeUnits", world.EncodeAndFail),
+        ("EncodeUnits", world.EncodeAndFault),
+    ],
+)
+def test_a_unit_whose_work_fails_is_tried_again_alone(
+    stage, replacement, finished, images, tokenizer, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(token_pool, stage, replacement)
+    config = world.make_config(images, tokenizer, tmp_path / "table")
+    result = tokenize_images.run(config)
+    assert "1 units were set aside and are now tried alone" in capsys.readouterr().err
+    assert (result.units_computed, result.rejected_units) == (12, 0)
+    assert contents(tmp_path / "table") == contents(finished[0])
+
+
+@pytest.mark.ray
+def test_work_that_fails_everywhere_ends_the_stage(
+    images, tokenizer, tmp_path, ray_cluster, monkeypatch
+):
+    monkeypatch.setattr(token_pool, "EncodeUnits", world.EncodeNothing)
+    monkeypatch.setattr(tokenize_images, "ASIDE_IN_A_ROW", 3)
+    config = world.make_config(images, tokenizer, tmp_path / "table")
+    with pytest.raises(StageFailed, match=r"out of memory \(and 3 units before it\)"):
+        tokenize_images.run(config)
 
 
 @pytest.mark.ray
