@@ -18,6 +18,7 @@ CONFIGS = REPOSITORY / "jobs" / "configs"
 SMALLER = [
     "--train_tokenizer.model.vocab_size=64",
     "--train_tokenizer.model.dim=32",
+    "--train_tokenizer.loss.temperature_steps=16",
     "--train_tokenizer.optim.steps=20",
     "--train_tokenizer.optim.warmup_steps=2",
     "--train_tokenizer.data.codebook_images=256",
