@@ -57,11 +57,14 @@ def is_local(uri: str) -> bool:
 
 
 def join(uri: str, *parts: str) -> str:
-    """`uri/part/part`; the query of an S3 URI (endpoint, region) stays at the end."""
+    """`uri/part/part`; the query of an S3 URI (endpoint, region) stays at the end.
+
+    In a remote URI a part's `?` becomes `%3F` and its `%` becomes `%25`; `resolve` undoes it.
+    """
     if is_local(uri):
         return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
     base, question, query = uri.partition("?")
-    names = (part.strip("/").replace("?", "%3F") for part in parts)
+    names = (part.strip("/").replace("%", "%25").replace("?", "%3F") for part in parts)
     return "/".join([base.rstrip("/"), *names]) + question + query
 
 
@@ -82,7 +85,12 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
         return pafs.LocalFileSystem(), absolute(uri)
     base, _, query = uri.partition("?")
     scheme, _, path = base.partition("://")
-    return _filesystem(scheme, path.partition("/")[0], query), path.rstrip("/").replace("%3F", "?")
+    return _filesystem(scheme, path.partition("/")[0], query), unescaped(path.rstrip("/"))
+
+
+def unescaped(path: str) -> str:
+    """The name in the store of what a remote URI says; other uses of `%` stand for themselves."""
+    return re.sub("%3F|%25", lambda found: "?" if found[0] == "%3F" else "%", path)
 
 
 @lru_cache(maxsize=32)

@@ -17,10 +17,23 @@ def test_any_file_name_is_found_again(tmp_path, name):
     assert [file.path for file in storage.list_files(str(tmp_path / "wh?y"))] == [f"part/{name}"]
 
 
-def test_a_question_mark_in_an_object_name_is_not_a_query():
-    uri = storage.join("s3://bucket/images?region=mars", "img.jpg?w=300")
-    assert uri == "s3://bucket/images/img.jpg%3Fw=300?region=mars"
-    assert storage.resolve(uri)[1] == "bucket/images/img.jpg?w=300"
+@pytest.mark.parametrize(
+    ("name", "escaped"),
+    [
+        ("img.jpg?w=300", "img.jpg%3Fw=300"),
+        ("img.jpg%3Fw=300", "img.jpg%253Fw=300"),
+        ("100%.jpg", "100%25.jpg"),
+        ("a%25b%20c", "a%2525b%2520c"),
+    ],
+)
+def test_no_character_of_an_object_name_is_taken_for_syntax(name, escaped):
+    uri = storage.join("s3://bucket/images?region=mars", name)
+    assert uri == f"s3://bucket/images/{escaped}?region=mars"
+    assert storage.resolve(uri)[1] == f"bucket/images/{name}"
+
+
+def test_a_percent_sign_that_escapes_nothing_stands_for_itself():
+    assert storage.resolve("s3://bucket/50% of %20?region=mars")[1] == "bucket/50% of %20"
 
 
 @pytest.mark.parametrize(
