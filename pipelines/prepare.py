@@ -13,6 +13,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from pipelines.image_table import (
     Part,
     commit_manifest,
 )
+from pipelines.preparation.ahead import mapped_ahead
 from pipelines.preparation.decode_process import DECODER, Rules
 from pipelines.preparation.plan import (
     MEGABYTE,
@@ -41,7 +43,6 @@ from pipelines.preparation.plan import (
     work_uri,
 )
 from pipelines.preparation.report import Ledger, PrepareResult, reasons, record, start_tracking
-from pipelines.preparation.sources import mapped_ahead
 from pipelines.preparation.unit import (
     Receipt,
     UnitTask,
@@ -54,7 +55,6 @@ from pipelines.preparation.unit import (
 # Ray keeps something for every block of a dataset; so many units are handed to it at a time.
 UNITS_PER_DATASET = 2_000
 THREADS = 16
-MAX_CLASSES = 1_000_000
 
 
 def run(config: PrepareConfig, *, decoder: str = DECODER) -> PrepareResult:
@@ -71,35 +71,45 @@ def run(config: PrepareConfig, *, decoder: str = DECODER) -> PrepareResult:
         if not getattr(config, name):
             raise InputError(f"{name} is empty: give a path or a URI")
     output = storage.absolute(config.output)
-    if storage.exists(storage.join(output, MANIFEST)):
+    if _is_finished(output):
         return _finished(config, output)
-    plan = read_plan(config, output) or make_plan(config, output)
-    done = _receipts(output, plan)
-    ledger = Ledger(config, plan, done.values())
+    try:
+        plan = read_plan(config, output)
+        # Asked again, because a plan may be gone for the best of reasons.
+        if _is_finished(output):
+            return _finished(config, output)
+        plan = plan or make_plan(config, output)
+        ledger = Ledger(config, plan, _receipts(output, plan))
+    except Exception:
+        # Another driver may have finished the table and cleared its working files away.
+        if not _is_finished(output):
+            raise
+        return _finished(config, output)
     with start_tracking(config, work_uri(output, "run.json")) as tracked:
         try:
-            _run_units(config, output, plan, set(done), ledger, decoder)
+            _run_units(config, output, plan, ledger, decoder)
+            result = _commit(config, output, plan)
         except KeyboardInterrupt:
             print(
-                f"\nprepare: stopped; {ledger.units} of {len(plan.listings)} units are done and "
-                "kept. The same command goes on from here.",
+                f"\nprepare: stopped; {len(ledger.units)} of {len(plan.listings)} units are done "
+                "and kept. The same command goes on from here.",
                 file=sys.stderr,
             )
             raise
         except Exception:
-            if not storage.exists(storage.join(output, MANIFEST)):
+            if not _is_finished(output):
                 raise
-            # Another driver finished the table and cleared its working files away.
             return _finished(config, output)
-        result = _commit(config, output, plan)
         record(tracked, result, ledger.source_bytes)
-    # The table exists; another driver that writes there at this moment is no failure.
-    with suppress(OSError):
-        storage.delete_prefix(work_uri(output))
+    _clear(output)
     return dataclasses.replace(result, run_id=tracked.run_id)
 
 
 # Before
+
+
+def _is_finished(output: str) -> bool:
+    return storage.exists(storage.join(output, MANIFEST))
 
 
 def _finished(config: PrepareConfig, output: str) -> PrepareResult:
@@ -108,10 +118,11 @@ def _finished(config: PrepareConfig, output: str) -> PrepareResult:
     check_identity(config, output, {"source": source, **table.manifest["options"]})
     result = PrepareResult.of(output, table.manifest, already_done=True)
     print(f"prepare: already done: {result.summary()}", file=sys.stderr)
+    _clear(output)
     return result
 
 
-def _receipts(output: str, plan: Plan) -> dict[int, dict[str, Any]]:
+def _receipts(output: str, plan: Plan) -> Iterator[dict[str, Any]]:
     """Summaries of the units that are done; receipts without their parts are withdrawn."""
     # Parts are written before their receipts, so they are listed after them: another driver may be
     # at work.
@@ -131,7 +142,7 @@ def _receipts(output: str, plan: Plan) -> dict[int, dict[str, Any]]:
         return None
 
     found = mapped_ahead(check, units, num_threads=THREADS)
-    return {summary["unit"]: summary for summary in found if summary is not None}
+    return (summary for summary in found if summary is not None)
 
 
 # The job
@@ -141,11 +152,10 @@ def _run_units(
     config: PrepareConfig,
     output: str,
     plan: Plan,
-    done: set[int],
     ledger: Ledger,
     decoder: str,
 ) -> None:
-    todo = [unit for unit in range(len(plan.listings)) if unit not in done]
+    todo = [unit for unit in range(len(plan.listings)) if unit not in ledger.units]
     task = UnitTask(
         output=output,
         reader=plan.reader,
@@ -261,6 +271,7 @@ def _commit(config: PrepareConfig, output: str, plan: Plan) -> PrepareResult:
             + (f" ({reasons(counts)})" if counts else "")
         )
     storage.write_bytes(storage.join(output, REJECTED), sink.getvalue())
+    _delete_other_parts(output, {part.name for part in parts})
     manifest = commit_manifest(
         output,
         parts=parts,
@@ -279,12 +290,25 @@ def _all_receipts(output: str, plan: Plan) -> Iterator[Receipt]:
 
 
 def _class_names(plan: Plan, max_label: int) -> Sequence[str]:
-    if plan.reader.class_names or max_label < 0:
-        return plan.reader.class_names
-    if max_label >= MAX_CLASSES:
-        field = plan.reader.label_field or "cls"
-        raise InputError(
-            f"label_field = {field!r}: holds {max_label}, which is no class number; "
-            "name another field, or set labels = 'none'"
-        )
-    return [str(number) for number in range(max_label + 1)]
+    return plan.reader.class_names or [str(number) for number in range(max_label + 1)]
+
+
+def _delete_other_parts(output: str, names: set[str]) -> None:
+    """Parts of an earlier plan, whose working files were removed by hand, belong to no table."""
+    for file in storage.list_files(output, ".parquet", recursive=False):
+        if file.path.startswith("part-") and file.path not in names:
+            storage.delete(storage.join(output, file.path))
+
+
+def _clear(output: str) -> None:
+    """Removes what is of no use beside a finished table: working files, half-written ones.
+
+    The table exists; another driver that writes there at this moment is no failure, and it finds
+    the table if its own file is gone.
+    """
+    with suppress(OSError):
+        if storage.is_local(output):
+            for name in ("part-*", MANIFEST, REJECTED):
+                for left in Path(output).glob(f".{name}.*.tmp"):
+                    left.unlink(missing_ok=True)
+        storage.delete_prefix(work_uri(output))

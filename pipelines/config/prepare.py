@@ -17,8 +17,9 @@ class PrepareConfig:
     """Images of any source to an image table."""
 
     source: str
-    """Folder, glob (`*`, `**`, `[ab]`) or file, local or s3://...: images in a tree, WebDataset
-    tars, or Parquet files with an image column; or `sample:emoji`, the bundled sample."""
+    """Folder, glob (`*`, `**`, `[ab]`, `{000..010}`) or file, local or s3://...: images in a tree,
+    WebDataset tars, or Parquet files with an image column; or `sample:emoji`, the bundled
+    sample."""
     output: str
     """Directory or URI that gets the image table."""
     format: Format = "auto"
@@ -26,7 +27,8 @@ class PrepareConfig:
 
     labels: Labels = "auto"
     """Where classes come from: first directory below the source, a field of the sample, nowhere;
-    auto: directories for a folder, the field for the others if it is there."""
+    auto: directories for a folder, the field for the others if it is there; field: a tar's sample
+    without it is rejected."""
     label_field: str = ""
     """Parquet column (default `label`), or WebDataset member: `cls` (default), or `json:NAME`."""
     image_field: str = ""
@@ -43,7 +45,7 @@ class PrepareConfig:
     quality: int = 95
     """JPEG quality of shrunk images (4:4:4, so that colours stay sharp)."""
     min_side: int = 1
-    """Images with a shorter side, in pixels, are rejected."""
+    """Images with a shorter side, in pixels, are rejected; with `max_side`, as they are stored."""
     max_pixels: int = 89_478_485
     """Images with more pixels are rejected before they are decoded."""
     max_image_mb: float = 128
@@ -51,7 +53,8 @@ class PrepareConfig:
     decode_timeout: float = 60
     """Seconds after which decoding one image is given up."""
     max_rejected: float = 0.05
-    """Rejected items tolerated: a share if below 1, a number otherwise."""
+    """Rejected items tolerated: a share (of items, and of bytes lost with whole files) if below 1,
+    a number of items otherwise."""
 
     part_mb: float = 256
     """Megabytes of images a part holds at least; also the unit of work and of loss."""

@@ -7,6 +7,7 @@ is tried again alone before it is given up. Sending costs under 1 % of decoding.
 """
 
 import contextlib
+import dataclasses
 import importlib
 import os
 import select
@@ -22,8 +23,11 @@ from typing import Any
 from beit.images import UnusableImage, decode_array, image_digest
 
 DECODER = f"{decode_array.__module__}:{decode_array.__name__}"
-# Machines run out of memory for reasons of their own, so one death proves nothing.
-NUM_TRIES = 3
+# Machines run out of memory, and of time, for reasons of their own, so one failure proves nothing:
+# an image is tried again after so many seconds, when its neighbours may be done.
+PAUSES = (1.0, 5.0)
+NUM_TRIES = 1 + len(PAUSES)
+OUT_OF_MEMORY = "out_of_memory"
 _LENGTH = struct.Struct("<q")
 _FACTS = struct.Struct("<ii16s")
 _ACCEPTED, _REENCODED, _REJECTED = b"A", b"R", b"X"
@@ -79,31 +83,38 @@ def examine(
     try:
         pixels = decode(data, max_pixels=rules.max_pixels)
         height, width = int(pixels.shape[0]), int(pixels.shape[1])
-        if min(height, width) < rules.min_side:
+        stored = _stored_size(height, width, rules.max_side)
+        if min(stored) < rules.min_side:
             return Refused(reason="too_small", detail=f"{width}x{height}")
-        if rules.max_side and max(height, width) > rules.max_side:
-            data, height, width = _shrink(pixels, rules)
-        return Decoded(image=data, height=height, width=width, digest=image_digest(data))
+        if stored != (height, width):
+            data = _shrink(pixels, *stored, rules.quality)
+        return Decoded(image=data, height=stored[0], width=stored[1], digest=image_digest(data))
     except UnusableImage as error:
         return Refused(reason=error.reason, detail=error.detail)
     except MemoryError as error:
-        return Refused(reason="out_of_memory", detail=str(error))
+        return Refused(reason=OUT_OF_MEMORY, detail=str(error))
     except Exception as error:  # whatever is wrong with one image, the job goes on
         return Refused(reason="corrupt", detail=f"{type(error).__name__}: {error}")
 
 
-def _shrink(pixels: Any, rules: Rules) -> tuple[bytes, int, int]:
+def _stored_size(height: int, width: int, max_side: int) -> tuple[int, int]:
+    if not max_side or max(height, width) <= max_side:
+        return height, width
+    scale = max_side / max(height, width)
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def _shrink(pixels: Any, height: int, width: int, quality: int) -> bytes:
     import io
 
     from PIL import Image
 
-    height, width = pixels.shape[:2]
-    scale = rules.max_side / max(height, width)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    small = Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    small = Image.fromarray(pixels).resize(
+        (width, height), Image.Resampling.LANCZOS, reducing_gap=3.0
+    )
     file = io.BytesIO()
-    small.save(file, "JPEG", quality=rules.quality, subsampling=0, optimize=False)
-    return file.getvalue(), size[1], size[0]
+    small.save(file, "JPEG", quality=quality, subsampling=0, optimize=False)
+    return file.getvalue()
 
 
 class DecodeProcess:
@@ -119,23 +130,29 @@ class DecodeProcess:
     def examine(self, data: bytes) -> Decoded | Refused:
         """`examine` in the child.
 
-        An image that ends its process `NUM_TRIES` times is refused as `decoder_crash`, or as
-        `decoder_timeout` if it was the clock.
+        An image that ends its process `NUM_TRIES` times is refused as `decoder_crash`, as
+        `decoder_timeout` if it was the clock; `out_of_memory` is final after as many tries.
         """
-        reason = ""
-        for _ in range(NUM_TRIES):
+        verdict = Refused(reason="")
+        for pause in (0.0, *PAUSES):
+            time.sleep(pause)
             try:
-                return self._ask(data)
+                found = self._ask(data)
             except TimeoutError:
-                reason = "decoder_timeout"
+                verdict = Refused(reason="decoder_timeout")
             except (EOFError, BrokenPipeError):
-                reason = "decoder_crash"
+                verdict = Refused(reason="decoder_crash")
             except BaseException:  # interrupted: its answer must not be taken for the next one
                 self.close()
                 raise
+            else:
+                if isinstance(found, Decoded) or found.reason != OUT_OF_MEMORY:
+                    return found
+                verdict = found
+            # The next try begins with a fresh process.
             self.deaths += 1
             self.close()
-        return Refused(reason=reason, detail=f"{NUM_TRIES} processes ended with it")
+        return dataclasses.replace(verdict, detail=f"{NUM_TRIES} processes ended with it")
 
     def close(self) -> None:
         """Ends the child."""

@@ -17,19 +17,19 @@ from pipelines import storage
 from pipelines.config.prepare import PrepareConfig, identity
 from pipelines.errors import InputError
 from pipelines.preparation import sample_images
+from pipelines.preparation.ahead import mapped_ahead
 from pipelines.preparation.parquet_source import ParquetPlan
 from pipelines.preparation.readers import Reader
 from pipelines.preparation.sources import (
-    Entry,
     Source,
     check_container_sizes,
     class_folders,
     cut,
-    mapped_ahead,
     open_source,
 )
+from pipelines.preparation.walking import Entry
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 WORK = "_work"
 MEGABYTE = 1_000_000
 # Tiny images: a unit of so many takes seconds to minutes; its listing stays small.
@@ -141,7 +141,14 @@ def make_plan(config: PrepareConfig, output: str) -> Plan:
     elif source.format == "webdataset":
         entries = check_container_sizes(source.entries(), source)
         labels = "none" if config.labels == "none" else "field"
-        reader = dataclasses.replace(reader, labels=labels, label_field=config.label_field)
+        reader = dataclasses.replace(
+            reader,
+            labels=labels,
+            label_field=config.label_field,
+            label_required=config.labels == "field",
+        )
+    elif config.labels == "none":
+        entries = source.entries()
     else:
         entries = class_folders(source.entries(), folders)
     units = cut(

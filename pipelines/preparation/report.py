@@ -19,6 +19,8 @@ from pipelines.progress import Progress
 
 NUM_EXAMPLES = 10
 MAX_TABLE_ROWS = 500
+# An estimated share must be as many times too large, after as many units, to stop the stage early.
+ESTIMATE_MARGIN, ESTIMATE_UNITS = 2, 3
 SHEET_IMAGES = 48
 
 
@@ -78,7 +80,8 @@ class Ledger:
     ) -> None:
         """`done`: summaries of the units that an earlier run finished."""
         self.config, self.plan = config, plan
-        self.units = self.items = self.source_bytes = 0
+        self.units: set[int] = set()
+        self.items = self.source_bytes = self.lost_bytes = 0
         self.rejected: Counter[str] = Counter()
         self.examples: list[Sequence[Any]] = []
         for summary in done:
@@ -86,9 +89,10 @@ class Ledger:
 
     def add(self, summary: Mapping[str, Any]) -> None:
         """Books a unit's summary."""
-        self.units += 1
+        self.units.add(summary["unit"])
         self.items += summary["items"]
         self.source_bytes += summary["source_bytes"]
+        self.lost_bytes += summary["lost_bytes"]
         self.rejected.update(summary["rejected"])
         room = NUM_EXAMPLES - len(self.examples)
         self.examples.extend(summary["examples"][:room])
@@ -109,36 +113,53 @@ class Ledger:
 
     def show(self, progress: Progress) -> None:
         """Updates the progress line."""
-        units = f"{self.units}/{len(self.plan.listings)}"
+        units = f"{len(self.units)}/{len(self.plan.listings)}"
         progress.update(self.done, rejected=sum(self.rejected.values()), units=units)
 
     def check(self, *, final: bool) -> None:
         """Raises StageFailed if more was rejected than is tolerated.
 
-        A share refers to all items; before the end it is checked only if their number is known.
+        A share refers to all items; and to all bytes, because a lost container is one item that
+        stands for many. How many items tars hold is estimated from those that were read.
         """
         limit, rejected = self.config.max_rejected, sum(self.rejected.values())
-        total = self.items if final else self.plan.num_items
-        if limit < 1 and total is None:
-            return
-        allowed = limit if limit >= 1 else limit * (total or 0)
-        if rejected <= allowed:
+        allowed = self._allowed(final)
+        lost_too_much = limit < 1 and self.lost_bytes > limit * self.plan.num_bytes
+        if rejected <= allowed and not lost_too_much:
             return
         examples = "\n".join(
             f"  {reason}: {key} ({size} bytes)" for key, reason, size in self.examples
         )
+        tolerated = f" tolerates {int(allowed)}" if allowed < float("inf") else ""
+        lost = f"{self.lost_bytes} of {self.plan.num_bytes} bytes lie in files that cannot be read."
         raise StageFailed(
-            f"{rejected} of {self.items} items are no usable images, max_rejected = {limit} "
-            f"tolerates {int(allowed)}. By reason: {reasons(self.rejected)}. For example:\n"
-            f"{examples}\nClean the source, choose files by a glob, or raise max_rejected: the "
-            "same command then goes on from here."
+            f"{rejected} of {self.items} items are no usable images, max_rejected = {limit}"
+            f"{tolerated}. By reason: {reasons(self.rejected)}. "
+            f"{lost if self.lost_bytes else ''}\nFor example:\n{examples}\n"
+            "Raise max_rejected: the same command then goes on from here. Or clean the source, or "
+            "choose files by a glob, and give another output."
         )
+
+    def _allowed(self, final: bool) -> float:
+        limit = self.config.max_rejected
+        if limit >= 1:
+            return limit
+        if final:
+            return limit * self.items
+        if self.plan.num_items is not None:
+            return limit * self.plan.num_items
+        if len(self.units) < ESTIMATE_UNITS or not self.source_bytes:
+            return float("inf")
+        return ESTIMATE_MARGIN * limit * self.items * self.plan.num_bytes / self.source_bytes
 
 
 def start_tracking(config: PrepareConfig, run_file: str) -> tracking.Run:
     """Starts the stage's run, or goes on with the one noted in `run_file`."""
     params = {name: value for name, value in vars(config).items() if name != "tracking"}
-    earlier = storage.read_json(run_file)["run_id"] if storage.exists(run_file) else None
+    try:
+        earlier = storage.read_json(run_file)["run_id"]
+    except FileNotFoundError:
+        earlier = None
     run = tracking.start_run(
         config.tracking, stage="prepare", params=params, resume_run_id=earlier or None
     )

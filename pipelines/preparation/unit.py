@@ -6,8 +6,6 @@ once, writes the same bytes to the same names; so a lost worker costs the unit i
 
 import dataclasses
 import json
-import subprocess
-import sys
 import uuid
 from collections import Counter
 from collections.abc import Sequence
@@ -17,10 +15,12 @@ from typing import Any
 from pipelines import storage
 from pipelines.errors import StageFailed
 from pipelines.image_table import ImageRow, Part, PartWriter
+from pipelines.preparation.child import run_child
 from pipelines.preparation.decode_process import Decoded, DecodeProcess, Rules
 from pipelines.preparation.plan import read_listing, work_uri
 from pipelines.preparation.readers import Item, Reader, rehearse
-from pipelines.preparation.sources import SUFFIXES, Entry
+from pipelines.preparation.sources import SUFFIXES
+from pipelines.preparation.walking import Entry
 
 # A part may grow to this many times `part_bytes` before a second one is begun: a unit ends with
 # the file that fills it, and that may be a tar.
@@ -62,6 +62,8 @@ class Receipt:
     """Key, reason and size of every item that is no row."""
     max_label: int
     """-1: no row has a label."""
+    lost_bytes: int
+    """Of containers that are rejected as a whole or from some place on."""
 
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "parts": [part.to_dict() for part in self.parts]}
@@ -83,6 +85,7 @@ class Receipt:
             "unit": unit,
             "items": self.items,
             "source_bytes": self.source_bytes,
+            "lost_bytes": self.lost_bytes,
             "rows": self.rows,
             "rejected": dict(Counter(reason for _, reason, _ in self.rejected)),
             "examples": [list(row) for row in self.rejected[:NUM_EXAMPLES]],
@@ -123,6 +126,7 @@ def process_unit(task: UnitTask, unit: int, listing: str) -> dict[str, Any]:
     for item in task.reader.items(entries):
         build.add(item)
     parts = build.finish()
+    containers = {entry.path for entry in entries if task.reader.format in SUFFIXES}
     receipt = Receipt(
         listing=listing,
         items=build.items,
@@ -130,6 +134,7 @@ def process_unit(task: UnitTask, unit: int, listing: str) -> dict[str, Any]:
         parts=parts,
         rejected=tuple(sorted(build.rejected)),
         max_label=build.max_label,
+        lost_bytes=sum(size for key, _, size in build.rejected if key in containers),
     )
     storage.write_json(receipt_uri(task.output, unit), receipt.to_dict())
     return receipt.summary(unit)
@@ -166,20 +171,8 @@ def _without_killers(task: UnitTask, unit: int, entries: list[Entry]) -> list[En
 
 def survives(reader: Reader, entry: Entry, rehearsal: str = REHEARSAL) -> bool:
     """Whether a process that reads this entry lives through it; an error is no death."""
-    module, _, name = rehearsal.partition(":")
-    code = (
-        f"import sys; sys.path[:] = {sys.path!r}; from {module} import {name}; "
-        f"{name}(sys.stdin.read())"
-    )
     text = json.dumps([dataclasses.asdict(reader), dataclasses.asdict(entry)])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        input=text.encode(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        check=False,
-    )
-    return done.returncode in (0, 1)
+    return run_child(rehearsal, text).survived
 
 
 class _Build:

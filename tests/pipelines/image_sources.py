@@ -15,6 +15,7 @@ from beit.images import decode_array
 
 CRASH_MARK = b"this image ends its decoder"
 HANG_MARK = b"this image hangs its decoder"
+MEMORY_MARK = b"this image needs memory; the tries are counted in: "
 
 
 def pixels(seed: int, height: int = 24, width: int = 32) -> np.ndarray:
@@ -102,11 +103,17 @@ def write_parquet(path: Path, table: pa.Table, *, rows_per_group: int = 4) -> No
 
 
 def fragile_decode(data: bytes, *, max_pixels: int) -> np.ndarray:
-    """A decoder that dies or hangs on marked images, as libraries in C do on others."""
+    """A decoder that dies, hangs or lacks memory on marked images, as libraries do."""
     if data.endswith(CRASH_MARK):
         os._exit(139)
     while data.endswith(HANG_MARK):
         pass
+    _, mark, counter = data.partition(MEMORY_MARK)
+    if mark:
+        tries = Path(counter.decode())
+        tries.write_bytes(tries.read_bytes() + b"1")
+        if tries.stat().st_size < 3:
+            raise MemoryError
     return decode_array(data, max_pixels=max_pixels)
 
 
@@ -120,3 +127,18 @@ def fragile_rehearsal(text: str) -> None:
     """A reader that dies of one particular file."""
     if "shard-001" in text:
         os._exit(139)
+
+
+def fragile_footers(text: str) -> None:
+    """Arrow's reader of footers, which ends its process at one particular file."""
+    from pipelines.preparation import parquet_footers
+
+    read = parquet_footers._read
+
+    def dying(uri: str, texts_of: str) -> dict:
+        if "deadly" in uri:
+            os.abort()
+        return read(uri, texts_of)
+
+    parquet_footers._read = dying
+    parquet_footers.answer(text)

@@ -3,17 +3,33 @@
 import io
 import os
 import signal
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from beit.images import image_digest
+from pipelines.preparation import decode_process
 from pipelines.preparation.decode_process import Decoded, DecodeProcess, Refused, Rules, examine
-from tests.pipelines.image_sources import CRASH_MARK, HANG_MARK, encoded, pixels, saved
+from tests.pipelines.image_sources import (
+    CRASH_MARK,
+    HANG_MARK,
+    MEMORY_MARK,
+    encoded,
+    pixels,
+    saved,
+)
 
 FRAGILE = "tests.pipelines.image_sources:fragile_decode"
+
+
+@pytest.fixture(autouse=True)
+def pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody needs to wait for neighbours here."""
+    monkeypatch.setattr(decode_process, "PAUSES", (0.01, 0.02))
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +74,22 @@ def test_an_image_that_hangs_its_decoder_is_found() -> None:
         process.timeout = 1.0
         refused = process.examine(encoded(8) + HANG_MARK)
         assert isinstance(refused, Refused) and refused.reason == "decoder_timeout"
+
+
+def test_memory_that_lacked_is_asked_for_again(
+    process: DecodeProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    tries = tmp_path / "tries"
+    tries.write_bytes(b"")
+    data = encoded(7) + MEMORY_MARK + str(tries).encode()
+    assert isinstance(process.examine(data), Decoded)
+    assert [wait for wait in waits if wait] == [0.01, 0.02], "it pauses, longer each time"
+    monkeypatch.setattr(decode_process, "PAUSES", ())
+    tries.write_bytes(b"")
+    refused = process.examine(data)
+    assert isinstance(refused, Refused) and refused.reason == "out_of_memory"
 
 
 def test_a_child_that_is_killed_costs_nothing(process: DecodeProcess) -> None:
@@ -112,3 +144,8 @@ def test_a_lower_bound_on_the_sides() -> None:
     assert isinstance(examine(data, Rules(max_pixels=10**6, min_side=20)), Decoded)
     refused = examine(data, Rules(max_pixels=10**6, min_side=21))
     assert refused == Refused(reason="too_small", detail="90x20")
+    wide = encoded(14, height=30, width=400)
+    assert isinstance(examine(wide, Rules(max_pixels=10**6, min_side=30)), Decoded)
+    # It would be stored with 100 x 8 pixels.
+    refused = examine(wide, Rules(max_pixels=10**6, min_side=30, max_side=100))
+    assert isinstance(refused, Refused) and refused.reason == "too_small"

@@ -17,14 +17,13 @@ from PIL import Image
 
 from beit.images import decode_image, image_digest
 from pipelines import prepare, storage
-from pipelines.config.prepare import PrepareConfig
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError, StageFailed
 from pipelines.image_table import ImageTable
 from pipelines.preparation import plan as prepare_plan
 from pipelines.preparation import unit as prepare_unit
 from pipelines.preparation.readers import Reader
-from pipelines.preparation.sources import Entry
+from pipelines.preparation.walking import Entry
 from tests.faulty_proxy import faulty_proxy
 from tests.pipelines.image_sources import (
     CRASH_MARK,
@@ -37,16 +36,12 @@ from tests.pipelines.image_sources import (
     write_parquet,
     write_tars,
 )
+from tests.pipelines.prepare_fixtures import config_of, unit_task, work_off
 from tests.s3_server import S3Store, bucket, s3  # noqa: F401 - fixtures
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 FRAGILE = "tests.pipelines.image_sources:fragile_decode"
-
-
-def config_of(source: object, output: object, **fields) -> PrepareConfig:
-    options = {"tracking": TrackingConfig(enabled=False)} | fields
-    return PrepareConfig(source=str(source), output=str(output), **options)
 
 
 def file_hashes(root: Path) -> dict[str, str]:
@@ -369,10 +364,7 @@ def test_a_lost_or_damaged_part_is_made_again(folder: Path, tmp_path: Path) -> N
     options = {"part_mb": 0.004}
     prepare.run(config_of(folder, tmp_path / "whole", **options))
     config = config_of(folder, tmp_path / "out", max_rejected=0, **options)
-    plan = prepare_plan.make_plan(config, str(tmp_path / "out"))
-    task = unit_task(config, plan)
-    for unit, listing in enumerate(plan.listings):
-        prepare_unit.process_unit(task, unit, listing)
+    work_off(config)
     (tmp_path / "out" / "part-00001.parquet").unlink()
     (tmp_path / "out" / "part-00002.parquet").write_bytes(b"half a part")
     (tmp_path / "out" / "_work" / "receipts" / "00000003.json").unlink()
@@ -449,20 +441,6 @@ def test_killed_workers_cost_nothing_but_time(tmp_path: Path) -> None:
         killer.join()
     assert len(kills) >= 3 and result.num_rows == 1200 and len(plan.listings) > 20
     assert file_hashes(tmp_path / "out") == file_hashes(tmp_path / "quiet")
-
-
-def unit_task(config: PrepareConfig, plan: prepare_plan.Plan, **fields) -> prepare_unit.UnitTask:
-    options = {
-        "output": config.output,
-        "reader": plan.reader,
-        "rules": prepare_unit.Rules(max_pixels=config.max_pixels),
-        "decode_timeout": 60.0,
-        "part_bytes": int(config.part_mb * 10**6),
-        "row_group_bytes": int(config.row_group_mb * 10**6),
-        "digits": 5,
-        "attempts": str(Path(config.output, "_work/attempts/here")),
-    }
-    return prepare_unit.UnitTask(**(options | fields))
 
 
 def test_a_file_that_kills_its_reader_is_quarantined(tmp_path: Path) -> None:

@@ -14,9 +14,11 @@ from pipelines import storage
 from pipelines.config.prepare import PrepareConfig
 from pipelines.errors import InputError
 from pipelines.preparation import sample_images, sources
+from pipelines.preparation.globs import Glob
 from pipelines.preparation.parquet_source import ParquetPlan
 from pipelines.preparation.readers import Item, Reader
-from pipelines.preparation.sources import Entry, cut, glob_regex, open_source, walk
+from pipelines.preparation.sources import cut, open_source
+from pipelines.preparation.walking import Entry, Listings, walk
 from tests.pipelines.image_sources import (
     encoded,
     hf_table,
@@ -57,7 +59,7 @@ def test_a_walk_is_sorted_by_key_without_sorting(tmp_path: Path) -> None:
         except OSError:  # a file is where a directory is needed
             continue
         kept.append(name)
-    found = [entry.path for entry in walk(str(tmp_path))]
+    found = [entry.path for entry in walk(Listings(str(tmp_path)))]
     assert found == sorted(kept)
     assert found == sorted(found, key=str.encode)
 
@@ -67,7 +69,7 @@ def test_containers_are_listed_in_the_order_of_the_keys_inside(tmp_path: Path) -
     (tmp_path / "b").mkdir()
     for name in names:
         (tmp_path / name).write_bytes(b"1")
-    found = [entry.path for entry in walk(str(tmp_path), container_suffix=".tar")]
+    found = [entry.path for entry in walk(Listings(str(tmp_path)), container_suffix=".tar")]
     assert found == sorted(names, key=lambda name: f"{name}/member")
     assert found != sorted(names)
 
@@ -80,12 +82,12 @@ def test_what_is_no_file_has_a_reason(tmp_path: Path) -> None:
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "pipe")
     (Path(os.fsdecode(bytes(tmp_path) + b"/latin-\xe9.png"))).write_bytes(b"1")
-    found = {entry.path: (entry.size, entry.reason) for entry in walk(str(tmp_path))}
+    found = {entry.path: (entry.size, entry.reason) for entry in walk(Listings(str(tmp_path)))}
     assert found == {
         "dir/image.png": (5, ""),
         "dir/loop": (0, "symlink_loop"),
         "gone": (0, "not_a_file"),
-        "latin-\\xe9.png": (0, "bad_name"),
+        "latin-\\xe9.png": (1, "bad_name"),
         "linked": (5, ""),
         "pipe": (0, "not_a_file"),
     }
@@ -101,13 +103,12 @@ def test_what_is_no_file_has_a_reason(tmp_path: Path) -> None:
         ("s-[!0-3].tar", ["s-4.tar"], ["s-2.tar"]),
         ("s-?.tar", ["s-1.tar"], ["s-10.tar", "s-/.tar"]),
         ("a+(b).*", ["a+(b).x"], ["aab.x"]),
+        ("s-{008..010}.tar", ["s-008.tar", "s-010.tar"], ["s-011.tar", "s-8.tar"]),
+        ("{8..12}/*", ["8/a", "12/a"], ["08/a", "13/a", "0/a"]),
     ],
 )
 def test_globs(pattern: str, matches: list[str], others: list[str]) -> None:
-    import re
-
-    compiled = re.compile(glob_regex(pattern))
-    assert [name for name in matches + others if compiled.fullmatch(name)] == matches
+    assert [name for name in matches + others if Glob(pattern).matches(name)] == matches
 
 
 @given(
@@ -161,8 +162,12 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed" / "a.tar.gz").write_bytes(b"")
+    write_tars(tmp_path / "beside")
+    (tmp_path / "beside" / "more.tgz").write_bytes(b"")
     for uri, message in [
+        (str(tmp_path / "beside"), "more.tgz is compressed; unpack"),
         (str(tmp_path / "nowhere"), "no such file or folder"),
+        (str(tmp_path / "[z-a].jpg"), "is no glob"),
         (str(tmp_path / "empty"), "no files there"),
         (str(tmp_path / "packed"), "unpack"),
         ("sample:cats", "the only sample is 'sample:emoji'"),
@@ -170,7 +175,9 @@ def test_refusals(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message):
             open_source(uri)
     with pytest.raises(InputError, match=r"no \*\.parquet files"):
-        open_source(str(tmp_path / "packed"), "parquet")
+        open_source(str(tmp_path / "beside" / "*.tar"), "parquet")
+    with pytest.raises(InputError, match=r"more\.tgz is compressed"):
+        list(open_source(str(tmp_path / "beside"), "webdataset").entries())
 
 
 # Reading
@@ -326,7 +333,7 @@ def test_parquet_columns_by_name(tmp_path: Path) -> None:
         ({"image_field": ""}, "name the one with the images"),
         ({"image_field": "who"}, "give a column of bytes"),
         ({"label_field": "colour"}, "no such column"),
-        ({"label_field": "photo"}, "give whole numbers or text"),
+        ({"label_field": "photo"}, "is large_binary; name a column of whole.*labels = .none."),
     ]:
         with pytest.raises(InputError, match=message):
             plan_parquet(source, **(options | field))

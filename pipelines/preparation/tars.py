@@ -1,0 +1,58 @@
+"""Tar archives: what lies in them, whether that is all of it, and which files are one sample."""
+
+import io
+import tarfile
+from typing import BinaryIO
+
+# Archives are filled up with zeros to a multiple of their record, which is 10 kB or seldom more.
+MAX_PADDING = 2**20
+
+
+def tar_members(file: BinaryIO) -> tuple[list[tarfile.TarInfo], int | None]:
+    """Members that are no directories, and where the archive breaks off; None: it is whole.
+
+    Python's tarfile takes a damaged header, and the end of the first of several archives in one
+    file, for the end of everything, without a word; so it is made sure that only zeros follow.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    members: list[tarfile.TarInfo] = []
+    end = 0
+    length = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                if not 0 <= member.size < 2**63:
+                    return members, end
+                if not member.isdir():
+                    members.append(member)
+                if archive.offset > length:
+                    return members, end
+                end = archive.offset
+    except OSError:
+        raise
+    except Exception:  # a header may hold anything, and tarfile trusts its numbers
+        return members, end
+    file.seek(end)
+    rest = file.read(MAX_PADDING + 1)
+    whole = len(rest) <= MAX_PADDING and rest.count(0) == len(rest)
+    return members, None if whole else end
+
+
+def member_bytes(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
+    """A member's content; short if the archive is."""
+    file.seek(member.offset_data)
+    return file.read(member.size)
+
+
+def sample_of(name: str) -> str:
+    """WebDataset's rule: files of one directory with the same name up to the first dot."""
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.partition(".")[0]
+
+
+def as_text(name: str) -> str:
+    """A key that is valid UTF-8, whatever bytes the archive had for a name."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -1,0 +1,74 @@
+"""The bound on what a prepare may reject: by items, by bytes, and early where it is clear."""
+
+import pytest
+
+from pipelines.config.prepare import PrepareConfig
+from pipelines.errors import StageFailed
+from pipelines.preparation.plan import Plan
+from pipelines.preparation.readers import Reader
+from pipelines.preparation.report import Ledger
+from tests.pipelines.image_sources import encoded, tar_bytes
+from tests.pipelines.prepare_fixtures import config_of, work_off
+
+UNITS, ITEMS, BYTES = 100, 10, 1000
+
+
+def ledger(done: int, *, rejected=0, lost_bytes=0, known=False, max_rejected=0.05) -> Ledger:
+    plan = Plan(
+        source={},
+        options={},
+        reader=Reader(root="", format="webdataset", labels="none", max_image_bytes=1),
+        num_items=UNITS * ITEMS if known else None,
+        num_bytes=UNITS * BYTES,
+        listings=("",) * UNITS,
+    )
+    config = PrepareConfig(source="a", output="b", max_rejected=max_rejected)
+    counts = {"source_bytes": BYTES, "lost_bytes": lost_bytes, "rejected": {"empty": rejected}}
+    units = ({"unit": unit, "items": ITEMS, "examples": [], **counts} for unit in range(done))
+    return Ledger(config, plan, units)
+
+
+@pytest.mark.parametrize(
+    ("done", "fields", "stops"),
+    [
+        # Every item of the tars so far; the estimate of all is 1000 and has a margin of two.
+        (10, {"rejected": 10}, False),
+        (11, {"rejected": 10}, True),
+        (99, {"rejected": 1}, False),
+        (11, {"rejected": 10, "max_rejected": 0.5}, False),
+        (2, {"rejected": 10, "max_rejected": 0.001}, False),
+        (3, {"rejected": 10, "max_rejected": 0.001}, True),
+        (6, {"rejected": 10, "known": True}, True),
+        (5, {"rejected": 10, "known": True}, False),
+        (6, {"rejected": 10, "max_rejected": 59}, True),
+        # One item each, but the bytes of many.
+        (6, {"rejected": 1, "lost_bytes": 800}, False),
+        (7, {"rejected": 1, "lost_bytes": 800}, True),
+        (7, {"rejected": 1, "lost_bytes": 800, "max_rejected": 50}, False),
+    ],
+)
+def test_a_stage_stops_when_it_is_clear(done: int, fields: dict, stops: bool) -> None:
+    book = ledger(done, **fields)
+    if not stops:
+        book.check(final=False)
+        return
+    with pytest.raises(StageFailed, match="the same command then goes on") as failure:
+        book.check(final=False)
+    assert ("bytes lie in files" in str(failure.value)) == ("lost_bytes" in fields)
+
+
+def test_at_the_end_nothing_is_estimated() -> None:
+    ledger(100, rejected=0).check(final=True)
+    with pytest.raises(StageFailed, match=r"100 of 1000 items.*tolerates 50"):
+        ledger(100, rejected=1).check(final=True)
+
+
+def test_lost_bytes_are_those_of_containers(tmp_path) -> None:
+    whole = tar_bytes([("a.jpg", encoded(1)), ("b.jpg", b"text")])
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/cut.tar").write_bytes(whole[:700])
+    (tmp_path / "in/text.tar").write_bytes(b"text" * 100)
+    (tmp_path / "in/whole.tar").write_bytes(whole)
+    [summary] = work_off(config_of(tmp_path / "in", tmp_path / "out"))
+    assert summary["rejected"] == {"bad_tar": 2, "not_an_image": 1, "truncated": 1}
+    assert summary["lost_bytes"] == 700 + 400

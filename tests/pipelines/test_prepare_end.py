@@ -1,0 +1,70 @@
+"""The end of a prepare, where it may be killed or meet another driver; no unit is left to do."""
+
+from pathlib import Path
+
+import pytest
+
+from pipelines import prepare
+from pipelines.config.prepare import PrepareConfig
+from tests.pipelines.image_sources import write_folder
+from tests.pipelines.prepare_fixtures import config_of, work_off
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> PrepareConfig:
+    write_folder(tmp_path / "in")
+    return config_of(tmp_path / "in", tmp_path / "out", part_mb=0.004)
+
+
+def names(config: PrepareConfig) -> set[str]:
+    return {path.name for path in Path(config.output).iterdir()}
+
+
+@pytest.mark.parametrize("step", ["read_plan", "make_plan", "_receipts", "_run_units", "_commit"])
+def test_a_driver_that_lost_the_race_finds_the_table(config, monkeypatch, step) -> None:
+    """The other one finishes, and clears its working files away, just before this step."""
+    if step != "make_plan":
+        work_off(config)
+    real = getattr(prepare, step)
+
+    def overtaken(*args):
+        monkeypatch.setattr(prepare, step, real)
+        if step == "make_plan":
+            work_off(config)
+        assert not prepare.run(config).already_done
+        raise FileNotFoundError("the plan is gone")
+
+    monkeypatch.setattr(prepare, step, overtaken)
+    result = prepare.run(config)
+    assert result.already_done and result.num_rows == 15
+    assert "_work" not in names(config)
+
+
+def test_a_plan_that_is_gone_is_not_made_again(config, monkeypatch) -> None:
+    work_off(config)
+    real = prepare.read_plan
+
+    def overtaken(*args):
+        monkeypatch.setattr(prepare, "read_plan", real)
+        prepare.run(config)
+        return
+
+    monkeypatch.setattr(prepare, "read_plan", overtaken)
+    monkeypatch.setattr(prepare, "make_plan", None)
+    assert prepare.run(config).already_done
+
+
+def test_what_killed_drivers_and_writers_left_is_cleared(config) -> None:
+    work_off(config)
+    output = Path(config.output)
+    left = ["part-99999.parquet", ".part-00000.parquet.0a1b2c3d.tmp", ".manifest.json.0a1b.tmp"]
+    for name in left:
+        (output / name).write_bytes(b"left")
+    prepare.run(config)
+    whole = names(config)
+    assert not whole & {"_work", *left}
+    # Killed between the manifest and the clearing.
+    (output / "_work/receipts").mkdir(parents=True)
+    (output / left[1]).write_bytes(b"left")
+    assert prepare.run(config).already_done
+    assert names(config) == whole
