@@ -3,7 +3,8 @@
 `python benchmarks/precompute.py` on a CPU; `--hidden_dim 256 --num_gpus 1 --precision float16` is
 the DALL-E encoder on a GPU. The two alternate, and medians are reported:
 
-- bare: one process, the rendered pixels in memory, nothing but `encode_views`.
+- bare: one process, the encoder set up as in the job, the rendered pixels in memory, nothing but
+  `encode_views`.
 - job: `pipelines.tokenize_images` with one encoder: Ray, reading, decoding, rendering, object
   store, files, receipts. Its rate is that of the steady state, from the second unit booked to the
   last; starting actors is reported on its own.
@@ -14,6 +15,7 @@ Decoding is measured in CPU time, so that neighbours on the machine do not count
 import argparse
 import io
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -32,6 +34,7 @@ from beit.views import ViewPolicy, render, sample_view
 from pipelines import image_table, tokenize_images, tokenizer_store
 from pipelines.config.tokenize_images import EncoderConfig, TokenizeConfig
 from pipelines.config.tracking import TrackingConfig
+from pipelines.tokenization import pool as token_pool
 from pipelines.tokenization import work as token_work
 from pipelines.tokenization.job import plan_job
 from pipelines.tokenization.units import plan_units
@@ -210,6 +213,7 @@ def measure_job(directory, options):
     local = {} if options.address != "local" else {
         "num_cpus": options.num_cpus, "include_dashboard": False,
     }  # fmt: skip
+    os.environ.setdefault("RAY_worker_niceness", "0")  # as jobs/ does
     ray.init(address=options.address, log_to_driver=False, logging_level="ERROR", **local)
     config = TokenizeConfig(
         images=f"{directory}/images",
@@ -231,9 +235,7 @@ def measure_job(directory, options):
     )
     rendered = token_work.render_unit(config.images, unit, job.identity)
     pixels = rendered.pixels.reshape(-1, *rendered.pixels.shape[2:])
-    tokenizer = tokenizer_store.load(
-        config.tokenizer, device=job.device, precision=job.identity.precision
-    )
+    tokenizer = token_pool.load_encoder(job)
     bare_rate(tokenizer, pixels[: options.batch_size], options)
     bare, jobs = [], []
     for index in range(options.rounds):

@@ -273,6 +273,7 @@ def load_encoder(job: Job) -> token_work.Encoder:
     """
     token_work.set_reference_arithmetic()
     if not job.num_gpus:
+        token_work.keep_freed_memory()
         torch.set_num_threads(max(1, int(job.num_cpus)))
     tokenizer = tokenizer_store.load(
         job.tokenizer_uri, device=job.device, precision=cast(Precision, job.identity.precision)
