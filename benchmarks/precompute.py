@@ -1,13 +1,17 @@
 """The whole tokenize job beside the bare encoder loop on the same images, and decoding per core.
 
 `python benchmarks/precompute.py` on a CPU; `--hidden_dim 256 --num_gpus 1 --precision float16` is
-the DALL-E encoder on a GPU. The two alternate, and medians are reported:
+the DALL-E encoder on a GPU. The three alternate, and medians are reported:
 
 - bare: one process, the encoder set up as in the job, the rendered pixels in memory, nothing but
   `encode_views`.
+- loop: what one would write by hand: the same units read and rendered by a thread, two ahead, while
+  the main thread encodes them and writes their files.
 - job: `pipelines.tokenize_images` with one encoder: Ray, reading, decoding, rendering, object
-  store, files, receipts. Its rate is that of the steady state, from the second unit booked to the
-  last; starting actors is reported on its own.
+  store, files, receipts.
+
+Rates of loop and job are those of the steady state, from the second unit to the last; starting
+actors is reported on its own.
 
 Decoding is measured in CPU time, so that neighbours on the machine do not count.
 """
@@ -20,6 +24,9 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +153,27 @@ def bare_rate(tokenizer, pixels, options):
     return len(pixels) / (time.monotonic() - begin)
 
 
+def loop_rate(job, units, tokenizer, output):
+    """Views a second of the loop by hand."""
+    with ThreadPoolExecutor(1) as pool:
+
+        def begin(unit):
+            return pool.submit(token_work.render_unit, job.images_uri, unit, job.identity)
+
+        ahead = deque(begin(unit) for unit in units[:2])
+        for index, unit in enumerate(units):
+            rendered = ahead.popleft().result()
+            ahead.extend(begin(later) for later in units[index + 2 : index + 3])
+            ids = token_work.encode_rendered(
+                tokenizer, rendered.pixels, job.identity, device=job.device
+            )
+            token_work.write_unit(output, unit.name, rendered.keys, ids, job.identity)
+            if index == 0:
+                start = time.monotonic()
+    views = (len(units) - 1) * (units[0].stop - units[0].start) * job.identity.num_views
+    return views / (time.monotonic() - start)
+
+
 def job_rates(config):
     """Views a second of the job in its steady state; seconds until the first unit; shares."""
     book, times = tokenize_images._book, []
@@ -187,7 +215,7 @@ def main():
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--address", default="local", help="address of a running Ray")
     parser.add_argument("--decoding_only", action="store_true")
-    parser.add_argument("--output", default="")
+    parser.add_argument("--output", default="", help="Markdown file")
     options = parser.parse_args()
     torch.set_num_threads(1)
     report = {"options": vars(options), "torch": torch.__version__}
@@ -197,10 +225,9 @@ def main():
         report["milliseconds_per_image_and_core"] = measure_decoding(images[:24])
         if not options.decoding_only:
             report |= measure_job(directory, options)
-    text = json.dumps(report, indent=1)
-    print(text)
+    print(json.dumps(report, indent=1))
     if options.output:
-        Path(options.output).write_text(text + "\n")
+        Path(options.output).write_text(as_markdown(report))
 
 
 def measure_job(directory, options):
@@ -229,31 +256,77 @@ def measure_job(directory, options):
     table = image_table.ImageTable.open(config.images)
     job, _ = plan_job(config, table)
     part = table.parts[0]
-    units = plan_units([part.name], [part.rows], options.rows_per_unit)
-    unit = token_work.Unit(
-        index=0, part=part.to_dict(), start=int(units.start[0]), stop=int(units.stop[0])
-    )
-    rendered = token_work.render_unit(config.images, unit, job.identity)
+    planned = plan_units([part.name], [part.rows], options.rows_per_unit)
+    units = [
+        token_work.Unit(index=index, part=part.to_dict(), start=int(start), stop=int(stop))
+        for index, (start, stop) in enumerate(zip(planned.start, planned.stop, strict=True))
+    ]
+    rendered = token_work.render_unit(config.images, units[0], job.identity)
     pixels = rendered.pixels.reshape(-1, *rendered.pixels.shape[2:])
     tokenizer = token_pool.load_encoder(job)
     bare_rate(tokenizer, pixels[: options.batch_size], options)
-    bare, jobs = [], []
+    bare, loops, jobs = [], [], []
     for index in range(options.rounds):
         repeats = max(1, len(units) // 4)
         bare.append(
             statistics.median(bare_rate(tokenizer, pixels, options) for _ in range(repeats))
         )
-        from dataclasses import replace
-
+        loops.append(loop_rate(job, units, tokenizer, f"{directory}/loop-{index}"))
         jobs.append(job_rates(replace(config, output=f"{directory}/tokens-{index}")))
-        print(f"round {index}: bare {bare[-1]:.1f}, job {jobs[-1]}", file=sys.stderr, flush=True)
-    rate = statistics.median(entry["rate"] for entry in jobs)
+        print(
+            f"round {index}: bare {bare[-1]:.1f}, loop {loops[-1]:.1f}, job {jobs[-1]}",
+            file=sys.stderr,
+            flush=True,
+        )
+    rates = [entry["rate"] for entry in jobs]
     return {
         "bare_views_per_second": bare,
+        "loop_views_per_second": loops,
         "jobs": jobs,
-        "overhead": 1 - rate / statistics.median(bare),
+        "job_of_loop": statistics.median(j / one for j, one in zip(rates, loops, strict=True)),
+        "job_of_bare": statistics.median(j / one for j, one in zip(rates, bare, strict=True)),
         "device": torch.cuda.get_device_name() if options.num_gpus else "cpu, 1 thread",
     }
+
+
+def as_markdown(report):
+    """The report as the page that is kept under results/."""
+    given = report["options"]
+    lines = [
+        "# Precompute",
+        "",
+        f"JPEGs of 500x375 and {report['jpeg_kilobytes']:.0f} kB; torch {report['torch']}. Written "
+        "by `benchmarks/precompute.py`.",
+        "",
+        "## Milliseconds of CPU per image, one core",
+        "| | ms |",
+        "| --- | --- |",
+    ]
+    decoding = report["milliseconds_per_image_and_core"]
+    lines += [f"| {name} | {value:.2f} |" for name, value in decoding.items()]
+    if "jobs" in report:
+        bare, loops, jobs = (
+            report["bare_views_per_second"], report["loop_views_per_second"], report["jobs"]
+        )  # fmt: skip
+        lines += [
+            "",
+            f"## The whole job: {given['images']} images, {given['num_views']} views, units of "
+            f"{given['rows_per_unit']} images, encoder of width {given['hidden_dim']} on "
+            f"{report['device']}",
+            "| round | bare, views/s | loop by hand | job | encoder waits | s a unit | start, s |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        lines += [
+            f"| {i} | {b:.1f} | {loop:.1f} | {j['rate']:.1f} | {j['encoder_idle']:.2%} | "
+            f"{j['unit_seconds']:.1f} | {j['start_seconds']:.0f} |"
+            for i, (b, loop, j) in enumerate(zip(bare, loops, jobs, strict=True))
+        ]
+        lines += [
+            "",
+            f"Median of the rounds' ratios: the job runs at {report['job_of_loop']:.2f} of the "
+            f"loop by hand and {report['job_of_bare']:.2f} of the bare encoder.",
+        ]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
