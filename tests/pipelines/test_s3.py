@@ -69,7 +69,11 @@ def test_tokenizer_training(s3, bucket, tmp_path):  # noqa: F811
     outputs = []
     for root in (s3.uri(bucket), str(tmp_path)):
         images = image_table(storage.join(root, "images"), pictures)
-        config = replaced(settings(images, storage.join(root, "out")), "optim", steps=6)
+        config = replaced(
+            replaced(settings(images, storage.join(root, "out")), "loss", temperature_steps=6),
+            "optim",
+            steps=6,
+        )
         config = replaced(config, "data", codebook_images=40)
         outputs.append(train_tokenizer.run(config))
     assert outputs[0].fingerprint == outputs[1].fingerprint

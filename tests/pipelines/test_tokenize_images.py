@@ -287,7 +287,7 @@ def test_the_pool_grows(images, tokenizer, tmp_path, ray_cluster, monkeypatch):
     ("stage", "replacement"),
     [
         ("render_blocks", world.render_and_fail),
-        ("EncodeUnits", world.EncodeAndFail),
+        pytest.param("EncodeUnits", world.EncodeAndFail, marks=pytest.mark.long),
         ("EncodeUnits", world.EncodeAndFault),
     ],
 )
