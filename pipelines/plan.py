@@ -18,7 +18,7 @@ from pipelines.tokenization import work as token_work
 BYTES_PER_TOKEN = 2
 NUM_PATCHES = 196
 # CPU time of a 500 x 375 JPEG, once and for each view: the figures of docs/tokenize.md, about.
-DECODE_MILLISECONDS, RENDER_MILLISECONDS = 3.0, 3.0
+DECODE_MILLISECONDS, RENDER_MILLISECONDS = 2.0, 4.0
 MEASURE_SECONDS = 5.0
 MEASURE_BATCH = 64
 
