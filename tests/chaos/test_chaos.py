@@ -12,7 +12,7 @@ from tests.s3_server import bucket, s3  # noqa: F401 - fixtures
 def arena(tmp_path_factory, ray_turn):
     # Ray's sockets need short paths; only our own files lie here.
     root = tmp_path_factory.mktemp("arena")
-    images = world.make_images(str(root / "images"), count=800, parts=4)
+    images = world.make_images(str(root / "images"), count=500, parts=4)
     tokenizer = world.make_tokenizer(str(root / "tokenizer"))
     arena = chaos.Arena(root, images, tokenizer, root / "tokens", rows_per_unit=10)
     yield arena
