@@ -24,6 +24,7 @@ from pipelines.progress import Progress
 from pipelines.token_table import TokenTable, build_manifest
 from pipelines.tokenization import pool as token_pool
 from pipelines.tokenization import report as token_report
+from pipelines.tokenization.attempts import start_attempts
 from pipelines.tokenization.job import Parts, finished_manifest, plan_job
 from pipelines.tokenization.pool import UNITS_PER_ROUND, Job, Receipt
 from pipelines.tokenization.report import TokenizeResult
@@ -230,7 +231,7 @@ def _receipts(job: Job, units: Units, todo: np.ndarray, images: Parts) -> Iterat
     """
     aside: list[Receipt] = []
     in_a_row, most = 0, max(ASIDE_IN_A_ROW, 4 * job.max_actors)
-    attempts = token_pool.start_attempts() if len(todo) else None
+    attempts = start_attempts() if len(todo) else None
     with _ray_data_settings():
         for start in range(0, len(todo), UNITS_PER_ROUND):
             chunk = [_unit(units, images, unit) for unit in todo[start : start + UNITS_PER_ROUND]]

@@ -24,13 +24,13 @@ import ray
 import ray.data
 import torch
 from ray.actor import ActorHandle
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from beit.tokenizers import Precision
 from pipelines import storage, tokenizer_store
 from pipelines.errors import InputError
 from pipelines.tables.token_files import Identity, check_file
 from pipelines.tokenization import work as token_work
+from pipelines.tokenization.attempts import begin_attempt, end_attempt
 from pipelines.tokenization.work import Unit, UnitRejected
 
 # A process is shared (files are written while the next unit is encoded, a node has several), so
@@ -92,56 +92,6 @@ class Receipt:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-class Attempts:
-    """Actor beside the driver: which work began and has not ended."""
-
-    def __init__(self) -> None:
-        self.open: dict[str, int] = {}
-        self.begun = {"render": 0, "encode": 0}
-
-    def begin(self, stage: str, unit: int) -> int:
-        """Notes a beginning; returns how many earlier ones saw no end."""
-        name = f"{stage}-{unit}"
-        deaths = self.open.get(name, 0)
-        self.open[name] = deaths + 1
-        self.begun[stage] += 1
-        return deaths
-
-    def end(self, stage: str, unit: int) -> None:
-        self.open.pop(f"{stage}-{unit}", None)
-
-    def count(self) -> dict[str, int]:
-        """How often work on a unit began, by stage."""
-        return self.begun
-
-
-def start_attempts() -> ActorHandle:
-    """Starts `Attempts` on the driver's node: it must not die with the workers it watches."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    handle: ActorHandle = (
-        ray.remote(Attempts)
-        .options(num_cpus=0, max_restarts=-1, max_task_retries=0, scheduling_strategy=here)
-        .remote()
-    )
-    return handle
-
-
-def _begin(attempts: ActorHandle | None, stage: str, unit: int) -> int:
-    if attempts is None:
-        return 0
-    try:
-        deaths: int = ray.get(attempts.begin.remote(stage, unit), timeout=60)
-    except (ray.exceptions.RayError, TimeoutError):
-        # Without the count a unit is retried more often than it should; nothing else.
-        return 0
-    return deaths
-
-
-def _end(attempts: ActorHandle | None, stage: str, unit: int) -> None:
-    if attempts is not None:
-        attempts.end.remote(stage, unit)
-
-
 def _unit(text: str) -> Unit:
     return Unit(**json.loads(text))
 
@@ -166,7 +116,7 @@ def render_blocks(batch: pa.Table, job: Job, attempts: ActorHandle | None) -> It
         unit = _unit(text)
         note: dict[str, Any] = {}
         keys, pixels = "[]", b""
-        if _begin(attempts, "render", unit.index) >= DEATHS_IN_POOL:
+        if begin_attempt(attempts, "render", unit.index) >= DEATHS_IN_POOL:
             note = {"suspect": f"unit {unit.name}: killed its process twice"}
         else:
             try:
@@ -179,7 +129,7 @@ def render_blocks(batch: pa.Table, job: Job, attempts: ActorHandle | None) -> It
                 keys, pixels = json.dumps(done.keys), pa.py_buffer(done.pixels)
                 note = {"read": done.read_seconds, "render": done.render_seconds}
                 note |= {"rendered_at": time.time()}
-        _end(attempts, "render", unit.index)
+        end_attempt(attempts, "render", unit.index)
         size = len(pixels) if isinstance(pixels, bytes) else pixels.size
         offsets = pa.py_buffer(np.array([0, size], np.int64))
         # Built on the pixels' own buffer: they are copied once, into the object store.
@@ -233,7 +183,7 @@ class EncodeUnits:
             os._exit(1)
         except Exception as error:
             receipt = Receipt(unit=unit.index, **_error(error, unit))
-        _end(self.attempts, "encode", unit.index)
+        end_attempt(self.attempts, "encode", unit.index)
         return receipt
 
     def _encode(self, unit: Unit, keys: list[str], pixels: pa.Buffer, receipt: Receipt) -> bool:
@@ -243,7 +193,7 @@ class EncodeUnits:
             begin = time.monotonic()
             idle = 0.0 if self.free_since is None else begin - self.free_since
             began_at = time.time()
-            if _begin(self.attempts, "encode", unit.index) >= DEATHS_IN_POOL:
+            if begin_attempt(self.attempts, "encode", unit.index) >= DEATHS_IN_POOL:
                 receipt.suspect = f"unit {unit.name}: killed its process twice"
                 return False
             token_ids = token_work.encode_rendered(

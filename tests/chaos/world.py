@@ -92,13 +92,13 @@ def deadly(unit):
     return unit.start == 40 and unit.part["name"] == "part-00001.parquet"
 
 
-def render_and_die(batch, job, attempts):
-    """`render_blocks` that does not survive the deadly unit."""
+def render_but(deed, batch, job, attempts):
+    """`render_blocks` with a deed in the place of the deadly unit."""
     real = token_work.render_unit
 
     def render_unit(images_uri, unit, identity):
         if deadly(unit):
-            os.kill(os.getpid(), signal.SIGKILL)
+            deed()
         return real(images_uri, unit, identity)
 
     token_work.render_unit = render_unit
@@ -106,6 +106,20 @@ def render_and_die(batch, job, attempts):
         yield from token_pool.render_blocks(batch, job, attempts)
     finally:
         token_work.render_unit = real
+
+
+def render_and_die(batch, job, attempts):
+    """`render_blocks` that does not survive the deadly unit."""
+    yield from render_but(lambda: os.kill(os.getpid(), signal.SIGKILL), batch, job, attempts)
+
+
+def render_and_fail(batch, job, attempts):
+    """`render_blocks` of a node that cannot read the deadly unit."""
+
+    def fail():
+        raise OSError(5, "Input/output error")
+
+    yield from render_but(fail, batch, job, attempts)
 
 
 class Deadly:
@@ -122,22 +136,6 @@ class EncodeAndDie(token_pool.EncodeUnits):
         if deadly(unit):
             self.tokenizer = Deadly()
         return super()._encode(unit, keys, pixels, receipt)
-
-
-def render_and_fail(batch, job, attempts):
-    """`render_blocks` of a node that cannot read the deadly unit."""
-    real = token_work.render_unit
-
-    def render_unit(images_uri, unit, identity):
-        if deadly(unit):
-            raise OSError(5, "Input/output error")
-        return real(images_uri, unit, identity)
-
-    token_work.render_unit = render_unit
-    try:
-        yield from token_pool.render_blocks(batch, job, attempts)
-    finally:
-        token_work.render_unit = real
 
 
 class Broken:
