@@ -27,12 +27,7 @@ from pipelines.config.train_tokenizer import (
 from pipelines.errors import InputError, StageFailed
 from pipelines.image_table import ImageTable
 from pipelines.ingest import open_training_data, train_batches
-from pipelines.scorecard import (
-    Scorecard,
-    check_gate,
-    score,
-    scorecard_record,
-)
+from pipelines.scorecard import Scorecard, check_gate, score, scorecard_record
 from pipelines.tracking import Dataset, start_run
 from pipelines.tracking.metric_logger import MetricLogger
 from pipelines.training.distributed import (
@@ -44,6 +39,7 @@ from pipelines.training.distributed import (
     wrap_model,
 )
 from pipelines.training.ray_workers import ProgressSink, fit_with_ray
+from pipelines.training.tokenizer_record import RECORD, STAGE, open_output, require_same
 from pipelines.training.tokenizer_step import (
     AveragedWeights,
     Period,
@@ -58,8 +54,6 @@ from pipelines.training.tokenizer_step import (
     view_policy,
 )
 
-STAGE = "train-tokenizer"
-RECORD = "training.json"
 FAILURE = "failure.json"
 CHECKPOINTS = "checkpoints"
 RAY_STATE = "ray"
@@ -120,10 +114,10 @@ def run(config: TrainTokenizerConfig) -> TrainTokenizerResult:
     }
     manifest = tokenizer_store.read_manifest(output)
     if manifest is not None:
-        _require_same(manifest["source"], source, output)
+        require_same(manifest["source"], source, output)
         return _result(output, manifest, already_done=True)
 
-    record = _open_output(output, source)
+    record = open_output(output, source)
     with start_run(
         config.tracking,
         stage=STAGE,
@@ -392,37 +386,6 @@ def _log_scorecard(scorecard: Scorecard, logger: MetricLogger, step: int) -> Non
 
 def _report_failed_checkpoint(step: int, reason: str) -> None:
     print(f"checkpoint of step {step} could not be saved: {reason}", file=sys.stderr)
-
-
-def _open_output(output: str, source: dict[str, Any]) -> dict[str, Any]:
-    """The record of an interrupted run that this one continues, or of a new one."""
-    try:
-        record: dict[str, Any] = storage.read_json(storage.join(output, RECORD))
-    except (FileNotFoundError, NotADirectoryError):
-        record = {"source": source, "mlflow_run_id": ""}
-        storage.write_json(storage.join(output, RECORD), record)
-        return record
-    _require_same(record["source"], source, output)
-    return record
-
-
-def _require_same(old: dict[str, Any], new: dict[str, Any], output: str) -> None:
-    if old.get("stage") != STAGE:
-        raise InputError(
-            f"output = {output}: holds a tokenizer made by {old.get('stage')!r}; give another one"
-        )
-    before = {"image_table": old["image_table"], **old["options"]}
-    after = {"image_table": new["image_table"], **new["options"]}
-    changed = [
-        f"{name} is {after.get(name)!r}, was {before.get(name)!r}"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
-    ]
-    if changed:
-        raise InputError(
-            f"output = {output}: begun with other settings ({'; '.join(changed)}); "
-            "restore them, or give another output"
-        )
 
 
 def _result(output: str, manifest: dict[str, Any], *, already_done: bool) -> TrainTokenizerResult:
