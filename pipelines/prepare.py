@@ -44,6 +44,7 @@ from pipelines.preparation.plan import (
 )
 from pipelines.preparation.report import Ledger, PrepareResult, reasons, record, start_tracking
 from pipelines.preparation.unit import (
+    PART_NAME,
     Receipt,
     UnitTask,
     process_unit,
@@ -294,9 +295,12 @@ def _class_names(plan: Plan, max_label: int) -> Sequence[str]:
 
 
 def _delete_other_parts(output: str, names: set[str]) -> None:
-    """Parts of an earlier plan, whose working files were removed by hand, belong to no table."""
+    """Parts of an earlier plan, whose working files were removed by hand, belong to no table.
+
+    What others call their files (Spark: `part-00000-` and more) stays.
+    """
     for file in storage.list_files(output, ".parquet", recursive=False):
-        if file.path.startswith("part-") and file.path not in names:
+        if PART_NAME.fullmatch(file.path) and file.path not in names:
             storage.delete(storage.join(output, file.path))
 
 

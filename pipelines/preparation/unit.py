@@ -6,6 +6,7 @@ once, writes the same bytes to the same names; so a lost worker costs the unit i
 
 import dataclasses
 import json
+import re
 import uuid
 from collections import Counter
 from collections.abc import Sequence
@@ -100,6 +101,9 @@ def receipt_uri(output: str, unit: int) -> str:
 def read_receipt(output: str, unit: int) -> Receipt:
     """Raises FileNotFoundError."""
     return Receipt.from_dict(storage.read_json(receipt_uri(output, unit)))
+
+
+PART_NAME = re.compile(r"part-\d{5,}(_\d{2,})?\.parquet")
 
 
 def part_name(unit: int, digits: int, position: int) -> str:

@@ -60,9 +60,12 @@ def test_what_killed_drivers_and_writers_left_is_cleared(config) -> None:
     left = ["part-99999.parquet", ".part-00000.parquet.0a1b2c3d.tmp", ".manifest.json.0a1b.tmp"]
     for name in left:
         (output / name).write_bytes(b"left")
+    foreign = "part-00000-0c5f9a3e.snappy.parquet"
+    (output / foreign).write_bytes(b"of another program")
     prepare.run(config)
     whole = names(config)
     assert not whole & {"_work", *left}
+    assert foreign in whole
     # Killed between the manifest and the clearing.
     (output / "_work/receipts").mkdir(parents=True)
     (output / left[1]).write_bytes(b"left")
