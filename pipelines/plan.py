@@ -145,6 +145,8 @@ def measure_rate(tokenizer_uri: str) -> tuple[float, str]:
 
     token_work.set_reference_arithmetic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        token_work.keep_freed_memory()
     precision = "float16" if device == "cuda" else "float32"
     tokenizer = tokenizer_store.load(tokenizer_uri, device=device, precision=precision)  # type: ignore[arg-type]
     size = tokenizer.image_size
