@@ -33,11 +33,12 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from beit.images import decode_array, decode_image, image_digest
 from beit.views import ViewPolicy, render, render_fast, render_views, sample_view
-from pipelines import storage, token_table
+from pipelines import storage
 from pipelines.config.pretrain import MaskingConfig
-from pipelines.image_table import ImageRow, ImageTable, commit_manifest, write_part
-from pipelines.ingest import open_training_data, train_batches
+from pipelines.reading.ingest import open_training_data, train_batches
 from pipelines.sample_order import SampleOrder
+from pipelines.tables import token_table
+from pipelines.tables.image_table import ImageRow, ImageTable, commit_manifest, write_part
 from pipelines.tables.token_files import Identity, TokenFile, encode_file, file_name
 
 POLICY = ViewPolicy(seed=0)

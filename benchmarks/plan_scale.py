@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 def image_manifest(directory, *, images, image_bytes, part_bytes=512 * 2**20):
     """Writes a manifest as `prepare` would for so many images; in a process of its own."""
     from pipelines import storage
-    from pipelines.image_table import ROW_GROUP_BYTES, Part, commit_manifest
+    from pipelines.tables.image_table import ROW_GROUP_BYTES, Part, commit_manifest
 
     per_group = max(1, ROW_GROUP_BYTES // image_bytes)
     per_part = max(1, part_bytes // image_bytes)
@@ -60,7 +60,7 @@ def drive(directory, rows_per_unit):
     from beit.views import ViewPolicy
     from pipelines import storage, tokenize_images
     from pipelines.tables.token_files import Identity
-    from pipelines.token_table import build_manifest, encode_manifest
+    from pipelines.tables.token_table import build_manifest, encode_manifest
     from pipelines.tokenization.job import Parts
     from pipelines.tokenization.pool import UNITS_PER_ROUND
     from pipelines.tokenization.units import Ledger, plan_units

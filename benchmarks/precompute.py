@@ -38,9 +38,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from beit.images import decode_image, image_digest
 from beit.tokenizers import DalleTokenizer
 from beit.views import ViewPolicy, render, sample_view
-from pipelines import image_table, tokenize_images, tokenizer_store
+from pipelines import tokenize_images
 from pipelines.config.tokenize_images import EncoderConfig, TokenizeConfig
 from pipelines.config.tracking import TrackingConfig
+from pipelines.tables import image_table, tokenizer_store
 from pipelines.tokenization import pool as token_pool
 from pipelines.tokenization import work as token_work
 from pipelines.tokenization.job import plan_job

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from beit.mim import SIZES
 from beit.tokenizers.dalle import DalleTokenizer
 from benchmarks.ingest import make_jpegs, write_tables
-from pipelines import ingest, pretrain
+from pipelines import pretrain
 from pipelines.config.pretrain import (
     DataConfig,
     ModelConfig,
@@ -34,6 +34,7 @@ from pipelines.config.pretrain import (
     PretrainConfig,
     ScalingConfig,
 )
+from pipelines.reading import ingest
 from pipelines.training import goodput
 from pipelines.training.data import TrainData
 from pipelines.training.distributed import clip_gradients, join_world

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from beit.tokenizers.dalle_import import openai_layout, role_of, tokenizer_from
 from beit.tokenizers.torch_file import read_tensors
-from pipelines import pictures, storage, tokenizer_store
+from pipelines import pictures, storage
 from pipelines.config.import_tokenizer import ImportTokenizerConfig
 from pipelines.config.train_tokenizer import require_uris
 from pipelines.errors import InputError
-from pipelines.image_table import ImageTable
 from pipelines.scorecard import Scorecard, score, scorecard_record
+from pipelines.tables import tokenizer_store
+from pipelines.tables.image_table import ImageTable
 from pipelines.tracking import Dataset, start_run
 
 STAGE = "import-tokenizer"

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipelines import tokenizer_store
 from pipelines.config.plan import PlanConfig
-from pipelines.image_table import ImageTable
+from pipelines.tables import tokenizer_store
+from pipelines.tables.image_table import ImageTable
 from pipelines.tokenization import work as token_work
 
 # Parquet keeps 2 bytes a token before compression; less after it (docs/tokenize.md).

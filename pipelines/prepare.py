@@ -23,14 +23,6 @@ import pyarrow.parquet as pq
 from pipelines import storage
 from pipelines.config.prepare import PrepareConfig
 from pipelines.errors import InputError, StageFailed
-from pipelines.image_table import (
-    MANIFEST,
-    REJECTED,
-    REJECTED_SCHEMA,
-    ImageTable,
-    Part,
-    commit_manifest,
-)
 from pipelines.preparation.ahead import mapped_ahead
 from pipelines.preparation.decode_process import DECODER, Rules
 from pipelines.preparation.plan import (
@@ -51,6 +43,14 @@ from pipelines.preparation.unit import (
     read_receipt,
     receipt_uri,
     rejected_table_columns,
+)
+from pipelines.tables.image_table import (
+    MANIFEST,
+    REJECTED,
+    REJECTED_SCHEMA,
+    ImageTable,
+    Part,
+    commit_manifest,
 )
 
 # Ray keeps something for every block of a dataset; so many units are handed to it at a time.

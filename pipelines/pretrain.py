@@ -21,9 +21,9 @@ from beit.schedules import warmup_cosine
 from beit.vit import drop_path_noise
 from beit.weights import save_weights
 from pipelines import storage
-from pipelines.checkpoint import Checkpoint, Saver, discard, load, load_newest
 from pipelines.config.pretrain import PretrainConfig, to_dict
 from pipelines.training import goodput
+from pipelines.training.checkpoint import Checkpoint, Saver, discard, load, load_newest
 from pipelines.training.data import TrainData
 from pipelines.training.distributed import (
     World,

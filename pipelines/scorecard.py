@@ -17,7 +17,7 @@ from beit.images import decode_image
 from beit.tokenizers import DiscreteVae
 from beit.views import ViewPolicy, render, sample_view
 from pipelines.errors import StageFailed
-from pipelines.image_table import ImageTable
+from pipelines.tables.image_table import ImageTable
 
 SCORE_VIEW = 2**48
 """Index of the view that is scored: one that neither training nor a token table ever uses."""

@@ -21,7 +21,7 @@ from pipelines.config.checks import flatten
 from pipelines.config.tokenize_images import TokenizeConfig
 from pipelines.errors import InputError, StageFailed
 from pipelines.progress import Progress
-from pipelines.token_table import TokenTable, build_manifest
+from pipelines.tables.token_table import TokenTable, build_manifest
 from pipelines.tokenization import pool as token_pool
 from pipelines.tokenization import report as token_report
 from pipelines.tokenization.attempts import start_attempts

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from pipelines import checkpoint, pictures, storage, tokenizer_store
+from pipelines import pictures, storage
 from pipelines.config.train_tokenizer import (
     TrainTokenizerConfig,
     deciding_options,
@@ -25,11 +25,13 @@ from pipelines.config.train_tokenizer import (
     require_uris,
 )
 from pipelines.errors import InputError, StageFailed
-from pipelines.image_table import ImageTable
-from pipelines.ingest import open_training_data, train_batches
+from pipelines.reading.ingest import open_training_data, train_batches
 from pipelines.scorecard import Scorecard, check_gate, score, scorecard_record
+from pipelines.tables import tokenizer_store
+from pipelines.tables.image_table import ImageTable
 from pipelines.tracking import Dataset, start_run
 from pipelines.tracking.metric_logger import MetricLogger
+from pipelines.training import checkpoint
 from pipelines.training.distributed import (
     World,
     clip_gradients,

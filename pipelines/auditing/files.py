@@ -11,8 +11,8 @@ import numpy as np
 from pipelines import storage
 from pipelines.config.audit import AuditConfig
 from pipelines.errors import StageFailed
-from pipelines.image_table import REJECTED
 from pipelines.progress import Progress
+from pipelines.tables.image_table import REJECTED
 
 MAX_FINDINGS = 20
 

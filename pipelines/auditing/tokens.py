@@ -9,13 +9,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from beit.tokenizers import DiscreteVae, Precision
-from pipelines import storage, tokenizer_store
+from pipelines import storage
 from pipelines.auditing.files import Findings, check_files, sample_files
 from pipelines.config.audit import AuditConfig
 from pipelines.errors import InputError
-from pipelines.image_table import ImageTable
+from pipelines.tables import tokenizer_store
+from pipelines.tables.image_table import ImageTable
 from pipelines.tables.token_files import check_file, split_columns
-from pipelines.token_table import MISSING, TokenTable
+from pipelines.tables.token_table import MISSING, TokenTable
 from pipelines.tokenization import work as token_work
 
 # Rows of a changed file that are computed again to find the first wrong one.

@@ -16,8 +16,8 @@ from beit.views import center_view, render
 from beit.weights import CONFIG_FILE, WEIGHTS_FILE, load_weights, read_weights_config
 from pipelines import storage
 from pipelines.errors import InputError
-from pipelines.image_table import ImageTable
 from pipelines.progress import Progress
+from pipelines.tables.image_table import ImageTable
 
 READ_ROWS = 512
 MAX_PIXEL_SIDE = 64

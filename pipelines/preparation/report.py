@@ -13,9 +13,9 @@ from beit.images import decode_image
 from pipelines import pictures, storage, tracking
 from pipelines.config.prepare import PrepareConfig
 from pipelines.errors import StageFailed
-from pipelines.image_table import REJECTED, ImageTable
 from pipelines.preparation.plan import MEGABYTE, Plan
 from pipelines.progress import Progress
+from pipelines.tables.image_table import REJECTED, ImageTable
 
 NUM_EXAMPLES = 10
 MAX_TABLE_ROWS = 500

@@ -1,1 +1,1 @@
-"""Parts that image tables, token tables and their readers share."""
+"""The two tables and the tokenizer store: their formats, files and identities."""

@@ -8,12 +8,13 @@ from typing import Any
 import ray
 
 from beit.views import ViewPolicy
-from pipelines import storage, tokenizer_store
+from pipelines import storage
 from pipelines.config.tokenize_images import EncoderConfig, TokenizeConfig
 from pipelines.errors import InputError
-from pipelines.image_table import ImageTable, Part
+from pipelines.tables import tokenizer_store
+from pipelines.tables.image_table import ImageTable, Part
 from pipelines.tables.token_files import Identity
-from pipelines.token_table import MANIFEST, MAX_VOCAB_SIZE
+from pipelines.tables.token_table import MANIFEST, MAX_VOCAB_SIZE
 from pipelines.tokenization.pool import Job
 from pipelines.tokenization.units import refuse_other_options
 

@@ -26,8 +26,9 @@ import torch
 from ray.actor import ActorHandle
 
 from beit.tokenizers import Precision
-from pipelines import storage, tokenizer_store
+from pipelines import storage
 from pipelines.errors import InputError
+from pipelines.tables import tokenizer_store
 from pipelines.tables.token_files import Identity, check_file
 from pipelines.tokenization import work as token_work
 from pipelines.tokenization.attempts import begin_attempt, end_attempt

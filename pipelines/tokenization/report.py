@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from pipelines import pictures, storage, tokenizer_store
+from pipelines import pictures, storage
 from pipelines.config.tokenize_images import GateConfig
 from pipelines.errors import StageFailed
 from pipelines.scorecard import TokenStatistics, evenly_spaced, token_statistics
-from pipelines.tables import token_files
-from pipelines.token_table import MISSING, TokenTable
+from pipelines.tables import token_files, tokenizer_store
+from pipelines.tables.token_table import MISSING, TokenTable
 from pipelines.tokenization.job import Parts
 from pipelines.tokenization.pool import Job, Receipt
 from pipelines.tokenization.work import one_part_table, render_views

@@ -30,7 +30,7 @@ from pipelines.tables.token_files import (
     differing_field,
     file_name,
 )
-from pipelines.token_table import MANIFEST, encode_manifest
+from pipelines.tables.token_table import MANIFEST, encode_manifest
 
 WORK = "_work"
 IDENTITY = "identity.json"

@@ -18,7 +18,7 @@ from torch import Tensor
 from beit.images import UnusableImage, decode_image
 from beit.views import Interpolation, ViewPolicy, render, sample_view
 from pipelines import storage
-from pipelines.image_table import ImageTable
+from pipelines.tables.image_table import ImageTable
 from pipelines.tables.token_files import Identity, encode_file, file_name
 
 

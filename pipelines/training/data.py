@@ -1,7 +1,7 @@
 """Batches as the training loop wants them: on the device, in micro-batches, for any worker count.
 
-The order of samples and the reading ahead are `pipelines.sample_order` and `pipelines.ingest`;
-here they meet the workers, the steps that a rollback skipped, and the device.
+The order of samples is `pipelines.sample_order`, reading ahead is `pipelines.reading.ingest`; here
+they meet the workers, the steps that a rollback skipped, and the device.
 """
 
 import dataclasses
@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines import ingest
 from pipelines.config.pretrain import PretrainConfig
 from pipelines.errors import InputError
-from pipelines.ingest import Batch, BatchStream, Counters
+from pipelines.reading import ingest
+from pipelines.reading.ingest import Batch, BatchStream, Counters
 from pipelines.sample_order import SampleOrder
 from pipelines.training.distributed import World
 from pipelines.training.health import Finding

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from pipelines import checkpoint, storage, tracking
+from pipelines import storage, tracking
 from pipelines.config.checks import flatten
 from pipelines.config.pretrain import PretrainConfig, to_dict
 from pipelines.errors import InputError, StageFailed
 from pipelines.evaluation.features import weights_fingerprint
-from pipelines.ingest import TrainingData
+from pipelines.reading.ingest import TrainingData
+from pipelines.training import checkpoint
 from pipelines.training import data as train_data
 from pipelines.training.goodput import account, flops_per_image
 from pipelines.training.log import ProgressThread

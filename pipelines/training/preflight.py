@@ -1,9 +1,9 @@
 """What a pretraining run can be refused for before it starts, rather than days later."""
 
-from pipelines import tokenizer_store
 from pipelines.config.pretrain import PretrainConfig
 from pipelines.errors import InputError
-from pipelines.ingest import TrainingData
+from pipelines.reading.ingest import TrainingData
+from pipelines.tables import tokenizer_store
 from pipelines.training.data import largest_divisor
 from pipelines.training.probing import probe_rows
 

@@ -18,10 +18,11 @@ from beit.images import decode_image
 from beit.mim import BeitMIM
 from beit.tokenizers.base import DiscreteVae
 from beit.views import center_view, render
-from pipelines import pictures, tokenizer_store
+from pipelines import pictures
 from pipelines.config.pretrain import PretrainConfig
 from pipelines.evaluation import probes
-from pipelines.image_table import ImageTable
+from pipelines.tables import tokenizer_store
+from pipelines.tables.image_table import ImageTable
 from pipelines.training.data import StepBatch, TrainData
 from pipelines.training.distributed import World
 from pipelines.training.log import TrainLog

@@ -2,7 +2,7 @@
 
     config.yaml            the effective configuration of the first start
     run.json               fingerprints of the inputs, MLflow run id
-    checkpoints/step_*/    see `pipelines.checkpoint`
+    checkpoints/step_*/    see `pipelines.training.checkpoint`
     weights/               the final model (safetensors + config.json)
     metrics.jsonl          one line a logging period
     events/*.json          one file an event: resumed, checkpoint_rejected, health findings, ...

@@ -27,9 +27,9 @@ from pipelines.config.train_tokenizer import (
     ViewsConfig,
 )
 from pipelines.errors import InputError
-from pipelines.image_table import ImageTable
 from pipelines.sample_order import SampleOrder
 from pipelines.scorecard import read_views, sample_rows
+from pipelines.tables.image_table import ImageTable
 from pipelines.training.distributed import World
 
 CODEBOOK_VIEW = 2**48 + 1

@@ -12,9 +12,9 @@ from PIL import Image
 
 from beit.images import image_digest
 from beit.tokenizers import DvaeTokenizer
-from pipelines import image_table, tokenizer_store
 from pipelines.config.tokenize_images import EncoderConfig, TokenizeConfig
 from pipelines.config.tracking import TrackingConfig
+from pipelines.tables import image_table, tokenizer_store
 from pipelines.tokenization import pool as token_pool
 from pipelines.tokenization import work as token_work
 

@@ -7,9 +7,9 @@ import pytest
 
 from jobs import cli, quickstart
 from jobs.command import parse
-from pipelines.image_table import ImageTable
 from pipelines.preparation.sample_images import write_folder
-from pipelines.token_table import TokenTable
+from pipelines.tables.image_table import ImageTable
+from pipelines.tables.token_table import TokenTable
 from pipelines.tracking.store import absolute_tracking_uri
 
 REPOSITORY = Path(__file__).parents[2]

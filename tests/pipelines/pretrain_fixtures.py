@@ -10,7 +10,7 @@ from PIL import Image
 
 from beit.images import decode_image, image_digest
 from beit.views import ViewPolicy, render, sample_view
-from pipelines import storage, token_table
+from pipelines import storage
 from pipelines.config.pretrain import (
     CheckpointConfig,
     DataConfig,
@@ -23,7 +23,8 @@ from pipelines.config.pretrain import (
     ScalingConfig,
 )
 from pipelines.config.tracking import TrackingConfig
-from pipelines.image_table import ImageRow, ImageTable, commit_manifest, write_part
+from pipelines.tables import token_table
+from pipelines.tables.image_table import ImageRow, ImageTable, commit_manifest, write_part
 from pipelines.tables.token_files import Identity, TokenFile, encode_file, file_name
 
 GRID = (8, 8)

@@ -6,12 +6,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import audit, storage, tokenizer_store
+from pipelines import audit, storage
 from pipelines.config.audit import AuditConfig
 from pipelines.errors import InputError, StageFailed
-from pipelines.image_table import ImageTable
+from pipelines.tables import tokenizer_store
+from pipelines.tables.image_table import ImageTable
 from pipelines.tables.token_files import Identity, TokenFile, encode_file, file_name
-from pipelines.token_table import TokenTable, build_manifest
+from pipelines.tables.token_table import TokenTable, build_manifest
 from pipelines.tokenization import work as token_work
 from tests.chaos import world
 

@@ -3,8 +3,9 @@ import errno
 import pytest
 import torch
 
-from pipelines import checkpoint, storage
-from pipelines.checkpoint import (
+from pipelines import storage
+from pipelines.training import checkpoint
+from pipelines.training.checkpoint import (
     MARKER,
     Checkpoint,
     DamagedCheckpointError,

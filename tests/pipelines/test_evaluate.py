@@ -35,7 +35,7 @@ from pipelines.evaluation.probes import (
     knn_predict,
     linear_accuracy,
 )
-from pipelines.image_table import ImageRow, commit_manifest, write_part
+from pipelines.tables.image_table import ImageRow, commit_manifest, write_part
 from pipelines.tracking.lineage import lineage
 
 OFF = TrackingConfig(enabled=False)

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines import image_table
 from pipelines.errors import InputError
-from pipelines.image_table import IMAGE_SCHEMA, ImageRow, ImageTable
+from pipelines.tables import image_table
+from pipelines.tables.image_table import IMAGE_SCHEMA, ImageRow, ImageTable
 from pipelines.tables.row_groups import RowGroups
 
 ROWS_PER_PART, NUM_PARTS = 60, 3

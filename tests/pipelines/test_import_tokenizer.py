@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import save as save_safetensors
 
 from beit.tokenizers.base import map_pixels
-from pipelines import storage, tokenizer_store
+from pipelines import storage
 from pipelines.config.import_tokenizer import ImportTokenizerConfig
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError
 from pipelines.import_tokenizer import run
+from pipelines.tables import tokenizer_store
 from tests.beit.dalle_package import dall_e
 from tests.beit.test_dalle import flava_key
 from tests.pipelines.tokenizer_fixtures import disc, image_table

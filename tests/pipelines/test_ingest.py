@@ -17,11 +17,11 @@ from beit.images import decode_array, image_digest
 from beit.views import ViewPolicy, render, render_fast, sample_view
 from pipelines.config.pretrain import MaskingConfig
 from pipelines.errors import InputError
-from pipelines.image_table import ImageTable
-from pipelines.ingest import open_training_data, train_batches
+from pipelines.reading import decoding
+from pipelines.reading.decoding import mask_of
+from pipelines.reading.ingest import open_training_data, train_batches
 from pipelines.sample_order import SampleOrder
-from pipelines.tables import decoding
-from pipelines.tables.decoding import mask_of
+from pipelines.tables.image_table import ImageTable
 from tests.pipelines.ingest_fixtures import (
     GRID,
     NUM_ROWS,

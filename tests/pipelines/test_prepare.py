@@ -19,11 +19,11 @@ from beit.images import decode_image, image_digest
 from pipelines import prepare, storage
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError, StageFailed
-from pipelines.image_table import ImageTable
 from pipelines.preparation import plan as prepare_plan
 from pipelines.preparation import unit as prepare_unit
 from pipelines.preparation.readers import Reader
 from pipelines.preparation.walking import Entry
+from pipelines.tables.image_table import ImageTable
 from tests.faulty_proxy import faulty_proxy
 from tests.pipelines.image_sources import (
     CRASH_MARK,

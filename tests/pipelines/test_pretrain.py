@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from beit.weights import load_weights, read_weights_config
-from pipelines import checkpoint, ingest, pretrain, storage
+from pipelines import pretrain, storage
 from pipelines.config.pretrain import PretrainConfig, changed_fields, to_dict
 from pipelines.errors import InputError, StageFailed
+from pipelines.reading import ingest
+from pipelines.training import checkpoint, launch, preflight
 from pipelines.training import data as train_data
-from pipelines.training import launch, preflight
 from pipelines.training.goodput import Attempt
 from pipelines.training.log import sample_hash
 from pipelines.training.run_dir import MetricsFile, RunDir, Skips
@@ -230,7 +231,7 @@ class TestRefusals:
             pretrain.run(small_config(tables, config.output, **change))
 
     def test_other_tokens_are_refused_by_fingerprint(self, finished, tables, tmp_path):
-        from pipelines.image_table import ImageTable
+        from pipelines.tables.image_table import ImageTable
 
         write_tokens(str(tmp_path / "more"), ImageTable.open(tables[0]), views=(2, 3))
         config = dataclasses.replace(finished[0], tokens=[tables[1], str(tmp_path / "more")])
@@ -431,7 +432,7 @@ class TestStarvation:
             pretrain.run(self.config(tables, tmp_path))
 
     def test_decoding_that_is_too_slow_is_named(self, tables, tmp_path, monkeypatch):
-        from pipelines.tables import decoding
+        from pipelines.reading import decoding
 
         real = decoding.decode_array
 

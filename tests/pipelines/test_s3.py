@@ -2,10 +2,11 @@
 
 import pytest
 
-from pipelines import audit, pretrain, storage, tokenizer_store, train_tokenizer
+from pipelines import audit, pretrain, storage, train_tokenizer
 from pipelines.config.audit import AuditConfig
 from pipelines.errors import StageFailed
-from pipelines.image_table import ImageTable
+from pipelines.tables import tokenizer_store
+from pipelines.tables.image_table import ImageTable
 from pipelines.training.run_dir import RunDir
 from tests.chaos import world
 from tests.pipelines.pretrain_fixtures import (

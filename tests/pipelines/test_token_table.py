@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beit.views import ViewPolicy
-from pipelines import storage, token_table
+from pipelines import storage
 from pipelines.errors import InputError
+from pipelines.tables import token_table
 from pipelines.tables.token_files import Identity, RejectedUnit, TokenFile, encode_file, file_name
-from pipelines.token_table import MISSING, TokenTable
+from pipelines.tables.token_table import MISSING, TokenTable
 
 PART_ROWS = [700, 300, 41]
 NUM_ROWS = sum(PART_ROWS)

@@ -11,7 +11,7 @@ import ray.data
 
 from beit.images import decode_image
 from beit.views import ViewPolicy, render, sample_view
-from pipelines import storage, tokenize_images, tokenizer_store
+from pipelines import storage, tokenize_images
 from pipelines.config.tokenize_images import (
     EncoderConfig,
     GateConfig,
@@ -20,8 +20,9 @@ from pipelines.config.tokenize_images import (
 )
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError, StageFailed
-from pipelines.image_table import ImageTable
-from pipelines.token_table import MISSING, TokenTable, check_together
+from pipelines.tables import tokenizer_store
+from pipelines.tables.image_table import ImageTable
+from pipelines.tables.token_table import MISSING, TokenTable, check_together
 from pipelines.tokenization import job as token_job
 from pipelines.tokenization import pool as token_pool
 from pipelines.tokenization.units import Ledger, plan_units

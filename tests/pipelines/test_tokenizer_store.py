@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from beit.tokenizers import DvaeTokenizer, save_tokenizer
-from pipelines import storage, tokenizer_store
+from pipelines import storage
 from pipelines.errors import InputError
+from pipelines.tables import tokenizer_store
 
 
 @pytest.fixture

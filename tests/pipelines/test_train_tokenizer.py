@@ -11,7 +11,6 @@ import torch
 
 from beit.images import decode_image
 from beit.views import render, sample_view
-from pipelines import checkpoint, tokenizer_store
 from pipelines.config.tracking import TrackingConfig
 from pipelines.config.train_tokenizer import (
     CheckpointConfig,
@@ -26,8 +25,10 @@ from pipelines.config.train_tokenizer import (
     flat_options,
 )
 from pipelines.errors import InputError, StageFailed
-from pipelines.ingest import open_training_data, train_batches
+from pipelines.reading.ingest import open_training_data, train_batches
+from pipelines.tables import tokenizer_store
 from pipelines.train_tokenizer import CHECKPOINTS, run
+from pipelines.training import checkpoint
 from pipelines.training.ray_workers import ProgressSink
 from pipelines.training.tokenizer_step import (
     AveragedWeights,

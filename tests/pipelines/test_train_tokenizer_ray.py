@@ -8,8 +8,9 @@ import pytest
 import ray
 import torch
 
-from pipelines import tokenizer_store, train_tokenizer
+from pipelines import train_tokenizer
 from pipelines.errors import InputError, StageFailed
+from pipelines.tables import tokenizer_store
 from pipelines.train_tokenizer import run
 from pipelines.training.ray_workers import ProgressSink, fit_with_ray
 from tests.pipelines.test_train_tokenizer import replaced, settings

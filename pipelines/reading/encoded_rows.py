@@ -15,8 +15,8 @@ import pyarrow as pa
 
 from beit.views import ViewPolicy
 from pipelines.errors import InputError
-from pipelines.image_table import ImageTable
-from pipelines.token_table import TokenTable, check_together
+from pipelines.tables.image_table import ImageTable
+from pipelines.tables.token_table import TokenTable, check_together
 
 COLUMNS = ("key", "image", "digest")
 # Row groups that neighbouring reads share (small images: many reads) are kept up to this size.

@@ -24,9 +24,16 @@ import torch
 from beit.views import Interpolation
 from pipelines.config.pretrain import MaskingConfig
 from pipelines.errors import InputError
+from pipelines.reading.decoding import (
+    Decoder,
+    Executor,
+    Rendered,
+    RenderSpec,
+    make_decoder,
+    mask_of,
+)
+from pipelines.reading.encoded_rows import EncodedRows, TrainingData, open_training_data
 from pipelines.sample_order import SampleOrder
-from pipelines.tables.decoding import Decoder, Executor, Rendered, RenderSpec, make_decoder, mask_of
-from pipelines.tables.encoded_rows import EncodedRows, TrainingData, open_training_data
 
 __all__ = [
     "Batch",

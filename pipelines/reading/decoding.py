@@ -14,7 +14,7 @@ from beit.masking import blockwise_mask, random_mask
 from beit.views import Interpolation, ViewPolicy, render_fast, render_views, sample_view
 from pipelines.config.pretrain import MaskingConfig
 from pipelines.errors import InputError
-from pipelines.tables.encoded_rows import EncodedRows
+from pipelines.reading.encoded_rows import EncodedRows
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""From the tables to batches: encoded rows, pixels of a view, masks."""
