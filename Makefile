@@ -10,6 +10,8 @@ BIN := .venv/bin
 # A folder of local wheels, where this machine's pip has one, is handed on to uv.
 LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null),$(shell $(PYTHON) -m pip config get :env:.find-links 2>/dev/null))
 TORCH_BACKEND := $(if $(LINKS),,--torch-backend=$(TORCH))
+# For the test that installs the wheel: the same wheels, the same build of torch.
+UV_SETTINGS = UV_FIND_LINKS="$(LINKS)" $(if $(LINKS),,UV_TORCH_BACKEND=$(TORCH))
 
 # Independent implementations for parity tests. Outside site-packages: torchvision's wheel is the
 # CUDA one, which CPU torch and transformers cannot import.
@@ -47,7 +49,7 @@ ui: $(BIN)/.run  ## the MLflow pages of everything run here
 	  --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port $(PORT) --workers 1
 
 test: $(BIN)/.dev lint  ## lint, types, import rules and tests
-	$(BIN)/python -m pytest -m "not long" $(ARGS)
+	$(UV_SETTINGS) $(BIN)/python -m pytest -m "not long" $(ARGS)
 
 test-long: $(BIN)/.dev  ## the tests that take minutes each: lost nodes, killed drivers, failing stores
 	$(BIN)/python -m pytest -m long $(ARGS)
@@ -62,5 +64,6 @@ format: $(BIN)/.dev  ## formats the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean:  ## removes everything that runs here have made (not the environment)
-	rm -rf work mlflow.db mlartifacts
+clean:  ## removes caches and build leftovers; results and the environment stay
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find beit benchmarks jobs pipelines tests -name __pycache__ -prune -exec rm -rf {} +
