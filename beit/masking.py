@@ -1,6 +1,7 @@
 """Which patches of an image are masked: blockwise as in BEiT, or random.
 
-Pure functions of their arguments and a numpy generator. Provenance: arXiv 2106.08254 algorithm 1
+Pure functions of their arguments and a numpy generator; `mask_of` names the generator by image
+and epoch. Provenance: arXiv 2106.08254 algorithm 1
 as coded in microsoft/unilm at 768a3c8, `beit/masking_generator.py`, and the exact count of
 `beit2/masking_generator.py`. What differs: a target below the smallest block lowers the block,
 and no mask is ever empty (the official code then masks nothing in most images, and the loss of
@@ -9,12 +10,41 @@ such a batch is nan).
 
 import math
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from beit import counters
+
 TRIES_PER_BLOCK = 10
 _DRAWS = 64
+
+
+def mask_of(
+    digest: bytes,
+    epoch: int,
+    *,
+    seed: int,
+    grid_size: tuple[int, int],
+    kind: Literal["blockwise", "random"] = "blockwise",
+    num_masked: int,
+    min_block: int = 16,
+    exact: bool = False,
+) -> NDArray[np.bool_]:
+    """The mask of an image in an epoch: bool (H*W,), row-major, True = masked.
+
+    A pure function of its arguments. `min_block` and `exact` are of blockwise masks.
+    """
+    position = (epoch, *counters.of_digest(digest))
+    generator = counters.generator(seed, counters.MASKS, position)
+    if kind == "random":
+        mask = random_mask(grid_size, num_masked, generator=generator)
+    else:
+        mask = blockwise_mask(
+            grid_size, num_masked, min_block=min_block, exact=exact, generator=generator
+        )
+    return mask.reshape(-1)
 
 
 @lru_cache(maxsize=64)

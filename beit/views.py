@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final, Literal
 import numpy as np
 from PIL import Image
 
+from beit import counters
 from beit.jitter import Jitter, Steps, fast_jitter, fast_mean_grey, jitter, mean_grey
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ _RESAMPLING: Final = {
     "bilinear": Image.Resampling.BILINEAR,
 }
 _CROP_TRIES: Final = 10
-_DOMAIN: Final = int.from_bytes(b"beitview", "big")  # keeps other uses of one seed apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +117,8 @@ class View:
 def sample_view(policy: ViewPolicy, digest: bytes, index: int, height: int, width: int) -> View:
     """Draw view ``index`` of the image with this 16-byte digest and these sides in pixels.
 
-    Philox4x64-10 keyed by (seed, domain) counts from (0, index, digest); its raw 64-bit words
-    become numbers in [0, 1) by their upper 53 bits. Every decision has its own words, so none
-    shifts another. Raises ValueError if digest, index or sides are out of range.
+    Its draws are those of `beit.counters.VIEWS` at (index, digest). Every decision has its own
+    words, so none shifts another. Raises ValueError if digest, index or sides are out of range.
     """
     if len(digest) != 16:
         raise ValueError(f"digest has {len(digest)} bytes: give the 16 bytes of image_digest")
@@ -127,7 +126,8 @@ def sample_view(policy: ViewPolicy, digest: bytes, index: int, height: int, widt
         raise ValueError(f"index = {index}: give a view index in [0, 2**64)")
     if height < 1 or width < 1:
         raise ValueError(f"height, width = {height}, {width}: give sides of at least one pixel")
-    draws = _uniforms(policy.seed, digest, index, 5 + 4 * _CROP_TRIES)
+    position = (index, *counters.of_digest(digest))
+    draws = counters.uniforms(policy.seed, counters.VIEWS, position, 5 + 4 * _CROP_TRIES)
     top, left, box_height, box_width = _sample_box(policy, draws[5:], height, width)
     return View(
         top=top,
@@ -140,6 +140,17 @@ def sample_view(policy: ViewPolicy, digest: bytes, index: int, height: int, widt
         contrast=_jitter_factor(policy.contrast, draws[3]),
         saturation=_jitter_factor(policy.saturation, draws[4]),
     )
+
+
+def view_of(digest: bytes, epoch: int, views: Sequence[int] | np.ndarray) -> int:
+    """The view of an image in an epoch: (epoch + hash of the image) mod V over all V ``views``.
+
+    Images start at different views, so every epoch mixes all of them, and V epochs show each
+    image in each view once. Without ``views`` every epoch draws one of its own.
+    """
+    if not len(views):
+        return epoch
+    return int(views[(epoch + counters.of_digest(digest)[0]) % len(views)])
 
 
 def center_view(height: int, width: int, crop_fraction: float = 224 / 256) -> View:
@@ -204,14 +215,6 @@ def render_fast(pixels: np.ndarray, view: View, size: int) -> np.ndarray:
     if view.height > size and view.height - size > 2 * (view.width - size):
         resized = _resize_planes(resized, size, view.width)
     return _resize_planes(resized, size, size)[0].permute(1, 2, 0).numpy()
-
-
-def _uniforms(seed: int, digest: bytes, index: int, count: int) -> list[float]:
-    low, high = (int.from_bytes(half, "little") for half in (digest[:8], digest[8:]))
-    counter = np.array([0, index, low, high], np.uint64)
-    words = np.random.Philox(key=np.array([seed, _DOMAIN], np.uint64), counter=counter)
-    uniforms: list[float] = ((words.random_raw(count) >> np.uint64(11)) * 2.0**-53).tolist()
-    return uniforms
 
 
 def _jitter_factor(strength: float, uniform: float) -> float:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from beit import cpu_attention
+from beit import counters, cpu_attention
 
 RelativePositions = Literal["none", "shared", "per_block"]
 
@@ -67,7 +67,7 @@ def drop_path_noise(*, seed: int, step: int, num_samples: int, depth: int) -> Te
     each worker and micro-batch its rows: the same samples then keep the same branches however
     many workers there are, and a resumed run repeats an uninterrupted one.
     """
-    generator = np.random.Generator(np.random.Philox(key=[seed % 2**64, step]))
+    generator = counters.step_generator(seed % 2**64, step)
     return torch.from_numpy(generator.random((num_samples, depth, 2), dtype=np.float32))
 
 

@@ -18,17 +18,13 @@ from typing import Final
 
 import numpy as np
 
+from beit import counters
 from pipelines.errors import InputError
 
 # Raised whenever the same arguments would give another order.
 VERSION: Final = 1
 DEFAULT_NUM_SHARDS: Final = 8
 DEFAULT_WINDOW: Final = 512
-
-# Keeps the streams apart from each other and from every other use of the same seed.
-_GROUPS: Final = int.from_bytes(b"ordgroup", "big")
-_ROTATION: Final = int.from_bytes(b"ordrotat", "big")
-_WINDOWS: Final = int.from_bytes(b"ordwindo", "big")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,8 +221,10 @@ class SampleOrder:
     def _plan(self, epoch: int) -> _Epoch:
         plan = self._epochs.get(epoch)
         if plan is None:
-            order = _shuffled(self.seed, _GROUPS, (epoch, 0, 0), len(self._sizes))
-            rotation = int(_words(self.seed, _ROTATION, (epoch, 0, 0), 1)[0]) % self.num_rows
+            start = (epoch, 0, 0)
+            order = _shuffled(self.seed, counters.ORDER_GROUPS, start, len(self._sizes))
+            word = counters.words(self.seed, counters.ORDER_ROTATION, start, 1)[0]
+            rotation = int(word) % self.num_rows
             plan = _Epoch(
                 first_rows=self._first_rows[order],
                 ends=np.cumsum(self._sizes[order]),
@@ -238,22 +236,15 @@ class SampleOrder:
         return plan
 
 
-def _words(seed: int, domain: int, counter: tuple[int, int, int], count: int) -> np.ndarray:
-    """Raw 64-bit words of Philox4x64-10."""
-    key = np.array([seed, domain], np.uint64)
-    words = np.random.Philox(key=key, counter=np.array([0, *counter], np.uint64))
-    return words.random_raw(count)
-
-
-def _shuffled(seed: int, domain: int, counter: tuple[int, int, int], length: int) -> np.ndarray:
+def _shuffled(seed: int, domain: int, position: counters.Position, length: int) -> np.ndarray:
     """A permutation of range(length), int64."""
-    return np.argsort(_words(seed, domain, counter, length), kind="stable")
+    return np.argsort(counters.words(seed, domain, position, length), kind="stable")
 
 
 @functools.lru_cache(maxsize=256)
 def _window_permutation(seed: int, epoch: int, shard: int, window: int, length: int) -> np.ndarray:
     """Read-only, because it is shared: consecutive steps ask for the same few."""
-    order = _shuffled(seed, _WINDOWS, (epoch, shard, window), length)
+    order = _shuffled(seed, counters.ORDER_WINDOWS, (epoch, shard, window), length)
     order.setflags(write=False)
     return order
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from beit.images import UnusableImage, decode_array
-from beit.masking import blockwise_mask, random_mask
+from beit.masking import mask_of
 from beit.views import Interpolation, ViewPolicy, render_fast, render_views, sample_view
 from pipelines.config.pretrain import MaskingConfig
 from pipelines.errors import InputError
@@ -20,7 +20,6 @@ log = logging.getLogger(__name__)
 
 Executor = Literal["threads", "ray_tasks"]
 
-_MASKS = int.from_bytes(b"beitmask", "big")  # keeps other uses of the same seed apart
 # Images in one piece of work: small for threads, whose pieces cost nothing, so that the last of a
 # batch does not keep the others waiting; enough of them in a Ray task to be worth its millisecond.
 THREAD_SLICE = 8
@@ -60,30 +59,6 @@ class Rendered:
     """bool (n, N), True = masked; all False without masking."""
     seconds: float
     """Spent here by one thread."""
-
-
-def mask_of(
-    masking: MaskingConfig, grid_size: tuple[int, int], seed: int, digest: bytes, epoch: int
-) -> np.ndarray:
-    """The mask of an image in an epoch, bool (N,) row-major: a pure function of its arguments."""
-    halves = [int.from_bytes(half, "little") for half in (digest[:8], digest[8:])]
-    generator = np.random.Generator(
-        np.random.Philox(
-            key=np.array([seed, _MASKS], np.uint64),
-            counter=np.array([0, epoch, *halves], np.uint64),
-        )
-    )
-    if masking.kind == "random":
-        mask = random_mask(grid_size, masking.num_masked, generator=generator)
-    else:
-        mask = blockwise_mask(
-            grid_size,
-            masking.num_masked,
-            min_block=masking.min_block,
-            exact=masking.exact,
-            generator=generator,
-        )
-    return mask.reshape(-1)
 
 
 def render_rows(
@@ -127,7 +102,16 @@ def render_rows(
         if token_pixels is not None:
             token_pixels[i] = rendered[1].transpose(2, 0, 1)
         if spec.masking is not None:
-            masks[i] = mask_of(spec.masking, spec.grid_size, spec.seed, digest, epoch)
+            masks[i] = mask_of(
+                digest,
+                epoch,
+                seed=spec.seed,
+                grid_size=spec.grid_size,
+                kind=spec.masking.kind,
+                num_masked=spec.masking.num_masked,
+                min_block=spec.masking.min_block,
+                exact=spec.masking.exact,
+            )
     seconds = time.perf_counter() - started
     return Rendered(pixels=pixels, token_pixels=token_pixels, masks=masks, seconds=seconds)
 

@@ -13,7 +13,7 @@ from typing import Self
 import numpy as np
 import pyarrow as pa
 
-from beit.views import ViewPolicy
+from beit.views import ViewPolicy, view_of
 from pipelines.errors import InputError
 from pipelines.tables.image_table import ImageTable
 from pipelines.tables.token_table import TokenTable, check_together
@@ -122,17 +122,6 @@ class TrainingData:
             values["tokenizer"] = self.tokens[0].tokenizer_fingerprint
         return values
 
-    def view_of(self, digest: bytes, epoch: int) -> int:
-        """The view of an image in an epoch: (epoch + hash of the image) mod V over all views.
-
-        Images start at different views, so every epoch mixes all of them, and V epochs show each
-        image in each view once.
-        """
-        if not len(self.views):
-            return epoch
-        start = int.from_bytes(digest[:8], "little")
-        return int(self.views[(epoch + start) % len(self.views)])
-
     def read(self, start: int, stop: int, epoch: int) -> EncodedRows:
         """Rows [start, stop) of the table as they are used in this epoch.
 
@@ -142,7 +131,7 @@ class TrainingData:
         table = self._read_images(start, stop)
         keys = table["key"].to_pylist()
         digests = table["digest"].to_pylist()
-        views = np.array([self.view_of(digest, epoch) for digest in digests], np.int64)
+        views = np.array([view_of(digest, epoch, self.views) for digest in digests], np.int64)
         return EncodedRows(
             row_ids=np.arange(start, stop),
             keys=keys,

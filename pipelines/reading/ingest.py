@@ -30,7 +30,6 @@ from pipelines.reading.decoding import (
     Rendered,
     RenderSpec,
     make_decoder,
-    mask_of,
 )
 from pipelines.reading.encoded_rows import EncodedRows, TrainingData, open_training_data
 from pipelines.sample_order import SampleOrder
@@ -40,7 +39,6 @@ __all__ = [
     "BatchStream",
     "Counters",
     "TrainingData",
-    "mask_of",
     "open_training_data",
     "train_batches",
 ]

@@ -1,14 +1,13 @@
 """The parts of a tokenizer's training step: network, loss, schedules, noise, averaged weights."""
 
-import hashlib
 import math
-import struct
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from beit import counters
 from beit.schedules import warmup_cosine
 from beit.tokenizers import DalleTokenizer, DiscreteVae, DvaeTokenizer
 from beit.tokenizers.base import map_pixels
@@ -141,8 +140,8 @@ def relaxation_noise(
     """
     parts = []
     for shard in shards:
-        key = hashlib.blake2b(struct.pack("<QQQ", seed, step, shard), digest_size=7).digest()
-        generator = torch.Generator(device).manual_seed(int.from_bytes(key, "little"))
+        generator = torch.Generator(device)
+        generator.manual_seed(counters.device_seed(seed, step, shard))
         parts.append(exponential_noise(shape, generator))
     return torch.cat(parts)
 

@@ -1,5 +1,6 @@
 """Masks: statistics of the published algorithm, exact counts, guards, speed."""
 
+import hashlib
 import time
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beit.masking import blockwise_mask, random_mask
+from beit.images import image_digest
+from beit.masking import blockwise_mask, mask_of, random_mask
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -143,3 +145,41 @@ def test_masks_do_not_show_in_a_profile_at_four_thousand_images_a_second():
             blockwise_mask((14, 14), 75, generator=generator)
         best = min(best, (time.process_time() - start) / 400)
     assert best < 250e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "grid_size", "expected"),
+    [
+        ({"num_masked": 75}, (14, 14), "a29b3ab0bdef8ef8"),
+        ({"num_masked": 75, "kind": "random"}, (14, 14), "f269ab4ddb64c1af"),
+        ({"num_masked": 75, "exact": True}, (14, 14), "1396c9417f5e13cf"),
+        ({"num_masked": 6, "min_block": 2}, (4, 4), "22e06c79a4a50799"),
+    ],
+)
+def test_masks_of_images_do_not_change_from_release_to_release(options, grid_size, expected):
+    """Golden: a resumed run masks as it did before."""
+    found = hashlib.blake2b(digest_size=8)
+    for seed in (0, 7, 2**64 - 1):
+        for digest in (image_digest(bytes([i])) for i in range(20)):
+            for epoch in (0, 1, 5):
+                mask = mask_of(digest, epoch, seed=seed, grid_size=grid_size, **options)
+                found.update(mask.tobytes())
+    assert found.hexdigest() == expected
+    if grid_size == (4, 4):
+        mask = mask_of(image_digest(b"\0"), 5, seed=7, grid_size=grid_size, **options)
+        assert mask.astype(int).tolist() == [1, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+
+
+def test_masks_depend_on_seed_image_and_epoch_only():
+    digests = [image_digest(bytes([i])) for i in range(50)]
+    for kind in ("blockwise", "random"):
+        options = {"kind": kind, "grid_size": (4, 4), "num_masked": 6, "min_block": 2}
+        masks = {
+            (digest, epoch, seed): mask_of(digest, epoch, seed=seed, **options).tobytes()
+            for seed in (0, 1) for digest in digests for epoch in range(3)
+        }  # fmt: skip
+        assert len(set(masks.values())) > 0.6 * len(masks)
+        for (digest, epoch, seed), mask in reversed(masks.items()):
+            assert mask_of(digest, epoch, seed=seed, **options).tobytes() == mask
+    options = {"grid_size": (4, 4), "num_masked": 6, "min_block": 2, "exact": True}
+    assert all(mask_of(digest, 0, seed=0, **options).sum() == 6 for digest in digests)

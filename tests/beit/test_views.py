@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
 
-from beit.images import decode_array
+from beit.images import decode_array, image_digest
 from beit.views import (
     VERSION,
     View,
@@ -24,6 +24,7 @@ from beit.views import (
     render_fast,
     render_views,
     sample_view,
+    view_of,
 )
 
 ENHANCERS = {
@@ -335,3 +336,17 @@ def test_rendering_leaves_the_pixels_alone():
     render(pixels, view, 16)
     render_fast(pixels, view, 16)
     np.testing.assert_array_equal(pixels, before)
+
+
+def test_the_view_of_an_image_in_an_epoch():
+    digests = [image_digest(bytes([i])) for i in range(120)]
+    views = [2, 3, 4]
+    # Golden: tokens and pixels of a resumed run are those of before.
+    assert [view_of(digest, epoch, views) for digest in digests[:5] for epoch in range(3)] == [
+        2, 3, 4, 2, 3, 4, 2, 3, 4, 2, 3, 4, 4, 2, 3,
+    ]  # fmt: skip
+    seen = [[view_of(digest, epoch, views) for epoch in range(6)] for digest in digests]
+    assert all(sorted(row[:3]) == views == sorted(row[3:]) for row in seen)  # once in V epochs
+    first = [row[0] for row in seen]
+    assert min(first.count(view) for view in views) > len(digests) / 3 * 0.6
+    assert view_of(digests[0], 9, []) == 9  # nothing is cached: a view for every epoch

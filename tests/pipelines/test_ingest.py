@@ -14,17 +14,16 @@ import pytest
 import torch
 
 from beit.images import decode_array, image_digest
+from beit.masking import mask_of
 from beit.views import ViewPolicy, render, render_fast, sample_view
 from pipelines.config.pretrain import MaskingConfig
 from pipelines.errors import InputError
 from pipelines.reading import decoding
-from pipelines.reading.decoding import mask_of
 from pipelines.reading.ingest import open_training_data, train_batches
 from pipelines.sample_order import SampleOrder
 from pipelines.tables.image_table import ImageTable
 from tests.pipelines.ingest_fixtures import (
     GRID,
-    NUM_ROWS,
     POLICY,
     encoded,
     tokens_of,
@@ -98,19 +97,9 @@ def test_batches_are_what_the_pure_functions_say(data, reference):
             drawn = sample_view(POLICY, digest, view, *source.shape[:2])
             expected = render_fast(source, drawn, 32).transpose(2, 0, 1)
             np.testing.assert_array_equal(batch.pixels[i], expected)
-            mask = mask_of(MASKING, GRID, 3, digest, epoch)
+            mask = mask_of(digest, epoch, seed=3, grid_size=GRID, num_masked=6, min_block=2)
             np.testing.assert_array_equal(batch.mask[i], mask)
             assert 1 <= mask.sum() <= 6
-
-
-def test_three_epochs_show_every_view_once(data):
-    seen = {}
-    for row in range(NUM_ROWS):
-        digest = image_digest(encoded(row))
-        seen[row] = [data.view_of(digest, epoch) for epoch in range(6)]
-    assert all(sorted(views[:3]) == [0, 1, 2] == sorted(views[3:]) for views in seen.values())
-    first = [views[0] for views in seen.values()]
-    assert min(first.count(view) for view in range(3)) > NUM_ROWS / 3 * 0.6
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
@@ -324,20 +313,6 @@ def test_counters(data, reference):
     )
     assert counters.read_seconds > 0
     assert counters.decode_seconds > 0
-
-
-def test_masks_depend_on_seed_image_and_epoch_only():
-    digests = [image_digest(bytes([i])) for i in range(50)]
-    for masking in (MASKING, MaskingConfig(kind="random", num_masked=6)):
-        masks = {
-            (seed, digest, epoch): mask_of(masking, GRID, seed, digest, epoch).tobytes()
-            for seed in (0, 1) for digest in digests for epoch in range(3)
-        }  # fmt: skip
-        assert len(set(masks.values())) > 0.6 * len(masks)
-        again = {key: mask_of(masking, GRID, *key).tobytes() for key in reversed(masks)}
-        assert again == masks
-    exact = MaskingConfig(num_masked=6, min_block=2, exact=True)
-    assert all(mask_of(exact, GRID, 0, digest, 0).sum() == 6 for digest in digests)
 
 
 def test_specs_travel_to_other_processes(data):
