@@ -18,7 +18,7 @@ from torch import Tensor
 
 from beit.vit import BeitEncoder
 
-Encoder = TypeVar("Encoder", bound=BeitEncoder)
+AnyEncoder = TypeVar("AnyEncoder", bound=BeitEncoder)
 Floats = NDArray[np.float64]
 
 
@@ -106,7 +106,7 @@ def resize_absolute(
     return torch.cat((positions[:, :1], resized.flatten(2).transpose(1, 2).to(positions)), dim=1)
 
 
-def resize_positions(model: Encoder, image_size: int | tuple[int, int]) -> Encoder:
+def resize_positions(model: AnyEncoder, image_size: int | tuple[int, int]) -> AnyEncoder:
     """A copy of `model` for images of `image_size` pixels (int or height, width)."""
     size = [image_size, image_size] if isinstance(image_size, int) else list(image_size)
     resized = type(model)(**{**model.config(), "image_size": tuple(size)})

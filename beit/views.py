@@ -173,10 +173,10 @@ def render(
     ImageEnhance on the full image in the view's order, then mirror, crop and resize; only work
     that cannot be seen in the crop is left out. Raises ValueError if the box leaves the image.
     """
-    return render_views(image, view, [(size, interpolation)])[0]
+    return render_sizes(image, view, [(size, interpolation)])[0]
 
 
-def render_views(
+def render_sizes(
     image: Image.Image | np.ndarray,
     view: View,
     outputs: Sequence[tuple[int, Interpolation]],

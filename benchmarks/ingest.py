@@ -32,10 +32,10 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 from beit.images import decode_array, decode_image, image_digest
-from beit.views import ViewPolicy, render, render_fast, render_views, sample_view
+from beit.views import ViewPolicy, render, render_fast, render_sizes, sample_view
 from pipelines import storage
 from pipelines.config.pretrain import MaskingConfig
-from pipelines.reading.ingest import open_training_data, train_batches
+from pipelines.reading.ingest import open_training_tables, train_batches
 from pipelines.sample_order import SampleOrder
 from pipelines.tables import token_table
 from pipelines.tables.image_table import ImageRow, ImageTable, commit_manifest, write_part
@@ -180,7 +180,7 @@ def transforms(files: list[bytes]) -> dict[str, Callable[[], None]]:
         for data, digest in zip(files, digests, strict=True):
             image = decode_image(data)
             view = sample_view(POLICY, digest, index, image.height, image.width)
-            render_views(image, view, [(224, "bicubic"), (112, "lanczos")])
+            render_sizes(image, view, [(224, "bicubic"), (112, "lanczos")])
 
     def exact_patches() -> None:
         index = next(epoch)
@@ -222,7 +222,7 @@ def loaders(root: Path, files: list[bytes]) -> dict[str, Callable[[], None]]:
     for path, data in zip(paths, files, strict=True):
         path.write_bytes(data)
     images_uri, tokens_uri = write_tables(root, files)
-    data = open_training_data(images_uri, [tokens_uri])
+    data = open_training_tables(images_uri, [tokens_uri])
     order = SampleOrder(data.row_group_sizes, seed=0, global_batch_size=BATCH, window=64)
 
     def torch_loader() -> None:

@@ -39,7 +39,7 @@ from beit.images import decode_image, image_digest
 from beit.tokenizers import DalleTokenizer
 from beit.views import ViewPolicy, render, sample_view
 from pipelines import tokenize_images
-from pipelines.config.tokenize_images import EncoderConfig, TokenizeConfig
+from pipelines.config.tokenize_images import ActorsConfig, TokenizeConfig
 from pipelines.config.tracking import TrackingConfig
 from pipelines.tables import image_table, tokenizer_store
 from pipelines.tokenization import pool as token_pool
@@ -251,7 +251,7 @@ def measure_job(directory, options):
         rows_per_unit=options.rows_per_unit,
         batch_size=options.batch_size,
         precision=options.precision,
-        encoders=EncoderConfig(min_actors=1, max_actors=1, num_gpus=options.num_gpus),
+        encoders=ActorsConfig(min_actors=1, max_actors=1, num_gpus=options.num_gpus),
         tracking=TrackingConfig(enabled=False),
     )
     table = image_table.ImageTable.open(config.images)
@@ -264,7 +264,7 @@ def measure_job(directory, options):
     ]
     rendered = token_work.render_unit(config.images, units[0], job.identity)
     pixels = rendered.pixels.reshape(-1, *rendered.pixels.shape[2:])
-    tokenizer = token_pool.load_encoder(job)
+    tokenizer = token_pool.open_tokenizer(job)
     bare_rate(tokenizer, pixels[: options.batch_size], options)
     bare, loops, jobs = [], [], []
     for index in range(options.rounds):

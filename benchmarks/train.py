@@ -36,7 +36,7 @@ from pipelines.config.pretrain import (
 )
 from pipelines.reading import ingest
 from pipelines.training import goodput
-from pipelines.training.data import TrainData
+from pipelines.training.data import WorkerData
 from pipelines.training.distributed import clip_gradients, join_world
 
 VOCAB = 8192
@@ -49,7 +49,7 @@ class Trainer:
         self.config = config
         self.world = join_world(use_gpu=config.scaling.use_gpu, in_ray=False)
         self.precision = pretrain.resolve_precision(config, self.world.device)
-        self.data = TrainData(config, self.world)
+        self.data = WorkerData(config, self.world)
         self.model = pretrain.build_model(config, VOCAB).to(self.world.device)
         self.optimizer = pretrain.build_optimizer(config, self.model)
         self.parameters = list(self.model.parameters())

@@ -24,7 +24,7 @@ from pipelines import storage
 from pipelines.config.pretrain import PretrainConfig, to_dict
 from pipelines.training import goodput
 from pipelines.training.checkpoint import Checkpoint, Saver, discard, load, load_newest
-from pipelines.training.data import TrainData
+from pipelines.training.data import WorkerData
 from pipelines.training.distributed import (
     World,
     clip_gradients,
@@ -72,7 +72,7 @@ def train_loop(  # noqa: PLR0912, PLR0915
     if config.scaling.tf32 and world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     run_dir = open_run(config)
-    data = TrainData(config, world)
+    data = WorkerData(config, world)
     model = build_model(config, plan.vocab_size).to(world.device)
     network = wrap_model(
         model, world, strategy=config.scaling.strategy, compiled=config.scaling.compile

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from beit.images import decode_image
-from beit.tokenizers import DiscreteVae
+from beit.tokenizers import ImageTokenizer
 from beit.views import ViewPolicy, render, sample_view
 from pipelines.errors import StageFailed
 from pipelines.tables.image_table import ImageTable
@@ -159,7 +159,7 @@ def _information(before: np.ndarray, after: np.ndarray, vocab_size: int) -> floa
 
 
 def score(
-    tokenizer: DiscreteVae,
+    tokenizer: ImageTokenizer,
     images: ImageTable,
     *,
     num_images: int,
@@ -177,7 +177,7 @@ def score(
 
 
 def score_batches(
-    tokenizer: DiscreteVae, batches: Iterable[Tensor], *, device: str | torch.device = "cpu"
+    tokenizer: ImageTokenizer, batches: Iterable[Tensor], *, device: str | torch.device = "cpu"
 ) -> Scorecard:
     """Score a tokenizer on uint8 batches (B,3,H,W)."""
     grids: list[np.ndarray] = []
@@ -281,7 +281,7 @@ def _view_batches(
     images: ImageTable,
     rows: np.ndarray,
     policy: ViewPolicy,
-    tokenizer: DiscreteVae,
+    tokenizer: ImageTokenizer,
     batch_size: int,
 ) -> Iterator[Tensor]:
     batch: list[np.ndarray] = []

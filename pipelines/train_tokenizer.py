@@ -25,7 +25,7 @@ from pipelines.config.train_tokenizer import (
     require_uris,
 )
 from pipelines.errors import InputError, StageFailed
-from pipelines.reading.ingest import open_training_data, train_batches
+from pipelines.reading.ingest import open_training_tables, train_batches
 from pipelines.scorecard import Scorecard, check_gate, score, scorecard_record
 from pipelines.tables import tokenizer_store
 from pipelines.tables.image_table import ImageTable
@@ -206,7 +206,7 @@ def train(job: Job, world: World, progress: ProgressSink) -> None:  # noqa: PLR0
         period_start, waited = time.monotonic(), 0.0
         # Without tokens every epoch is a view of its own: no image is seen twice in one crop.
         batches = train_batches(
-            open_training_data(config.images, policy=policy),
+            open_training_tables(config.images, policy=policy),
             order,
             image_size=tokenizer.image_size,
             interpolation=tokenizer.interpolation,

@@ -6,13 +6,11 @@ weights, float32) and `config.json`; no pickle is involved.
 
 import json
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from beit.tokenizers.base import DiscreteVae, Precision
+from beit.tokenizers.base import ImageTokenizer, Precision
 from beit.tokenizers.dalle import DalleTokenizer
 from beit.tokenizers.dvae import DvaeTokenizer
 
@@ -21,7 +19,6 @@ __all__ = [
     "CONFIG_FILE",
     "WEIGHTS_FILE",
     "DalleTokenizer",
-    "DiscreteVae",
     "DvaeTokenizer",
     "ImageTokenizer",
     "Precision",
@@ -31,38 +28,10 @@ __all__ = [
 
 WEIGHTS_FILE = "tokenizer.safetensors"
 CONFIG_FILE = "config.json"
-ARCHITECTURES: dict[str, type[DiscreteVae]] = {"dalle": DalleTokenizer, "dvae": DvaeTokenizer}
+ARCHITECTURES: dict[str, type[ImageTokenizer]] = {"dalle": DalleTokenizer, "dvae": DvaeTokenizer}
 
 
-@runtime_checkable
-class ImageTokenizer(Protocol):
-    """What the pipelines ask of a tokenizer."""
-
-    vocab_size: int
-    image_size: int
-    """Side in pixels of the view the tokenizer looks at (112 for DALL-E's 14 x 14 tokens)."""
-    interpolation: str
-    """Filter that makes this view from the source pixels."""
-
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        """Rows and columns of the token grid."""
-        ...
-
-    def encode(self, images: Tensor) -> Tensor:
-        """uint8 (B,3,H,W) -> token_ids int64 (B,N), row-major."""
-        ...
-
-    def decode(self, token_ids: Tensor) -> Tensor:
-        """token_ids (B,N) -> uint8 (B,3,H,W)."""
-        ...
-
-    def fingerprint(self) -> str:
-        """Identity of weights and configuration."""
-        ...
-
-
-def save_tokenizer(tokenizer: DiscreteVae, directory: str | Path) -> str:
+def save_tokenizer(tokenizer: ImageTokenizer, directory: str | Path) -> str:
     """Write weights and configuration into a local directory; returns the fingerprint."""
     if tokenizer.precision != "float32":
         raise ValueError("a float16 tokenizer has lost its float32 weights: save before rounding")
@@ -77,7 +46,7 @@ def save_tokenizer(tokenizer: DiscreteVae, directory: str | Path) -> str:
 
 def load_tokenizer(
     directory: str | Path, *, device: str | torch.device = "cpu", precision: Precision = "float32"
-) -> DiscreteVae:
+) -> ImageTokenizer:
     """Read what `save_tokenizer` wrote, for inference, on `device`.
 
     Raises ValueError that names the file for a missing, foreign or damaged directory, and for

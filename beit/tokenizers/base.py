@@ -1,4 +1,4 @@
-"""What every discrete VAE tokenizer shares: pictures to tokens and back, identity, precision."""
+"""What every image tokenizer shares: pictures to tokens and back, identity, precision."""
 
 import hashlib
 import json
@@ -38,8 +38,11 @@ def fingerprint_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-class DiscreteVae(nn.Module, ABC):
-    """Encoder and decoder of a discrete VAE behind the `ImageTokenizer` protocol.
+class ImageTokenizer(nn.Module, ABC):
+    """Pictures to token ids and back; what the pipelines ask of a tokenizer. A discrete VAE.
+
+    It looks at views of side `image_size` (112 for DALL-E's 14 x 14 tokens), made from the source
+    pixels by the filter `interpolation`.
 
     `encoder(pixels in [0.1, 0.9]) -> logits (B,V,h,w)`; `decoder(z (B,V,h,w)) -> (B,6,H,W)`: three
     maps of mu and three of ln b. The decoder may be missing (labels need none); `decode` then

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from beit.tokenizers.base import PIXEL_MARGIN, DiscreteVae, map_pixels
+from beit.tokenizers.base import PIXEL_MARGIN, ImageTokenizer, map_pixels
 
 MAX_POINTS = 32_768
 POINTS_PER_CENTRE = 32
@@ -97,7 +97,7 @@ class PatchDecoder(nn.Module):
         return torch.cat(maps, dim=1)
 
 
-class DvaeTokenizer(DiscreteVae):
+class DvaeTokenizer(ImageTokenizer):
     """A discrete VAE on `patch_size` patches: grid = image_size / patch_size."""
 
     architecture: ClassVar[str] = "dvae"

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from beit.tokenizers import DiscreteVae, Precision
+from beit.tokenizers import ImageTokenizer, Precision
 from pipelines import storage
 from pipelines.auditing.files import Findings, check_files, sample_files
 from pipelines.config.audit import AuditConfig
@@ -52,7 +52,7 @@ def audit_tokens(
     return len(sample), total, samples, agreement
 
 
-def _load_tokenizer(config: AuditConfig, table: TokenTable) -> tuple[DiscreteVae | None, str]:
+def _load_tokenizer(config: AuditConfig, table: TokenTable) -> tuple[ImageTokenizer | None, str]:
     import torch
 
     made_on = table.identity.device
@@ -88,7 +88,7 @@ class _Online:
         self,
         table: TokenTable,
         images: ImageTable,
-        tokenizer: DiscreteVae | None,
+        tokenizer: ImageTokenizer | None,
         device: str,
     ) -> None:
         self.table, self.images = table, images
@@ -101,7 +101,7 @@ class _Online:
     def pixels(self, row: int) -> NDArray[np.uint8]:
         """All views of one row, (V, size, size, 3)."""
         record = self.images.read_rows(row, row + 1, ["key", "image", "digest"]).to_pylist()[0]
-        return token_work.render_views(
+        return token_work.tokenizer_views(
             record["image"], record["digest"], self.table.identity, key=record["key"]
         )
 

@@ -33,7 +33,7 @@ class PolicyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderConfig:
+class ActorsConfig:
     """The actors that hold the tokenizer, and the decode tasks before them."""
 
     min_actors: int = 1
@@ -86,7 +86,7 @@ class TokenizeConfig:
     batch_size: int = 64
     """Views in one call of the tokenizer; every call has exactly this many (the last of a unit
     is filled up), so that tokens never depend on how the work was cut."""
-    encoders: EncoderConfig = field(default_factory=EncoderConfig)
+    encoders: ActorsConfig = field(default_factory=ActorsConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     max_rejected_units: int = 0
     """Units that may stay without tokens (their work killed its process again and again, or an

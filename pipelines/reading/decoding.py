@@ -11,7 +11,7 @@ import numpy as np
 
 from beit.images import UnusableImage, decode_array
 from beit.masking import mask_of
-from beit.views import Interpolation, ViewPolicy, render_fast, render_views, sample_view
+from beit.views import Interpolation, ViewPolicy, render_fast, render_sizes, sample_view
 from pipelines.config.pretrain import MaskingConfig
 from pipelines.errors import InputError
 from pipelines.reading.encoded_rows import EncodedRows
@@ -48,7 +48,7 @@ class RenderSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rendered:
+class RenderedRows:
     """`RenderSpec` done to n rows."""
 
     pixels: np.ndarray
@@ -68,7 +68,7 @@ def render_rows(
     keys: Sequence[str],
     epoch: int,
     spec: RenderSpec,
-) -> Rendered:
+) -> RenderedRows:
     """Decode and render rows. The same bits wherever and in whatever company it runs.
 
     Raises:
@@ -95,7 +95,7 @@ def render_rows(
             outputs.append((size, spec.interpolation))
         if spec.token_view is not None:
             outputs.append(spec.token_view)
-        rendered = render_views(source, view, outputs) if outputs else []
+        rendered = render_sizes(source, view, outputs) if outputs else []
         if spec.fast:
             rendered.insert(0, render_fast(source, view, size))
         pixels[i] = rendered[0].transpose(2, 0, 1)
@@ -113,7 +113,7 @@ def render_rows(
                 exact=spec.masking.exact,
             )
     seconds = time.perf_counter() - started
-    return Rendered(pixels=pixels, token_pixels=token_pixels, masks=masks, seconds=seconds)
+    return RenderedRows(pixels=pixels, token_pixels=token_pixels, masks=masks, seconds=seconds)
 
 
 class Decoder(Protocol):
@@ -124,7 +124,7 @@ class Decoder(Protocol):
     def submit(self, rows: EncodedRows, epoch: int) -> Any:
         """Start work on some rows."""
 
-    def result(self, handle: Any) -> Rendered:
+    def result(self, handle: Any) -> RenderedRows:
         """What came of it; raises what it raised."""
 
     def close(self) -> None:
@@ -151,13 +151,13 @@ class ThreadDecoder:
         self._spec = spec
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
 
-    def submit(self, rows: EncodedRows, epoch: int) -> "Future[Rendered]":
+    def submit(self, rows: EncodedRows, epoch: int) -> "Future[RenderedRows]":
         """See `Decoder`."""
         return self._pool.submit(
             render_rows, rows.images, rows.digests, rows.views, rows.keys, epoch, self._spec
         )
 
-    def result(self, handle: "Future[Rendered]") -> Rendered:
+    def result(self, handle: "Future[RenderedRows]") -> RenderedRows:
         """See `Decoder`."""
         return handle.result()
 
@@ -198,7 +198,7 @@ class RayDecoder:
         self._pending[handle] = None
         return handle
 
-    def result(self, handle: Any) -> Rendered:
+    def result(self, handle: Any) -> RenderedRows:
         """See `Decoder`."""
         while not self._ray.wait([handle], timeout=STALL_SECONDS)[0]:
             log.warning(
@@ -206,7 +206,7 @@ class RayDecoder:
                 "or choose data.executor=threads",
                 STALL_SECONDS,
             )
-        rendered: Rendered = self._ray.get(handle)
+        rendered: RenderedRows = self._ray.get(handle)
         self._pending.pop(handle, None)
         return rendered
 

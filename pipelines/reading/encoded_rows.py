@@ -77,10 +77,10 @@ class EncodedRows:
         )
 
 
-class TrainingData:
+class TrainingTables:
     """An image table with the token tables that belong to it; safe to share by threads.
 
-    Made by `open_training_data`. ``views`` are all view indices that have tokens, ascending;
+    Made by `open_training_tables`. ``views`` are all view indices that have tokens, ascending;
     empty without token tables, when every epoch draws a view of its own.
     """
 
@@ -191,7 +191,7 @@ class TrainingData:
         return table
 
 
-def open_training_data(
+def open_training_tables(
     images_uri: str,
     token_uris: Sequence[str] = (),
     *,
@@ -199,7 +199,7 @@ def open_training_data(
     grid_size: tuple[int, int] | None = None,
     vocab_size: int | None = None,
     tokenizer_fingerprint: str | None = None,
-) -> TrainingData:
+) -> TrainingTables:
     """Open an image table with token tables of the same images, tokenizer and view policy.
 
     ``policy``, ``grid_size``, ``vocab_size`` and ``tokenizer_fingerprint`` are what the caller
@@ -224,4 +224,4 @@ def open_training_data(
         policy = tokens[0].policy
     elif policy is None:
         raise InputError("tokens: none given, and no view policy to draw views from; give one")
-    return TrainingData(images, tokens, policy)
+    return TrainingTables(images, tokens, policy)

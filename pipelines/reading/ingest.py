@@ -27,19 +27,19 @@ from pipelines.errors import InputError
 from pipelines.reading.decoding import (
     Decoder,
     Executor,
-    Rendered,
+    RenderedRows,
     RenderSpec,
     make_decoder,
 )
-from pipelines.reading.encoded_rows import EncodedRows, TrainingData, open_training_data
+from pipelines.reading.encoded_rows import EncodedRows, TrainingTables, open_training_tables
 from pipelines.sample_order import SampleOrder
 
 __all__ = [
     "Batch",
     "BatchStream",
     "Counters",
-    "TrainingData",
-    "open_training_data",
+    "TrainingTables",
+    "open_training_tables",
     "train_batches",
 ]
 
@@ -107,7 +107,7 @@ class _Pending:
 
 
 def train_batches(
-    data: TrainingData,
+    data: TrainingTables,
     order: SampleOrder,
     *,
     image_size: int,
@@ -187,7 +187,7 @@ class BatchStream(Iterator[Batch]):
 
     def __init__(
         self,
-        data: TrainingData,
+        data: TrainingTables,
         order: SampleOrder,
         *,
         shards: range,
@@ -346,7 +346,7 @@ class BatchStream(Iterator[Batch]):
             ),
         )
 
-    def _gather(self, slices: list[Rendered], name: str) -> torch.Tensor:
+    def _gather(self, slices: list[RenderedRows], name: str) -> torch.Tensor:
         """One tensor of all slices; numpy copies, so no thread pool of torch is woken."""
         parts = [getattr(part, name) for part in slices]
         shape = (sum(len(part) for part in parts), *parts[0].shape[1:])

@@ -15,7 +15,7 @@ from typing import Any
 from beit.tokenizers import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    DiscreteVae,
+    ImageTokenizer,
     Precision,
     load_tokenizer,
     save_tokenizer,
@@ -90,7 +90,7 @@ def describe(uri: str) -> TokenizerInfo:
     return TokenizerInfo(uri=uri, config=config, manifest=manifest)
 
 
-def load(uri: str, *, device: str = "cpu", precision: Precision = "float32") -> DiscreteVae:
+def load(uri: str, *, device: str = "cpu", precision: Precision = "float32") -> ImageTokenizer:
     """Loads a tokenizer; a remote one passes through a temporary directory.
 
     Raises:
@@ -113,7 +113,7 @@ def load(uri: str, *, device: str = "cpu", precision: Precision = "float32") -> 
 
 
 def save(
-    tokenizer: DiscreteVae,
+    tokenizer: ImageTokenizer,
     uri: str,
     *,
     source: Mapping[str, Any],

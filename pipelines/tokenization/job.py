@@ -9,7 +9,7 @@ import ray
 
 from beit.views import ViewPolicy
 from pipelines import storage
-from pipelines.config.tokenize_images import EncoderConfig, TokenizeConfig
+from pipelines.config.tokenize_images import ActorsConfig, TokenizeConfig
 from pipelines.errors import InputError
 from pipelines.tables import tokenizer_store
 from pipelines.tables.image_table import ImageTable, Part
@@ -94,7 +94,7 @@ def plan_job(config: TokenizeConfig, images: Parts) -> tuple[Job, dict[str, str]
     return job, {name: version(name) for name in LIBRARIES}
 
 
-def _most_actors(encoders: EncoderConfig, num_gpus: float) -> int:
+def _most_actors(encoders: ActorsConfig, num_gpus: float) -> int:
     """Largest size of the pool."""
     if encoders.max_actors:
         return max(encoders.max_actors, encoders.min_actors)
@@ -107,7 +107,7 @@ def _most_actors(encoders: EncoderConfig, num_gpus: float) -> int:
     return max(int(fitting), encoders.min_actors)
 
 
-def _check_room(job: Job, encoders: EncoderConfig) -> None:
+def _check_room(job: Job, encoders: ActorsConfig) -> None:
     """Sees to it that the nodes there are can do the job: tasks that fit none would wait for ever.
 
     A cluster may grow, and then waiting is right: where GPUs or the size of the pool were asked

@@ -25,7 +25,7 @@ import ray.data
 import torch
 from ray.actor import ActorHandle
 
-from beit.tokenizers import Precision
+from beit.tokenizers import ImageTokenizer, Precision
 from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.tables import tokenizer_store
@@ -149,7 +149,7 @@ class EncodeUnits:
 
     def __init__(self, job: Job, attempts: ActorHandle | None) -> None:
         self.job, self.attempts = job, attempts
-        self.tokenizer = load_encoder(job)
+        self.tokenizer = open_tokenizer(job)
         self.lock = threading.Lock()
         # None until the first unit: starting up is no waiting.
         self.free_since: float | None = None
@@ -216,7 +216,7 @@ class EncodeUnits:
         return True
 
 
-def load_encoder(job: Job) -> token_work.Encoder:
+def open_tokenizer(job: Job) -> ImageTokenizer:
     """The tokenizer on the worker's device.
 
     Raises:
@@ -283,7 +283,7 @@ def tokenize_alone(unit: Unit, job: Job) -> Receipt:
     try:
         rendered = token_work.render_unit(job.images_uri, unit, job.identity)
         token_ids = token_work.encode_rendered(
-            load_encoder(job), rendered.pixels, job.identity, device=job.device
+            open_tokenizer(job), rendered.pixels, job.identity, device=job.device
         )
         receipt.size, receipt.hash = token_work.write_unit(
             job.output, unit.name, rendered.keys, token_ids, job.identity

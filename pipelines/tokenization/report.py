@@ -15,7 +15,7 @@ from pipelines.tables import token_files, tokenizer_store
 from pipelines.tables.token_table import MISSING, TokenTable
 from pipelines.tokenization.job import Parts
 from pipelines.tokenization.pool import Job, Receipt
-from pipelines.tokenization.work import one_part_table, render_views
+from pipelines.tokenization.work import one_part_table, tokenizer_views
 from pipelines.tracking import Run
 
 LOG_EVERY_SECONDS = 10.0
@@ -202,7 +202,7 @@ def views_picture(images: Parts, table: TokenTable, tokenizer_uri: str) -> Any:
             .read_rows(inside, inside + 1, ["key", "image", "digest"])
             .to_pylist()[0]
         )
-        pixels = render_views(image["image"], image["digest"], table.identity, key=image["key"])
+        pixels = tokenizer_views(image["image"], image["digest"], table.identity, key=image["key"])
         views.append(pixels[0].transpose(2, 0, 1))
         tokens.append(table.read_rows(int(row), int(row) + 1)[1][0, 0])
     ids = torch.from_numpy(np.stack(tokens).astype(np.int64))

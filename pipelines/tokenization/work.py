@@ -7,7 +7,7 @@ import contextlib
 import ctypes
 import time
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -16,16 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from beit.images import UnusableImage, decode_image
+from beit.tokenizers import ImageTokenizer
 from beit.views import Interpolation, ViewPolicy, render, sample_view
 from pipelines import storage
 from pipelines.tables.image_table import ImageTable
 from pipelines.tables.token_files import Identity, encode_file, file_name
-
-
-class Encoder(Protocol):
-    """What is needed of a tokenizer here."""
-
-    def encode(self, images: Tensor) -> Tensor: ...
 
 
 class UnitRejected(Exception):  # noqa: N818 - a verdict on the data, not a programming error
@@ -48,7 +43,7 @@ class Unit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rendered:
+class RenderedUnit:
     """A unit's views, ready to be encoded."""
 
     keys: list[str]
@@ -67,7 +62,9 @@ def one_part_table(images_uri: str, part: dict[str, Any]) -> ImageTable:
     return ImageTable(images_uri, manifest)
 
 
-def render_views(data: bytes, digest: bytes, identity: Identity, *, key: str) -> NDArray[np.uint8]:
+def tokenizer_views(
+    data: bytes, digest: bytes, identity: Identity, *, key: str
+) -> NDArray[np.uint8]:
     """The tokenizer's views of one encoded image, (V, size, size, 3); it is decoded once.
 
     Raises:
@@ -87,7 +84,7 @@ def render_views(data: bytes, digest: bytes, identity: Identity, *, key: str) ->
     return pixels
 
 
-def render_unit(images_uri: str, unit: Unit, identity: Identity) -> Rendered:
+def render_unit(images_uri: str, unit: Unit, identity: Identity) -> RenderedUnit:
     """Reads a unit's images and renders their views.
 
     Raises:
@@ -106,8 +103,8 @@ def render_unit(images_uri: str, unit: Unit, identity: Identity) -> Rendered:
     for row, (key, digest, image) in enumerate(
         zip(keys, digests, table.column("image"), strict=True)
     ):
-        pixels[row] = render_views(image.as_buffer().to_pybytes(), digest, identity, key=key)
-    return Rendered(
+        pixels[row] = tokenizer_views(image.as_buffer().to_pybytes(), digest, identity, key=key)
+    return RenderedUnit(
         keys=keys,
         pixels=pixels,
         read_seconds=read - begin,
@@ -140,7 +137,7 @@ def keep_freed_memory() -> None:
 
 @torch.inference_mode()
 def encode_views(
-    tokenizer: Encoder, pixels: NDArray[np.uint8], *, batch_size: int, device: str = "cpu"
+    tokenizer: ImageTokenizer, pixels: NDArray[np.uint8], *, batch_size: int, device: str = "cpu"
 ) -> NDArray[np.uint16]:
     """Token ids (n, N) of views (n, size, size, 3), in calls of exactly `batch_size` views.
 
@@ -161,7 +158,7 @@ def encode_views(
 
 
 def encode_rendered(
-    tokenizer: Encoder, pixels: NDArray[np.uint8], identity: Identity, *, device: str = "cpu"
+    tokenizer: ImageTokenizer, pixels: NDArray[np.uint8], identity: Identity, *, device: str = "cpu"
 ) -> NDArray[np.uint16]:
     """Token ids (rows, V, N) of a unit's views (rows, V, size, size, 3)."""
     rows = pixels.shape[0]

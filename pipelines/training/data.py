@@ -65,7 +65,7 @@ class StepBatch:
         return ids
 
 
-def make_order(config: PretrainConfig, data: ingest.TrainingData) -> SampleOrder:
+def make_order(config: PretrainConfig, data: ingest.TrainingTables) -> SampleOrder:
     """The order of samples of a run."""
     return SampleOrder(
         data.row_group_sizes,
@@ -76,7 +76,7 @@ def make_order(config: PretrainConfig, data: ingest.TrainingData) -> SampleOrder
     )
 
 
-def open_tables(config: PretrainConfig) -> ingest.TrainingData:
+def open_tables(config: PretrainConfig) -> ingest.TrainingTables:
     """The tables of a run, checked against each other and against the model.
 
     Raises:
@@ -84,7 +84,7 @@ def open_tables(config: PretrainConfig) -> ingest.TrainingData:
     """
     if not config.tokens:
         raise InputError("tokens = []: name at least one token table")
-    data = ingest.open_training_data(config.images, config.tokens)
+    data = ingest.open_training_tables(config.images, config.tokens)
     if data.grid_size != config.model.grid_size:
         raise InputError(
             f"model.image_size / model.patch_size = {config.model.grid_size} patches, but the "
@@ -99,7 +99,7 @@ def largest_divisor(number: int, limit: int) -> int:
     return max(value for value in range(1, limit + 1) if number % value == 0)
 
 
-class TrainData:
+class WorkerData:
     """The data of one worker.
 
     An elastic run may get a number of workers that does not divide the canonical shards. Then the

@@ -17,7 +17,7 @@ from pipelines.config.checks import flatten
 from pipelines.config.pretrain import PretrainConfig, to_dict
 from pipelines.errors import InputError, StageFailed
 from pipelines.evaluation.features import weights_fingerprint
-from pipelines.reading.ingest import TrainingData
+from pipelines.reading.ingest import TrainingTables
 from pipelines.training import checkpoint
 from pipelines.training import data as train_data
 from pipelines.training.goodput import account, flops_per_image
@@ -167,7 +167,7 @@ def _finished_report(run: RunDir) -> dict[str, Any] | None:
     return report if report["outcome"] == "finished" else None
 
 
-def make_plan(config: PretrainConfig, data: TrainingData, launched_at: float) -> Plan:
+def make_plan(config: PretrainConfig, data: TrainingTables, launched_at: float) -> Plan:
     """Everything that follows from configuration and tables.
 
     Raises:
@@ -204,7 +204,7 @@ def make_plan(config: PretrainConfig, data: TrainingData, launched_at: float) ->
     )
 
 
-def unigram_floor(data: TrainingData) -> tuple[float, float]:
+def unigram_floor(data: TrainingTables) -> tuple[float, float]:
     """Largest frequency and entropy (nats) of the tokens, from slices spread over the table."""
     table, counts = data.tokens[0], np.zeros(65536, np.int64)
     slice_rows = max(1, min(FLOOR_ROWS, table.num_rows) // FLOOR_SLICES)
@@ -215,7 +215,7 @@ def unigram_floor(data: TrainingData) -> tuple[float, float]:
     return float(share.max()), float(-(share * np.log(share)).sum())
 
 
-def _inputs(config: PretrainConfig, data: TrainingData) -> list[tracking.Dataset]:
+def _inputs(config: PretrainConfig, data: TrainingTables) -> list[tracking.Dataset]:
     prints = data.fingerprints()
     inputs = [
         tracking.Dataset(

@@ -2,7 +2,7 @@
 
 from pipelines.config.pretrain import PretrainConfig
 from pipelines.errors import InputError
-from pipelines.reading.ingest import TrainingData
+from pipelines.reading.ingest import TrainingTables
 from pipelines.tables import tokenizer_store
 from pipelines.training.data import largest_divisor
 from pipelines.training.probing import probe_rows
@@ -24,7 +24,7 @@ def check_workers(config: PretrainConfig) -> None:
         )
 
 
-def check_tokenizer(config: PretrainConfig, data: TrainingData) -> None:
+def check_tokenizer(config: PretrainConfig, data: TrainingTables) -> None:
     """Pictures must be drawn by the tokenizer of the tokens.
 
     Raises:

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from beit.images import decode_image
 from beit.mim import BeitMIM
-from beit.tokenizers.base import DiscreteVae
+from beit.tokenizers.base import ImageTokenizer
 from beit.views import center_view, render
 from pipelines import pictures
 from pipelines.config.pretrain import PretrainConfig
 from pipelines.evaluation import probes
 from pipelines.tables import tokenizer_store
 from pipelines.tables.image_table import ImageTable
-from pipelines.training.data import StepBatch, TrainData
+from pipelines.training.data import StepBatch, WorkerData
 from pipelines.training.distributed import World
 from pipelines.training.log import TrainLog
 
@@ -33,7 +33,7 @@ PICTURES = 8
 
 
 def run_probe(
-    config: PretrainConfig, model: BeitMIM, data: TrainData, world: World, log: TrainLog, step: int
+    config: PretrainConfig, model: BeitMIM, data: WorkerData, world: World, log: TrainLog, step: int
 ) -> None:
     """kNN and linear accuracy of mean patch features on a labelled table, recorded as an event.
 
@@ -106,7 +106,7 @@ def _read(
 def log_pictures(
     config: PretrainConfig,
     model: BeitMIM,
-    data: TrainData,
+    data: WorkerData,
     batch: StepBatch,
     world: World,
     log: TrainLog,
@@ -159,7 +159,7 @@ def log_pictures(
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer(uri: str) -> DiscreteVae:
+def _tokenizer(uri: str) -> ImageTokenizer:
     return tokenizer_store.load(uri)
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from beit import counters
 from beit.schedules import warmup_cosine
-from beit.tokenizers import DalleTokenizer, DiscreteVae, DvaeTokenizer
+from beit.tokenizers import DalleTokenizer, DvaeTokenizer, ImageTokenizer
 from beit.tokenizers.base import map_pixels
 from beit.tokenizers.dvae import (
     exponential_noise,
@@ -37,7 +37,7 @@ AVERAGE = "average."
 """Prefix of the averaged weights in a checkpoint."""
 
 
-def build_tokenizer(config: ModelConfig, *, seed: int) -> DiscreteVae:
+def build_tokenizer(config: ModelConfig, *, seed: int) -> ImageTokenizer:
     """The untrained network; its weights follow from the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -77,7 +77,7 @@ def view_policy(config: ViewsConfig, *, seed: int) -> ViewPolicy:
 class RelaxedVae(nn.Module):
     """A tokenizer as it is trained: images and noise to the loss."""
 
-    def __init__(self, tokenizer: DiscreteVae, config: LossConfig) -> None:
+    def __init__(self, tokenizer: ImageTokenizer, config: LossConfig) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.config = config
@@ -258,7 +258,7 @@ def relaxation(config: TrainTokenizerConfig, step: int) -> tuple[float, float]:
 
 
 def start_codebook(
-    tokenizer: DiscreteVae, config: TrainTokenizerConfig, images: ImageTable, device: str
+    tokenizer: ImageTokenizer, config: TrainTokenizerConfig, images: ImageTable, device: str
 ) -> None:
     """K-means centres of real patches, see `beit.tokenizers.dvae`."""
     if not isinstance(tokenizer, DvaeTokenizer):

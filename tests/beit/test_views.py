@@ -22,7 +22,7 @@ from beit.views import (
     center_view,
     render,
     render_fast,
-    render_views,
+    render_sizes,
     sample_view,
     view_of,
 )
@@ -72,7 +72,7 @@ digests = st.binary(min_size=16, max_size=16)
 def test_render_equals_the_definition(digest, index, height, width):
     image = noise_image(height, width, digest[0])
     view = sample_view(ViewPolicy(seed=5), digest, index, height, width)
-    patches, tokens = render_views(image, view, [(32, "bicubic"), (16, "lanczos")])
+    patches, tokens = render_sizes(image, view, [(32, "bicubic"), (16, "lanczos")])
     assert patches.shape == (32, 32, 3)
     assert patches.dtype == np.uint8
     np.testing.assert_array_equal(patches, naive_render(image, view, 32, "bicubic"))
@@ -183,7 +183,7 @@ def test_pixels_do_not_change_from_pillow_to_pillow():
     seen = hashlib.blake2b(digest_size=8)
     for index in range(20):
         view = sample_view(ViewPolicy(seed=1), DIGEST, index, 375, 280)
-        for pixels in render_views(image, view, [(96, "bicubic"), (48, "lanczos")]):
+        for pixels in render_sizes(image, view, [(96, "bicubic"), (48, "lanczos")]):
             seen.update(pixels.tobytes())
     assert seen.hexdigest() == "f356d050d2da85f3"
 

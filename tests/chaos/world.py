@@ -12,7 +12,7 @@ from PIL import Image
 
 from beit.images import image_digest
 from beit.tokenizers import DvaeTokenizer
-from pipelines.config.tokenize_images import EncoderConfig, TokenizeConfig
+from pipelines.config.tokenize_images import ActorsConfig, TokenizeConfig
 from pipelines.config.tracking import TrackingConfig
 from pipelines.tables import image_table, tokenizer_store
 from pipelines.tokenization import pool as token_pool
@@ -81,7 +81,7 @@ def make_config(images, tokenizer, output, **changes):
         "num_views": 2,
         "rows_per_unit": 20,
         "batch_size": 16,
-        "encoders": EncoderConfig(min_actors=1, max_actors=1),
+        "encoders": ActorsConfig(min_actors=1, max_actors=1),
         "tracking": TrackingConfig(enabled=False),
     }
     return TokenizeConfig(**values | changes)

@@ -39,7 +39,7 @@ def slow_loop(config, plan, *, in_ray):
 
     from pipelines.pretrain import train_loop
 
-    real = train_data.TrainData.batches
+    real = train_data.WorkerData.batches
 
     def paced(self, segments):
         for batch in real(self, segments):
@@ -47,7 +47,7 @@ def slow_loop(config, plan, *, in_ray):
             time.sleep(0.1 if self.world.size == 2 else 0.4)
             yield batch
 
-    train_data.TrainData.batches = paced
+    train_data.WorkerData.batches = paced
     train_loop(config, plan, in_ray=in_ray)
 
 

@@ -19,7 +19,7 @@ from beit.views import ViewPolicy, render, render_fast, sample_view
 from pipelines.config.pretrain import MaskingConfig
 from pipelines.errors import InputError
 from pipelines.reading import decoding
-from pipelines.reading.ingest import open_training_data, train_batches
+from pipelines.reading.ingest import open_training_tables, train_batches
 from pipelines.sample_order import SampleOrder
 from pipelines.tables.image_table import ImageTable
 from tests.pipelines.ingest_fixtures import (
@@ -50,7 +50,7 @@ def tables(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tables):
-    return open_training_data(tables["images"], [tables["tokens"], tables["more"]])
+    return open_training_tables(tables["images"], [tables["tokens"], tables["more"]])
 
 
 def make_order(data, **changes):
@@ -163,7 +163,7 @@ def test_killed_ray_workers_change_nothing(ray_cluster, data, reference, monkeyp
 @pytest.mark.ray
 def test_ray_tasks_report_damage(ray_cluster, tmp_path):
     write_images(str(tmp_path), change=50)
-    data = open_training_data(str(tmp_path), policy=POLICY)
+    data = open_training_tables(str(tmp_path), policy=POLICY)
     with (
         pytest.raises(InputError, match=r"folder/00050.jpg.*does not decode \(truncated"),
         stream(data, grid_size=GRID, executor="ray_tasks") as batches,
@@ -189,20 +189,20 @@ def test_the_exact_path_and_the_tokenizers_view(data, reference):
 
 
 def test_without_tokens_every_epoch_draws_a_view_of_its_own(tables):
-    data = open_training_data(tables["images"], policy=POLICY)
+    data = open_training_tables(tables["images"], policy=POLICY)
     with stream(data, grid_size=GRID, masking=None) as batches:
         for batch in batches:
             assert batch.token_ids is None
             assert set(batch.views.tolist()) == {batch.epoch}
             assert not batch.mask.any()
     with pytest.raises(InputError, match="no view policy"):
-        open_training_data(tables["images"])
+        open_training_tables(tables["images"])
     with pytest.raises(InputError, match="grid_size"):
         stream(data)
 
 
 def test_view_ranges_may_lie_apart(tables):
-    data = open_training_data(tables["images"], [tables["apart"], tables["tokens"]])
+    data = open_training_tables(tables["images"], [tables["apart"], tables["tokens"]])
     assert data.views.tolist() == [0, 1, 7, 8]
     with stream(data) as batches:
         for batch in batches:
@@ -230,21 +230,21 @@ def test_foreign_tables_are_refused_by_field(tables, tmp_path, changes, message)
         "grid_size": GRID, "vocab_size": 20000, "tokenizer_fingerprint": "a" * 32, "policy": POLICY,
     }  # fmt: skip
     with pytest.raises(InputError, match=message):
-        open_training_data(tables["images"], [uri], **wanted)
+        open_training_tables(tables["images"], [uri], **wanted)
     if "image_fingerprint" not in changes:
         with pytest.raises(InputError, match=message.split(":")[0]):
-            open_training_data(tables["images"], [tables["tokens"], uri])
+            open_training_tables(tables["images"], [tables["tokens"], uri])
 
 
 def test_tables_with_a_view_in_common_are_refused(tables, tmp_path):
     uri = write_tokens(str(tmp_path), ImageTable.open(tables["images"]), range(1, 3))
     with pytest.raises(InputError, match="view 1 is in both"):
-        open_training_data(tables["images"], [tables["tokens"], uri])
+        open_training_tables(tables["images"], [tables["tokens"], uri])
 
 
 def test_every_key_is_checked(tables, tmp_path):
     uri = write_tokens(str(tmp_path), ImageTable.open(tables["images"]), range(2), rename=71)
-    data = open_training_data(tables["images"], [uri])
+    data = open_training_tables(tables["images"], [uri])
     with (
         pytest.raises(InputError, match="key of row 71 is 'intruder', but 'folder/00071"),
         stream(data) as batches,
@@ -254,7 +254,7 @@ def test_every_key_is_checked(tables, tmp_path):
 
 def test_an_image_that_does_not_decode_is_named(tmp_path):
     write_images(str(tmp_path), change=50)
-    data = open_training_data(str(tmp_path), policy=POLICY)
+    data = open_training_tables(str(tmp_path), policy=POLICY)
     before = threading.active_count()
     with pytest.raises(InputError, match=r"folder/00050.jpg.*does not decode \(truncated"):
         list(stream(data, grid_size=GRID))

@@ -314,17 +314,17 @@ class TestRefusals:
 
 def poison(monkeypatch, positions):
     """Makes the patch-view pixels of these batches NaN after normalisation."""
-    real = train_data.TrainData.batches
+    real = train_data.WorkerData.batches
 
     def batches(self, segments):
         for batch in real(self, segments):
             self.poisoned = batch.host.step in positions
             yield batch
 
-    normalise = train_data.TrainData.normalise
-    monkeypatch.setattr(train_data.TrainData, "batches", batches)
+    normalise = train_data.WorkerData.normalise
+    monkeypatch.setattr(train_data.WorkerData, "batches", batches)
     monkeypatch.setattr(
-        train_data.TrainData,
+        train_data.WorkerData,
         "normalise",
         lambda self, pixels: normalise(self, pixels) * (torch.nan if self.poisoned else 1.0),
     )
@@ -421,13 +421,13 @@ class TestStarvation:
         )
 
     def test_a_slow_disk_is_named(self, tables, tmp_path, monkeypatch):
-        real = ingest.TrainingData.read
+        real = ingest.TrainingTables.read
 
         def slow(self, start, stop, epoch):
             time.sleep(0.6)
             return real(self, start, stop, epoch)
 
-        monkeypatch.setattr(ingest.TrainingData, "read", slow)
+        monkeypatch.setattr(ingest.TrainingTables, "read", slow)
         with pytest.raises(StageFailed, match=r"waiting for data.*Cause: reading"):
             pretrain.run(self.config(tables, tmp_path))
 

@@ -48,7 +48,7 @@ def stopping_at(step):
     """`train_loop` that fails with that batch."""
 
     def loop(config, plan, *, in_ray):
-        real = pretrain.TrainData.batches
+        real = pretrain.WorkerData.batches
 
         def batches(self, segments):
             for number, batch in enumerate(real(self, segments)):
@@ -56,11 +56,11 @@ def stopping_at(step):
                     raise StageFailed("stopped here")
                 yield batch
 
-        pretrain.TrainData.batches = batches
+        pretrain.WorkerData.batches = batches
         try:
             pretrain.train_loop(config, plan, in_ray=in_ray)
         finally:
-            pretrain.TrainData.batches = real
+            pretrain.WorkerData.batches = real
 
     return loop
 

@@ -13,7 +13,7 @@ from beit.images import decode_image
 from beit.views import ViewPolicy, render, sample_view
 from pipelines import storage, tokenize_images
 from pipelines.config.tokenize_images import (
-    EncoderConfig,
+    ActorsConfig,
     GateConfig,
     PolicyConfig,
     TokenizeConfig,
@@ -83,8 +83,8 @@ def test_policy_defaults_are_those_of_the_library():
         ("num_views", {"num_views": 0}),
         ("rows_per_unit", {"rows_per_unit": 0}),
         ("precision", {"precision": "bfloat16"}),
-        ("encoders.min_actors", {"encoders": EncoderConfig(min_actors=0)}),
-        ("encoders.num_gpus", {"encoders": EncoderConfig(num_gpus=-1)}),
+        ("encoders.min_actors", {"encoders": ActorsConfig(min_actors=0)}),
+        ("encoders.num_gpus", {"encoders": ActorsConfig(num_gpus=-1)}),
         ("gate.num_units", {"gate": GateConfig(num_units=0)}),
     ],
 )
@@ -244,8 +244,8 @@ def test_a_unit_that_no_node_can_hold_is_refused(images, tokenizer, tmp_path, mo
 @pytest.mark.parametrize(
     ("encoders", "missing"),
     [
-        (EncoderConfig(min_actors=99), r"99 actors and a decode task need 100 CPUs and 0 GPUs"),
-        (EncoderConfig(num_gpus=1), r"1 actors and a decode task need 1 CPUs and 1 GPUs"),
+        (ActorsConfig(min_actors=99), r"99 actors and a decode task need 100 CPUs and 0 GPUs"),
+        (ActorsConfig(num_gpus=1), r"1 actors and a decode task need 1 CPUs and 1 GPUs"),
     ],
 )
 def test_nodes_are_waited_for_where_they_were_asked_for(
@@ -276,7 +276,7 @@ def test_the_pool_grows(images, tokenizer, tmp_path, ray_cluster, monkeypatch):
 
     monkeypatch.setattr(tokenize_images, "_book", noting)
     config = world.make_config(
-        images, tokenizer, tmp_path / "table", encoders=EncoderConfig(max_actors=2), rows_per_unit=8
+        images, tokenizer, tmp_path / "table", encoders=ActorsConfig(max_actors=2), rows_per_unit=8
     )
     tokenize_images.run(config)
     assert len(actors) == 2

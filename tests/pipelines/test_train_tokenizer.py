@@ -25,7 +25,7 @@ from pipelines.config.train_tokenizer import (
     flat_options,
 )
 from pipelines.errors import InputError, StageFailed
-from pipelines.reading.ingest import open_training_data, train_batches
+from pipelines.reading.ingest import open_training_tables, train_batches
 from pipelines.tables import tokenizer_store
 from pipelines.train_tokenizer import CHECKPOINTS, run
 from pipelines.training import checkpoint
@@ -349,7 +349,7 @@ def test_views_follow_the_order(images):
     order = sample_order(config, images)
     policy = view_policy(config.views, seed=5)
 
-    data = open_training_data(images.uri, policy=policy)
+    data = open_training_tables(images.uri, policy=policy)
 
     def batches(start, stop, *, rank=0, num_ranks=1, **changes):
         with train_batches(
