@@ -38,7 +38,8 @@ from pipelines.config.pretrain import MaskingConfig
 from pipelines.reading.ingest import open_training_tables, train_batches
 from pipelines.sample_order import SampleOrder
 from pipelines.tables import token_table
-from pipelines.tables.image_table import ImageRow, ImageTable, commit_manifest, write_part
+from pipelines.tables.image_files import ImageRow, write_part
+from pipelines.tables.image_table import ImageTable, commit_manifest
 from pipelines.tables.token_files import Identity, TokenFile, encode_file, file_name
 
 POLICY = ViewPolicy(seed=0)

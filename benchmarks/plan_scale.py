@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 def image_manifest(directory, *, images, image_bytes, part_bytes=512 * 2**20):
     """Writes a manifest as `prepare` would for so many images; in a process of its own."""
     from pipelines import storage
-    from pipelines.tables.image_table import ROW_GROUP_BYTES, Part, commit_manifest
+    from pipelines.tables.image_files import ROW_GROUP_BYTES, Part
+    from pipelines.tables.image_table import commit_manifest
 
     per_group = max(1, ROW_GROUP_BYTES // image_bytes)
     per_part = max(1, part_bytes // image_bytes)
@@ -59,9 +60,9 @@ def drive(directory, rows_per_unit):
     """The driver's share of the work, step by step."""
     from beit.views import ViewPolicy
     from pipelines import storage, tokenize_images
+    from pipelines.tables.image_table import ImageParts
     from pipelines.tables.token_files import Identity
     from pipelines.tables.token_table import build_manifest, encode_manifest
-    from pipelines.tokenization.job import Parts
     from pipelines.tokenization.pool import UNITS_PER_ROUND
     from pipelines.tokenization.units import Ledger, plan_units
 
@@ -73,7 +74,7 @@ def drive(directory, rows_per_unit):
         steps[name] = (time.monotonic() - clock, peak_megabytes())
         clock = time.monotonic()
 
-    images = Parts.open(directory)
+    images = ImageParts.open(directory)
     step("open the image table")
     names, rows = [p.name for p in images.parts], [p.rows for p in images.parts]
     units = plan_units(names, rows, rows_per_unit)

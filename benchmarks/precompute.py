@@ -41,7 +41,7 @@ from beit.views import ViewPolicy, render, sample_view
 from pipelines import tokenize_images
 from pipelines.config.tokenize_images import ActorsConfig, TokenizeConfig
 from pipelines.config.tracking import TrackingConfig
-from pipelines.tables import image_table, tokenizer_store
+from pipelines.tables import image_files, image_table, tokenizer_store
 from pipelines.tokenization import pool as token_pool
 from pipelines.tokenization import work as token_work
 from pipelines.tokenization.job import plan_job
@@ -71,7 +71,7 @@ def make_images(uri, count):
     for index in range(count):
         data = photo(generator)
         rows.append(
-            image_table.ImageRow(
+            image_files.ImageRow(
                 key=f"{index:08d}.jpg",
                 image=data,
                 height=375,
@@ -80,7 +80,7 @@ def make_images(uri, count):
                 digest=image_digest(data),
             )
         )
-    part = image_table.write_part(uri, "part-00000.parquet", rows)
+    part = image_files.write_part(uri, "part-00000.parquet", rows)
     image_table.commit_manifest(
         uri, parts=[part], class_names=[], source={}, options={}, rejected={}, num_items=count
     )

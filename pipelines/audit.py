@@ -17,7 +17,8 @@ from pipelines.auditing.files import Findings, check_files, sample_files
 from pipelines.auditing.tokens import audit_tokens
 from pipelines.config.audit import AuditConfig
 from pipelines.errors import InputError, StageFailed
-from pipelines.tables.image_table import IMAGE_SCHEMA, ImageTable
+from pipelines.tables.image_files import IMAGE_SCHEMA
+from pipelines.tables.image_table import ImageTable
 from pipelines.tables.token_table import TokenTable
 
 Table = TypeVar("Table", ImageTable, TokenTable)

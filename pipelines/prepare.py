@@ -44,14 +44,8 @@ from pipelines.preparation.unit import (
     receipt_uri,
     rejected_table_columns,
 )
-from pipelines.tables.image_table import (
-    MANIFEST,
-    REJECTED,
-    REJECTED_SCHEMA,
-    ImageTable,
-    Part,
-    commit_manifest,
-)
+from pipelines.tables.image_files import REJECTED_SCHEMA, Part
+from pipelines.tables.image_table import MANIFEST, REJECTED, ImageTable, commit_manifest
 
 # Ray keeps something for every block of a dataset; so many units are handed to it at a time.
 UNITS_PER_DATASET = 2_000

@@ -21,11 +21,12 @@ from pipelines.config.checks import flatten
 from pipelines.config.tokenize_images import TokenizeConfig
 from pipelines.errors import InputError, StageFailed
 from pipelines.progress import Progress
+from pipelines.tables.image_table import ImageParts
 from pipelines.tables.token_table import TokenTable, build_manifest
 from pipelines.tokenization import pool as token_pool
 from pipelines.tokenization import report as token_report
 from pipelines.tokenization.attempts import start_attempts
-from pipelines.tokenization.job import Parts, finished_manifest, plan_job
+from pipelines.tokenization.job import finished_manifest, plan_job
 from pipelines.tokenization.pool import UNITS_PER_ROUND, Job, Receipt
 from pipelines.tokenization.report import TokenizeResult
 from pipelines.tokenization.units import Ledger, Units, plan_units
@@ -47,7 +48,7 @@ def run(config: TokenizeConfig) -> TokenizeResult:
     for name in ("images", "tokenizer", "output"):
         if not getattr(config, name):
             raise InputError(f"{name} is empty: give a URI with --{name}")
-    images = Parts.open(config.images)
+    images = ImageParts.open(config.images)
     job, libraries = plan_job(config, images)
     units = plan_units(
         [part.name for part in images.parts],
@@ -142,7 +143,7 @@ def _compute(
     config: TokenizeConfig,
     job: Job,
     ledger: Ledger,
-    images: Parts,
+    images: ImageParts,
     record: tracking.Run,
 ) -> tuple[int, float]:
     """Runs what is to do; returns the number of units computed and the seconds it took."""
@@ -223,7 +224,7 @@ def _too_many(ledger: Ledger, config: TokenizeConfig) -> str:
     )
 
 
-def _receipts(job: Job, units: Units, todo: np.ndarray, images: Parts) -> Iterator[Receipt]:
+def _receipts(job: Job, units: Units, todo: np.ndarray, images: ImageParts) -> Iterator[Receipt]:
     """Receipts of all units in `todo`, first from the pool, then of those set aside there.
 
     Raises:
@@ -253,7 +254,7 @@ def _receipts(job: Job, units: Units, todo: np.ndarray, images: Parts) -> Iterat
         yield from token_pool.run_alone(again, job)
 
 
-def _unit(units: Units, images: Parts, unit: int) -> Unit:
+def _unit(units: Units, images: ImageParts, unit: int) -> Unit:
     return Unit(
         index=int(unit),
         part=images.parts[units.part[unit]].to_dict(),
@@ -341,7 +342,7 @@ def _check_complete(config: TokenizeConfig, ledger: Ledger) -> None:
 def _commit(
     job: Job,
     ledger: Ledger,
-    images: Parts,
+    images: ImageParts,
     rows_per_unit: int,
     libraries: dict[str, str],
 ) -> TokenTable:

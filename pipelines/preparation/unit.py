@@ -21,7 +21,7 @@ from pipelines.preparation.plan import read_listing, work_uri
 from pipelines.preparation.readers import Item, Reader, rehearse
 from pipelines.preparation.sources import SUFFIXES
 from pipelines.preparation.walking import Entry
-from pipelines.tables.image_table import ImageRow, Part, PartWriter
+from pipelines.tables.image_files import ImageRow, Part, PartWriter
 
 # A part may grow to this many times `part_bytes` before a second one is begun: a unit ends with
 # the file that fills it, and that may be a tar.

@@ -12,7 +12,7 @@ from pipelines import storage
 from pipelines.config.tokenize_images import ActorsConfig, TokenizeConfig
 from pipelines.errors import InputError
 from pipelines.tables import tokenizer_store
-from pipelines.tables.image_table import ImageTable, Part
+from pipelines.tables.image_table import ImageParts
 from pipelines.tables.token_files import Identity
 from pipelines.tables.token_table import MANIFEST, MAX_VOCAB_SIZE
 from pipelines.tokenization.pool import Job
@@ -21,28 +21,7 @@ from pipelines.tokenization.units import refuse_other_options
 LIBRARIES = ("numpy", "pillow", "pyarrow", "torch")
 
 
-class Parts(ImageTable):
-    """An image table of which only the parts are kept.
-
-    The driver gives out row ranges and reads no image. For 10^9 images the index of row groups,
-    9 million of them, would be a third of its memory.
-    """
-
-    def __init__(self, uri: str, manifest: dict[str, Any]) -> None:
-        self.uri = uri
-        self.fingerprint = manifest["fingerprint"]
-        self.num_rows = manifest["num_rows"]
-        self.class_names = manifest["class_names"]
-        self.parts = []
-        records = manifest.pop("parts")
-        # Each record is dropped as soon as it is a part.
-        records.reverse()
-        while records:
-            self.parts.append(Part.from_dict(records.pop()))
-        self.manifest = manifest
-
-
-def plan_job(config: TokenizeConfig, images: Parts) -> tuple[Job, dict[str, str]]:
+def plan_job(config: TokenizeConfig, images: ImageParts) -> tuple[Job, dict[str, str]]:
     """Everything the workers must know, decided once: what the user left open is filled in."""
     if not ray.is_initialized():
         raise RuntimeError("Ray is not running: call ray.init first (jobs/ does)")

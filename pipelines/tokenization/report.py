@@ -12,10 +12,10 @@ from pipelines.config.tokenize_images import GateConfig
 from pipelines.errors import StageFailed
 from pipelines.scorecard import TokenStatistics, evenly_spaced, token_statistics
 from pipelines.tables import token_files, tokenizer_store
+from pipelines.tables.image_table import ImageParts
 from pipelines.tables.token_table import MISSING, TokenTable
-from pipelines.tokenization.job import Parts
 from pipelines.tokenization.pool import Job, Receipt
-from pipelines.tokenization.work import one_part_table, tokenizer_views
+from pipelines.tokenization.work import tokenizer_views
 from pipelines.tracking import Run
 
 LOG_EVERY_SECONDS = 10.0
@@ -166,7 +166,7 @@ def table_usage(table: TokenTable) -> TokenStatistics:
 
 
 def log(
-    run: Run, images: Parts, table: TokenTable, tokenizer_uri: str, result: TokenizeResult
+    run: Run, images: ImageParts, table: TokenTable, tokenizer_uri: str, result: TokenizeResult
 ) -> None:
     """Figures and pictures of the finished table."""
     if not run.run_id:
@@ -185,7 +185,7 @@ def log(
     run.log_image("views and their tokens", views_picture(images, table, tokenizer_uri))
 
 
-def views_picture(images: Parts, table: TokenTable, tokenizer_uri: str) -> Any:
+def views_picture(images: ImageParts, table: TokenTable, tokenizer_uri: str) -> Any:
     """Some views as the tokenizer saw them, beside what it makes of their tokens."""
     import torch
 
@@ -193,18 +193,14 @@ def views_picture(images: Parts, table: TokenTable, tokenizer_uri: str) -> Any:
     present = [
         row for row in evenly_spaced(table.num_rows, NUM_PICTURES) if _has_tokens(table, row)
     ]
-    views, tokens = [], []
-    for row in present:
-        part = int(np.searchsorted(table.part_starts, row, side="right")) - 1
-        inside = int(row - table.part_starts[part])
-        image = (
-            one_part_table(images.uri, images.parts[part].to_dict())
-            .read_rows(inside, inside + 1, ["key", "image", "digest"])
-            .to_pylist()[0]
-        )
-        pixels = tokenizer_views(image["image"], image["digest"], table.identity, key=image["key"])
-        views.append(pixels[0].transpose(2, 0, 1))
-        tokens.append(table.read_rows(int(row), int(row) + 1)[1][0, 0])
+    views = []
+    for _, rows in images.read_scattered(present, ["key", "image", "digest"]):
+        for image in rows.to_pylist():
+            pixels = tokenizer_views(
+                image["image"], image["digest"], table.identity, key=image["key"]
+            )
+            views.append(pixels[0].transpose(2, 0, 1))
+    tokens = [table.read_rows(int(row), int(row) + 1)[1][0, 0] for row in present]
     ids = torch.from_numpy(np.stack(tokens).astype(np.int64))
     shown = np.stack(views)
     try:

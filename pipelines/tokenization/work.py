@@ -19,7 +19,7 @@ from beit.images import UnusableImage, decode_image
 from beit.tokenizers import ImageTokenizer
 from beit.views import Interpolation, ViewPolicy, render, sample_view
 from pipelines import storage
-from pipelines.tables.image_table import ImageTable
+from pipelines.tables.image_files import Part, read_part
 from pipelines.tables.token_files import Identity, encode_file, file_name
 
 
@@ -53,15 +53,6 @@ class RenderedUnit:
     render_seconds: float
 
 
-def one_part_table(images_uri: str, part: dict[str, Any]) -> ImageTable:
-    """One part of an image table as a table of its own.
-
-    Workers of a table of a billion images would otherwise each parse its whole manifest.
-    """
-    manifest = {"fingerprint": "", "num_rows": part["rows"], "class_names": [], "parts": [part]}
-    return ImageTable(images_uri, manifest)
-
-
 def tokenizer_views(
     data: bytes, digest: bytes, identity: Identity, *, key: str
 ) -> NDArray[np.uint8]:
@@ -92,9 +83,8 @@ def render_unit(images_uri: str, unit: Unit, identity: Identity) -> RenderedUnit
         InputError: the part is missing or damaged.
     """
     begin = time.monotonic()
-    table = one_part_table(images_uri, unit.part).read_rows(
-        unit.start, unit.stop, ["key", "image", "digest"]
-    )
+    part = Part.from_dict(unit.part)
+    table = read_part(images_uri, part, unit.start, unit.stop, ["key", "image", "digest"])
     read = time.monotonic()
     size = identity.image_size
     pixels = np.empty((table.num_rows, identity.num_views, size, size, 3), np.uint8)

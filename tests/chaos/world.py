@@ -14,7 +14,7 @@ from beit.images import image_digest
 from beit.tokenizers import DvaeTokenizer
 from pipelines.config.tokenize_images import ActorsConfig, TokenizeConfig
 from pipelines.config.tracking import TrackingConfig
-from pipelines.tables import image_table, tokenizer_store
+from pipelines.tables import image_files, image_table, tokenizer_store
 from pipelines.tokenization import pool as token_pool
 from pipelines.tokenization import work as token_work
 
@@ -30,7 +30,7 @@ def make_images(uri, *, count=240, parts=3, side=48):
         coarse.resize((width, height), Image.Resampling.BICUBIC).save(encoded, "JPEG")
         data = encoded.getvalue()
         rows.append(
-            image_table.ImageRow(
+            image_files.ImageRow(
                 key=f"{index:06d}.jpg",
                 image=data,
                 height=height,
@@ -41,7 +41,7 @@ def make_images(uri, *, count=240, parts=3, side=48):
         )
     bounds = np.linspace(0, count, parts + 1).astype(int)
     written = [
-        image_table.write_part(
+        image_files.write_part(
             uri, f"part-{part:05d}.parquet", rows[first:last], row_group_bytes=20_000
         )
         for part, (first, last) in enumerate(itertools.pairwise(bounds))

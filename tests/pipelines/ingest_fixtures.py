@@ -9,7 +9,8 @@ from beit.images import image_digest
 from beit.views import ViewPolicy
 from pipelines import storage
 from pipelines.tables import token_table
-from pipelines.tables.image_table import ImageRow, ImageTable, commit_manifest, write_part
+from pipelines.tables.image_files import ImageRow, write_part
+from pipelines.tables.image_table import ImageTable, commit_manifest
 from pipelines.tables.token_files import Identity, TokenFile, encode_file, file_name
 
 PART_ROWS = [37, 60, 23]

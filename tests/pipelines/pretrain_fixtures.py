@@ -24,7 +24,8 @@ from pipelines.config.pretrain import (
 )
 from pipelines.config.tracking import TrackingConfig
 from pipelines.tables import token_table
-from pipelines.tables.image_table import ImageRow, ImageTable, commit_manifest, write_part
+from pipelines.tables.image_files import ImageRow, write_part
+from pipelines.tables.image_table import ImageTable, commit_manifest
 from pipelines.tables.token_files import Identity, TokenFile, encode_file, file_name
 
 GRID = (8, 8)

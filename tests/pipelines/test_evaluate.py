@@ -35,7 +35,8 @@ from pipelines.evaluation.probes import (
     knn_predict,
     linear_accuracy,
 )
-from pipelines.tables.image_table import ImageRow, commit_manifest, write_part
+from pipelines.tables.image_files import ImageRow, write_part
+from pipelines.tables.image_table import commit_manifest
 from pipelines.tracking.lineage import lineage
 
 OFF = TrackingConfig(enabled=False)

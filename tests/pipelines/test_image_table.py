@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.errors import InputError
-from pipelines.tables import image_table
-from pipelines.tables.image_table import IMAGE_SCHEMA, ImageRow, ImageTable
+from pipelines.tables import image_files, image_table
+from pipelines.tables.image_files import IMAGE_SCHEMA, ImageRow
+from pipelines.tables.image_table import ImageParts, ImageTable
 from pipelines.tables.row_groups import RowGroups
 
 ROWS_PER_PART, NUM_PARTS = 60, 3
@@ -38,7 +39,7 @@ def make_row(position: int) -> ImageRow:
 
 def write_table(uri: str, *, num_parts: int = NUM_PARTS, class_names=("a", "b", "c")) -> dict:
     parts = [
-        image_table.write_part(
+        image_files.write_part(
             uri,
             f"part-{part:05d}.parquet",
             (make_row(part * ROWS_PER_PART + row) for row in range(ROWS_PER_PART)),
@@ -82,6 +83,37 @@ def test_columns_can_be_chosen(table: ImageTable) -> None:
     assert table.read_rows(7, 7, ["key"]).num_rows == 0
     with pytest.raises(IndexError):
         table.read_rows(0, table.num_rows + 1)
+
+
+@given(rows=st.lists(st.integers(0, NUM_PARTS * ROWS_PER_PART - 1), max_size=40))
+def test_scattered_rows_come_back_and_each_row_group_is_read_once(
+    table: ImageTable, rows: list[int]
+) -> None:
+    images, reads = ImageParts.open(table.uri), []
+    with pytest.MonkeyPatch.context() as patch:
+        real = image_table.read_row_groups
+        patch.setattr(
+            image_table,
+            "read_row_groups",
+            lambda *arguments: reads.append(arguments[1:3]) or real(*arguments),
+        )
+        pieces = list(images.read_scattered(rows, ["key", "image"]))
+    positions = [position for where, _ in pieces for position in where.tolist()]
+    assert sorted(positions) == list(range(len(rows)))
+    if rows == sorted(rows):
+        assert positions == sorted(positions)
+    found = [row for _, piece in pieces for row in piece.to_pylist()]
+    for position, row in zip(positions, found, strict=True):
+        expected = make_row(rows[position])
+        assert row == {"key": expected.key, "image": expected.image}
+    touched = {table.row_groups.overlapping(row, row + 1)[0] for row in rows}
+    assert len(reads) == len(touched)
+
+
+def test_scattered_rows_outside_the_table_are_refused(table: ImageTable) -> None:
+    for row in (-1, table.num_rows):
+        with pytest.raises(IndexError):
+            next(table.read_scattered([0, row]))
 
 
 def test_row_groups_tile_the_table(table: ImageTable) -> None:
@@ -146,9 +178,9 @@ def test_fingerprint_covers_digests_labels_and_class_names(tmp_path: Path) -> No
     }
     found = {}
     for name, row in variants.items():
-        part = image_table.write_part(str(tmp_path / name), "part-00000.parquet", [row])
+        part = image_files.write_part(str(tmp_path / name), "part-00000.parquet", [row])
         found[name] = image_table.table_fingerprint([part], ["a"])
-    part = image_table.write_part(str(tmp_path / "same"), "part-00000.parquet", [base])
+    part = image_files.write_part(str(tmp_path / "same"), "part-00000.parquet", [base])
     assert found["same"] == found["key"] == image_table.table_fingerprint([part], ["a"])
     others = [found["digest"], found["label"], found["no label"]]
     assert len({found["same"], *others, image_table.table_fingerprint([part], ["b"])}) == 5
@@ -156,7 +188,7 @@ def test_fingerprint_covers_digests_labels_and_class_names(tmp_path: Path) -> No
 
 def test_keys_must_ascend(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="ascend"):
-        image_table.write_part(str(tmp_path), "part-00000.parquet", [make_row(2), make_row(1)])
+        image_files.write_part(str(tmp_path), "part-00000.parquet", [make_row(2), make_row(1)])
 
 
 def test_many_threads_and_another_process_read_the_same(table: ImageTable) -> None:

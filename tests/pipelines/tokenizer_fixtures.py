@@ -6,7 +6,8 @@ import numpy as np
 from PIL import Image
 
 from beit.images import image_digest
-from pipelines.tables.image_table import ImageRow, ImageTable, commit_manifest, write_part
+from pipelines.tables.image_files import ImageRow, write_part
+from pipelines.tables.image_table import ImageTable, commit_manifest
 
 
 def disc(seed: int, size: int = 24) -> Image.Image:
