@@ -1,6 +1,6 @@
 """Files of other libraries: read any BEiT checkpoint into a network, write one for them.
 
-Reading executes nothing: safetensors, or torch files through the restricted unpickler.
+Reading executes nothing: safetensors, or torch files with weights_only.
 """
 
 import argparse

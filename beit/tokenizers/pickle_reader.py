@@ -1,84 +1,162 @@
-"""Reads the pickle inside a PyTorch file without executing it.
+"""Reads the pickle inside a PyTorch file: names become stand-ins, nothing is imported or called.
 
-Python's unpickler imports modules and calls what it finds. This one is a small interpreter of the
-opcodes that torch.save writes: it builds numbers, texts, containers and inert records, and it has
-no operation that imports or calls anything. A name outside a short list, an opcode outside of
-torch.save's and any value that does not fit raise `UnsafePickleError`; nothing else can happen.
+Python's unpickler gets every class and function from `find_class`. Here that answers with stand-ins
+that only collect, for the names that files of tensors use, and refuses all others. What may be in
+the pickle is checked first, so that its reading takes time in proportion to its length.
+
+`torch.load(weights_only=True)` is not enough for files of strangers. It cannot read whole networks
+saved by torch before 1.6 (they carry their source) nor pickle protocols above 3, it does not check
+the CRCs of a zip file, and nested tuples of 126 bytes keep it busy for 40 seconds, of 150 for ever.
 """
 
+import io
+import math
+import pickle
 import pickletools
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from io import BytesIO
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
-from beit.tokenizers.stored_tensor import STORAGE_TYPES, StoredTensor
+import torch
+from torch import Tensor
 
-# Networks that may appear as inert records: the classes of OpenAI's dall_e package (and of the
-# copy in unilm) and the torch modules they are made of.
-MODULES = frozenset(
-    {
-        ("dall_e.encoder", "Encoder"),
-        ("dall_e.encoder", "EncoderBlock"),
-        ("dall_e.decoder", "Decoder"),
-        ("dall_e.decoder", "DecoderBlock"),
-        ("dall_e.utils", "Conv2d"),
-        ("torch.nn.modules.container", "Sequential"),
-        ("torch.nn.modules.activation", "ReLU"),
-        ("torch.nn.modules.pooling", "MaxPool2d"),
-        ("torch.nn.modules.linear", "Identity"),
-        ("torch.nn.modules.upsampling", "Upsample"),
-    }
-)
-# Callables whose meaning is known; they are interpreted here, never called.
-CALLABLES = frozenset(
-    {
-        ("torch._utils", "_rebuild_tensor_v2"),
-        ("torch._utils", "_rebuild_parameter"),
-        ("torch.nn.parameter", "Parameter"),
-        ("collections", "OrderedDict"),
-        ("torch", "device"),
-        ("torch", "Size"),
-        ("builtins", "set"),
-        ("__builtin__", "set"),
-    }
-)
+# What torch.save writes.
+OPCODES = frozenset((
+    "PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2",
+    "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_SET",
+    "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "APPEND", "APPENDS", "ADDITEMS",
+    "SETITEM", "SETITEMS", "BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET", "GLOBAL",
+    "STACK_GLOBAL", "BINPERSID", "NEWOBJ", "REDUCE", "BUILD",
+))  # fmt: skip
 MAX_OPCODES = 2_000_000
+MAX_TUPLES_AND_LONGS = 10_000
+MAX_NETWORKS = 10_000
 MAX_DEPTH = 64
+MAX_NAME = 100
 
 
 class UnsafePickleError(ValueError):
-    """The pickle holds something that a file of tensors has no use for."""
+    """The file holds something that a file of tensors has no use for, or is damaged."""
 
 
-@dataclass(frozen=True)
-class Name:
-    """A global that the pickle mentions; it is never looked up."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
-
-
-@dataclass(eq=False)
 class Record:
     """An instance of a known network class: its attributes as the pickle lists them."""
 
-    kind: Name
-    state: dict[str, Any] = field(default_factory=dict)
+    state: Mapping[str, Any] = MappingProxyType({})
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, dict) or any(not isinstance(name, str) for name in state):
+            raise UnsafePickleError("malformed pickle: attributes of a network without names")
+        self.state = state
 
 
-class _Mark:
-    """Where a container's items begin on the stack."""
+class StoredTensor:
+    """A tensor of the file; a class of its own, because pickles may set the state of `Tensor`."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+    def __setstate__(self, state: Any) -> None:
+        raise UnsafePickleError("malformed pickle: state for a tensor")
 
 
-_MARK = _Mark()
+class _Dictionary(dict[Any, Any]):
+    def __setstate__(self, state: Any) -> None:
+        """Attributes of an OrderedDict: the versions in a state dict's metadata."""
+
+
+class _Function:
+    """Stands for a function whose meaning is known."""
+
+    __slots__ = ("meaning",)
+
+    def __init__(self, meaning: Callable[..., Any]) -> None:
+        self.meaning = meaning
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.meaning(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        raise UnsafePickleError("malformed pickle: state for a function")
+
+
+def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> StoredTensor:
+    if not isinstance(storage, StoredTensor):
+        raise UnsafePickleError("a tensor without storage")
+    if any(type(number) is not int or number < 0 for number in (offset, *size, *stride)):
+        raise UnsafePickleError("a tensor with sizes that are no counts")
+    # A stride of zero makes much of little, within the bounds that torch checks.
+    if math.prod(size) > storage.value.numel():
+        raise UnsafePickleError("a tensor with more elements than its storage")
+    return StoredTensor(storage.value.as_strided(size, stride, offset))
+
+
+def _rebuild_parameter(tensor: Any, *_: Any) -> StoredTensor:
+    if not isinstance(tensor, StoredTensor):
+        raise UnsafePickleError("a parameter without tensor")
+    return tensor
+
+
+# Values that no tensor depends on: a device, a shape, the names of buffers that are not saved.
+_unused = _Function(lambda *_: None)
+STAND_INS: Mapping[tuple[str, str], Any] = {
+    ("torch._utils", "_rebuild_tensor_v2"): _Function(_rebuild_tensor),
+    ("torch._utils", "_rebuild_parameter"): _Function(_rebuild_parameter),
+    ("torch.nn.parameter", "Parameter"): _Function(_rebuild_parameter),
+    ("collections", "OrderedDict"): _Dictionary,
+    ("torch", "device"): _unused,
+    ("torch", "Size"): _unused,
+    ("builtins", "set"): _unused,
+    ("__builtin__", "set"): _unused,
+    # Typed storages, as torch.save names them.
+    ("torch", "FloatStorage"): torch.float32,
+    ("torch", "HalfStorage"): torch.float16,
+    ("torch", "DoubleStorage"): torch.float64,
+    ("torch", "BFloat16Storage"): torch.bfloat16,
+    ("torch", "LongStorage"): torch.int64,
+    ("torch", "IntStorage"): torch.int32,
+    ("torch", "ShortStorage"): torch.int16,
+    ("torch", "CharStorage"): torch.int8,
+    ("torch", "ByteStorage"): torch.uint8,
+    ("torch", "BoolStorage"): torch.bool,
+    # Networks: the classes of OpenAI's dall_e package (and of the copy in unilm) and the torch
+    # modules that they are made of.
+    ("dall_e.encoder", "Encoder"): Record,
+    ("dall_e.encoder", "EncoderBlock"): Record,
+    ("dall_e.decoder", "Decoder"): Record,
+    ("dall_e.decoder", "DecoderBlock"): Record,
+    ("dall_e.utils", "Conv2d"): Record,
+    ("torch.nn.modules.container", "Sequential"): Record,
+    ("torch.nn.modules.activation", "ReLU"): Record,
+    ("torch.nn.modules.pooling", "MaxPool2d"): Record,
+    ("torch.nn.modules.linear", "Identity"): Record,
+    ("torch.nn.modules.upsampling", "Upsample"): Record,
+}
 PersistentLoad = Callable[[Any], Any]
 
 
-def read_pickle(stream: BytesIO, persistent_load: PersistentLoad | None = None) -> Any:
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, pickled: bytes, persistent_load: PersistentLoad | None) -> None:
+        super().__init__(io.BytesIO(pickled))
+        self._persistent_load = persistent_load
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in STAND_INS:
+            raise UnsafePickleError(
+                f"the pickle names {f'{module}.{name}'[:100]}: refused, because only tensors and "
+                "the classes of dall_e's networks are read"
+            )
+        return STAND_INS[module, name]
+
+    def persistent_load(self, reference: Any) -> Any:
+        if self._persistent_load is None:
+            raise UnsafePickleError("a reference to a storage is not expected here")
+        return self._persistent_load(reference)
+
+
+def read_pickle(stream: io.BytesIO, persistent_load: PersistentLoad | None = None) -> Any:
     """The value that the pickle at the stream's position describes; the stream ends behind it.
 
     Args:
@@ -88,253 +166,67 @@ def read_pickle(stream: BytesIO, persistent_load: PersistentLoad | None = None) 
     Raises:
         UnsafePickleError: naming the opcode or global that is refused.
     """
+    start = stream.tell()
     try:
-        return _Interpreter(persistent_load).run(stream)
+        length = _checked_length(stream)
+        stream.seek(start)
+        return _Unpickler(stream.read(length), persistent_load).load()
     except UnsafePickleError:
         raise
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
-        # pickletools complains of malformed opcodes with ValueError; the others are values of a
-        # wrong kind in our own operations.
+    # What Python and torch say to values of a wrong kind. None of it prints the value.
+    except (
+        ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, EOFError,
+        pickle.UnpicklingError,
+    ) as error:  # fmt: skip
         raise UnsafePickleError(f"malformed pickle: {type(error).__name__}: {error}") from error
 
 
-class _Interpreter:
-    def __init__(self, persistent_load: PersistentLoad | None) -> None:
-        self.persistent_load = persistent_load
-        self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
+def _checked_length(stream: io.BytesIO) -> int:
+    """Bytes of the pickle from here to its STOP, if it can be read in time and memory.
 
-    def run(self, stream: BytesIO) -> Any:
-        for count, (opcode, argument, position) in enumerate(pickletools.genops(stream)):
-            if count > MAX_OPCODES:
-                raise UnsafePickleError(f"more than {MAX_OPCODES} opcodes: no file of weights")
-            if opcode.name == "STOP":
-                (value,) = self.stack
-                return value
-            if opcode.name in _CONSTANTS:
-                self.stack.append(_CONSTANTS[opcode.name])
-            elif opcode.name in _LITERALS:
-                self.stack.append(argument)
-            elif opcode.name not in _IGNORED:
-                operation = _OPERATIONS.get(opcode.name)
-                if operation is None:
-                    raise UnsafePickleError(
-                        f"opcode {opcode.name} at byte {position} is refused: torch.save does not "
-                        "write it"
-                    )
-                operation(self, argument)
-        raise UnsafePickleError("malformed pickle: no STOP")
-
-    # Stack
-
-    def pop(self) -> Any:
-        value = self.stack.pop()
-        if value is _MARK:
-            raise UnsafePickleError("malformed pickle: unexpected mark")
-        return value
-
-    def pop_to_mark(self) -> list[Any]:
-        items: list[Any] = []
-        while (value := self.stack.pop()) is not _MARK:
-            items.append(value)
-        return items[::-1]
-
-    def top(self, kind: type) -> Any:
-        value = self.stack[-1]
-        if not isinstance(value, kind):
-            raise UnsafePickleError(
-                f"malformed pickle: {kind.__name__} expected, {type(value).__name__} found"
-            )
-        return value
-
-    # Operations, by what pickle calls them
-
-    def mark(self, _: object) -> None:
-        self.stack.append(_MARK)
-
-    def empty_dict(self, _: object) -> None:
-        self.stack.append({})
-
-    def empty_list(self, _: object) -> None:
-        self.stack.append([])
-
-    def empty_set(self, _: object) -> None:
-        self.stack.append(set())
-
-    def make_tuple(self, _: object) -> None:
-        self.stack.append(tuple(self.pop_to_mark()))
-
-    def tuple_of(self, count: int) -> None:
-        items = [self.pop() for _ in range(count)]
-        self.stack.append(tuple(items[::-1]))
-
-    def append(self, _: object) -> None:
-        item = self.pop()
-        self.top(list).append(item)
-
-    def extend(self, _: object) -> None:
-        items = self.pop_to_mark()
-        self.top(list).extend(items)
-
-    def add_items(self, _: object) -> None:
-        items = self.pop_to_mark()
-        self.top(set).update(_plain(items))
-
-    def set_item(self, _: object) -> None:
-        value, key = self.pop(), self.pop()
-        self.top(dict).update(zip(_plain([key]), [value], strict=True))
-
-    def set_items(self, _: object) -> None:
-        items = self.pop_to_mark()
-        target = self.top(dict)
-        if len(items) % 2:
-            raise UnsafePickleError("malformed pickle: a key without value")
-        target.update(zip(_plain(items[::2]), items[1::2], strict=True))
-
-    def put(self, index: int) -> None:
-        self.memo[index] = self.stack[-1]
-
-    def memoize(self, _: object) -> None:
-        self.memo[len(self.memo)] = self.stack[-1]
-
-    def get(self, index: int) -> None:
-        self.stack.append(self.memo[index])
-
-    def name(self, argument: str) -> None:
-        module, _, name = argument.partition(" ")
-        self.stack.append(_known(Name(module, name)))
-
-    def stack_name(self, _: object) -> None:
-        name, module = self.pop(), self.pop()
-        if not isinstance(module, str) or not isinstance(name, str):
-            raise UnsafePickleError("malformed pickle: a global without name")
-        self.stack.append(_known(Name(module, name)))
-
-    def persistent_id(self, _: object) -> None:
-        if self.persistent_load is None:
-            raise UnsafePickleError("a reference to a storage is not expected here")
-        self.stack.append(self.persistent_load(self.pop()))
-
-    def new_object(self, _: object) -> None:
-        arguments, kind = self.pop(), self.pop()
-        if not isinstance(kind, Name) or (kind.module, kind.name) not in MODULES:
-            raise UnsafePickleError("an instance of something that is no known network is refused")
-        if arguments != ():
-            raise UnsafePickleError(f"{kind} with constructor arguments is refused")
-        self.stack.append(Record(kind))
-
-    def reduce(self, _: object) -> None:
-        arguments, function = self.pop(), self.pop()
-        if not isinstance(function, Name) or not isinstance(arguments, tuple):
-            raise UnsafePickleError("malformed pickle: a call of something that has no name")
-        self.stack.append(_interpret(function, arguments))
-
-    def build(self, _: object) -> None:
-        state = self.pop()
-        target = self.stack[-1]
-        if isinstance(target, dict) and isinstance(state, dict):
-            return  # attributes of an OrderedDict: the versions in a state dict's metadata
-        if not isinstance(target, Record) or not isinstance(state, dict):
-            raise UnsafePickleError(f"malformed pickle: state for a {type(target).__name__}")
-        if any(not isinstance(name, str) for name in state):
-            raise UnsafePickleError(f"malformed pickle: attributes of {target.kind} without names")
-        target.state.update(state)
-
-
-def _plain(values: Iterable[Any]) -> list[Any]:
-    """The values if all are texts or numbers.
-
-    Only such become keys: the hash or the text of a few nested, shared tuples takes for ever.
+    Tuples are hashed with all that they hold, and forty of them, each twice in the next, are a tree
+    of 2^40: so none may be used twice. Their number bounds how deep they are, which C code follows
+    on its stack. Integers of more than 32 bits can be chosen to collide.
     """
-    values = list(values)
-    for value in values:
-        if not isinstance(value, str | int | float | None):
-            raise UnsafePickleError(f"malformed pickle: {type(value).__name__} where text belongs")
-    return values
+    start = stream.tell()
+    is_tuple: dict[Any, bool] = {}
+    on_top, costly = False, 0
+    for count, (opcode, argument, position) in enumerate(pickletools.genops(stream)):
+        name = opcode.name
+        if name not in OPCODES:
+            raise UnsafePickleError(
+                f"opcode {name} at byte {position} is refused: torch.save does not write it"
+            )
+        if name == "STOP":
+            return stream.tell() - start
+        if name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            slot = len(is_tuple) if argument is None else argument
+            if slot > count:
+                raise UnsafePickleError("malformed pickle: a memo larger than the pickle")
+            is_tuple[slot] = on_top
+            continue
+        if name in ("BINGET", "LONG_BINGET") and is_tuple.get(argument, False):
+            raise UnsafePickleError("a tuple that is used twice: torch.save does not write it")
+        # BUILD may leave any value on top as it was.
+        on_top = name.startswith("TUPLE") or name == "BUILD"
+        costly += name.startswith(("TUPLE", "LONG1"))
+        if count > MAX_OPCODES or costly > MAX_TUPLES_AND_LONGS:
+            raise UnsafePickleError(f"{count} opcodes, {costly} of them tuples: no file of weights")
+    raise UnsafePickleError("malformed pickle: no STOP")
 
 
-def _known(name: Name) -> Name:
-    key = (name.module, name.name)
-    storage = name.module == "torch" and name.name in STORAGE_TYPES
-    if key in MODULES or key in CALLABLES or storage:
-        return name
-    raise UnsafePickleError(
-        f"the pickle names {str(name)[:100]}: refused, because only tensors and the classes of "
-        "dall_e's networks are read"
-    )
-
-
-def _interpret(function: Name, arguments: tuple[Any, ...]) -> Any:
-    """What a call in the pickle stands for."""
-    key = (function.module, function.name)
-    if key == ("torch._utils", "_rebuild_tensor_v2"):
-        storage, offset, size, stride, *_ = arguments
-        if not isinstance(storage, StoredTensor):
-            raise UnsafePickleError("a tensor without storage")
-        try:
-            return storage.view(offset, size, stride)
-        except ValueError as error:
-            raise UnsafePickleError(str(error)) from error
-    if key in {("torch._utils", "_rebuild_parameter"), ("torch.nn.parameter", "Parameter")}:
-        if not isinstance(arguments[0], StoredTensor):
-            raise UnsafePickleError("a parameter without tensor")
-        return arguments[0]
-    if key == ("collections", "OrderedDict"):
-        pairs = [(name, value) for name, value in (arguments[0] if arguments else ())]
-        return dict(zip(_plain(name for name, _ in pairs), (v for _, v in pairs), strict=True))
-    if key == ("torch", "device"):
-        return _plain(arguments)[0]
-    if key == ("torch", "Size"):
-        return tuple(_plain(arguments[0]))
-    if function.name == "set" and key in CALLABLES:
-        return set(_plain(arguments[0] if arguments else ()))
-    raise UnsafePickleError(f"a call of {function} is refused")
-
-
-_CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_LITERALS = frozenset(
-    {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"}
-)
-_IGNORED = frozenset({"PROTO", "FRAME"})
-_OPERATIONS: dict[str, Callable[[_Interpreter, Any], None]] = {
-    "MARK": _Interpreter.mark,
-    "EMPTY_DICT": _Interpreter.empty_dict,
-    "EMPTY_LIST": _Interpreter.empty_list,
-    "EMPTY_SET": _Interpreter.empty_set,
-    "TUPLE": _Interpreter.make_tuple,
-    "TUPLE1": lambda self, _: self.tuple_of(1),
-    "TUPLE2": lambda self, _: self.tuple_of(2),
-    "TUPLE3": lambda self, _: self.tuple_of(3),
-    "APPEND": _Interpreter.append,
-    "APPENDS": _Interpreter.extend,
-    "ADDITEMS": _Interpreter.add_items,
-    "SETITEM": _Interpreter.set_item,
-    "SETITEMS": _Interpreter.set_items,
-    "BINPUT": _Interpreter.put,
-    "LONG_BINPUT": _Interpreter.put,
-    "MEMOIZE": _Interpreter.memoize,
-    "BINGET": _Interpreter.get,
-    "LONG_BINGET": _Interpreter.get,
-    "GLOBAL": _Interpreter.name,
-    "STACK_GLOBAL": _Interpreter.stack_name,
-    "BINPERSID": _Interpreter.persistent_id,
-    "NEWOBJ": _Interpreter.new_object,
-    "REDUCE": _Interpreter.reduce,
-    "BUILD": _Interpreter.build,
-}
-
-
-def tensors_of(value: Any) -> dict[str, StoredTensor]:
-    """The state dict of an unpickled network or (nested) dictionary of tensors.
+def tensors_of(value: Any) -> dict[str, Tensor]:
+    """The state dict of an unpickled network or (nested) dictionary; tensors may share memory.
 
     Raises:
         UnsafePickleError: no tensors, or a structure that no network has.
     """
+    found: dict[str, Tensor] = {}
     if isinstance(value, dict):
         for wrapper in ("state_dict", "model"):
             if isinstance(value.get(wrapper), dict):
                 value = value[wrapper]
-        found = {k: v for k, v in value.items() if isinstance(v, StoredTensor)}
+        found = {k: v.value for k, v in value.items() if isinstance(v, StoredTensor)}
         if not found or any(not isinstance(name, str) for name in found):
             raise UnsafePickleError("the file holds no named tensors")
         return found
@@ -342,31 +234,29 @@ def tensors_of(value: Any) -> dict[str, StoredTensor]:
         raise UnsafePickleError(
             f"the file holds a {type(value).__name__}, neither a network nor tensors by name"
         )
-    tensors: dict[str, StoredTensor] = {}
-    _collect(value, "", 0, tensors)
-    return tensors
+    # Depth first; a network may occur in several places, and in itself if somebody is malicious.
+    waiting, count = [("", value, 0)], 0
+    while waiting:
+        prefix, module, depth = waiting.pop()
+        count += 1
+        if depth > MAX_DEPTH or count > MAX_NETWORKS:
+            raise UnsafePickleError("networks nested too deeply, or too many")
+        for group in ("_parameters", "_buffers"):
+            for name, tensor in _entries(module, group, StoredTensor).items():
+                found[prefix + name] = tensor.value
+        children = _entries(module, "_modules", Record)
+        waiting += [(f"{prefix}{name}.", c, depth + 1) for name, c in reversed(children.items())]
+    return found
 
 
-def _collect(module: Record, prefix: str, depth: int, into: dict[str, StoredTensor]) -> None:
-    if depth > MAX_DEPTH:
-        raise UnsafePickleError("networks nested too deeply")
-    for group in ("_parameters", "_buffers"):
-        for name, tensor in _entries(module, group):
-            if tensor is None:
-                continue
-            if not isinstance(tensor, StoredTensor):
-                raise UnsafePickleError(f"{prefix}{name} in {group} is no tensor")
-            into[prefix + name] = tensor
-    for name, child in _entries(module, "_modules"):
-        if child is None:
-            continue
-        if not isinstance(child, Record):
-            raise UnsafePickleError(f"{prefix}{name} in _modules is no network")
-        _collect(child, f"{prefix}{name}.", depth + 1, into)
-
-
-def _entries(module: Record, group: str) -> list[tuple[str, Any]]:
+def _entries(module: Record, group: str, kind: type) -> dict[str, Any]:
+    """The entries of one kind by name, without those that are None."""
     entries = module.state.get(group, {})
     if not isinstance(entries, dict) or any(not isinstance(name, str) for name in entries):
-        raise UnsafePickleError(f"{group} of {module.kind} is no dictionary by name")
-    return list(entries.items())
+        raise UnsafePickleError(f"{group} of a network is no dictionary by name")
+    if any(len(name) > MAX_NAME for name in entries):
+        raise UnsafePickleError(f"a name of more than {MAX_NAME} characters in {group}")
+    entries = {name: entry for name, entry in entries.items() if entry is not None}
+    if any(not isinstance(entry, kind) for entry in entries.values()):
+        raise UnsafePickleError(f"{group} of a network holds something that is no {kind.__name__}")
+    return entries

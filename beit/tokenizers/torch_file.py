@@ -8,7 +8,6 @@ Layouts read from torch/serialization.py.
 """
 
 import io
-import json
 import struct
 import zipfile
 from typing import Any
@@ -18,11 +17,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from beit.tokenizers.pickle_reader import Name, UnsafePickleError, read_pickle, tensors_of
-from beit.tokenizers.stored_tensor import STORAGE_TYPES, Storage, StoredTensor
+from beit.tokenizers.pickle_reader import (
+    StoredTensor,
+    UnsafePickleError,
+    read_pickle,
+    tensors_of,
+)
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
+MAX_SAFETENSORS_HEADER = 10_000_000
 
 
 def read_tensors(data: bytes) -> tuple[dict[str, Tensor], str]:
@@ -32,10 +36,16 @@ def read_tensors(data: bytes) -> tuple[dict[str, Tensor], str]:
     anything else, saying what was found.
     """
     if data[:4] == b"PK\x03\x04":
-        return _materialised(_read_zip(data)), "zip"
-    if data[:1] == b"\x80":
-        return _materialised(_read_legacy(data)), "legacy"
+        return _copied(_read_zip(data), len(data)), "zip"
+    if data[:1] == b"\x80" and not _looks_like_safetensors(data):
+        return _copied(_read_legacy(data), len(data)), "legacy"
     if _looks_like_safetensors(data):
+        (length,) = struct.unpack("<Q", data[:8])
+        if length > MAX_SAFETENSORS_HEADER:
+            raise UnsafePickleError(
+                f"a safetensors header of {length} bytes: weights need no more than "
+                f"{MAX_SAFETENSORS_HEADER}"
+            )
         try:
             return load_safetensors(data), "safetensors"
         except SafetensorError as error:
@@ -45,20 +55,18 @@ def read_tensors(data: bytes) -> tuple[dict[str, Tensor], str]:
     )
 
 
-def _materialised(value: Any) -> dict[str, Tensor]:
-    return {name: tensor.read() for name, tensor in tensors_of(value).items()}
+def _copied(value: Any, num_bytes: int) -> dict[str, Tensor]:
+    """Tensors with memory of their own; a file may show one storage many times, but not more."""
+    tensors = tensors_of(value)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    if total > 2 * num_bytes:
+        raise UnsafePickleError(f"tensors of {total} bytes in a file of {num_bytes}")
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def _looks_like_safetensors(data: bytes) -> bool:
-    if len(data) < 10:
-        return False
-    (length,) = struct.unpack("<Q", data[:8])
-    if not 2 <= length <= len(data) - 8:
-        return False
-    try:
-        return isinstance(json.loads(data[8 : 8 + length]), dict)
-    except ValueError:
-        return False
+    (length,) = struct.unpack("<Q", data[:8].ljust(8, b"\0"))
+    return 2 <= length <= len(data) - 8 and data[8:9] == b"{"
 
 
 def _what_it_looks_like(data: bytes) -> str:
@@ -91,14 +99,13 @@ def _read_zip(data: bytes) -> Any:
         )
     if f"{root}/byteorder" in names and _entry(archive, f"{root}/byteorder") != b"little":
         raise UnsafePickleError("big-endian file: save it again on a little-endian machine")
-    storages: dict[str, Storage] = {}
+    storages = _Storages(len(data))
 
-    def persistent_load(reference: Any) -> Any:
-        storage = _storage_of(reference, num_fields=5, known=storages)
-        if storage.data is None:
-            storage.data = _entry(archive, f"{root}/data/{storage.key}")
-            _check_length(storage, len(storage.data))
-        return StoredTensor(storage, 0, (storage.numel,), (1,))
+    def persistent_load(reference: Any) -> StoredTensor:
+        key, is_new = storages.refer(reference, num_fields=5)
+        if is_new:
+            storages.fill(key, _entry(archive, f"{root}/data/{key}"))
+        return storages.by_key[key]
 
     return read_pickle(io.BytesIO(_entry(archive, pickles[0])), persistent_load)
 
@@ -127,68 +134,77 @@ def _read_legacy(data: bytes) -> Any:
     system = read_pickle(stream)
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise UnsafePickleError("big-endian file: save it again on a little-endian machine")
-    storages: dict[str, Storage] = {}
+    storages = _Storages(len(data))
 
     def persistent_load(reference: Any) -> Any:
         if isinstance(reference, tuple) and len(reference) == 4 and reference[0] == "module":
             # (module, class, source file, source text): torch kept the text to warn of changes.
-            if not isinstance(reference[1], Name):
-                raise UnsafePickleError("malformed pickle: a class without name")
             return reference[1]
-        storage = _storage_of(reference, num_fields=6, known=storages)
+        key, _ = storages.refer(reference, num_fields=6)
         if reference[5] is not None:
             raise UnsafePickleError("views of storages (torch before 0.4) are not read")
-        return StoredTensor(storage, 0, (storage.numel,), (1,))
+        return storages.by_key[key]
 
     value = read_pickle(stream, persistent_load)
     keys = read_pickle(stream)
     named = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
-    if not named or sorted(keys) != sorted(storages):
+    if not named or sorted(keys) != sorted(storages.by_key):
         raise UnsafePickleError("the list of storages does not match those that tensors refer to")
     for key in keys:
-        storage = storages[key]
         length = stream.read(8)
         if len(length) < 8:
             raise UnsafePickleError("the file is cut off")
         (numel,) = struct.unpack("<q", length)
-        if numel != storage.numel:
+        flat = storages.by_key[key].value
+        if numel != flat.numel():
             raise UnsafePickleError(
-                f"storage {key!r} has {numel} elements, {storage.numel} are expected"
+                f"storage {key!r} has {numel} elements, {flat.numel()} are expected"
             )
-        storage.data = stream.read(storage.num_bytes)
-        _check_length(storage, len(storage.data))
+        storages.fill(key, stream.read(flat.nbytes))
     return value
 
 
-# Both
+class _Storages:
+    """The file's storages as flat tensors, from the time when the pickle first names them."""
 
+    def __init__(self, num_bytes: int) -> None:
+        self.by_key: dict[str, StoredTensor] = {}
+        self._left = num_bytes
 
-def _storage_of(reference: Any, *, num_fields: int, known: dict[str, Storage]) -> Storage:
-    """(storage, type, key, location, elements, ...) -> the storage, one for each key."""
-    if (
-        not isinstance(reference, tuple)
-        or len(reference) != num_fields
-        or reference[0] != "storage"
-        or not isinstance(reference[1], Name)
-        or reference[1].name not in STORAGE_TYPES
-        or not isinstance(reference[2], str)
-        or type(reference[4]) is not int
-        or reference[4] < 0
-    ):
-        raise UnsafePickleError("malformed pickle: a reference that is no storage")
-    _, kind, key, _, numel = reference[:5]
-    storage = known.setdefault(key, Storage(key, STORAGE_TYPES[kind.name], numel))
-    if (storage.dtype, storage.numel) != (STORAGE_TYPES[kind.name], numel):
-        raise UnsafePickleError(f"malformed pickle: storage {key!r} is described in two ways")
-    return storage
+    def refer(self, reference: Any, *, num_fields: int) -> tuple[str, bool]:
+        """(storage, type, key, location, elements, ...) to the key, and whether it is new."""
+        if (
+            not isinstance(reference, tuple)
+            or len(reference) != num_fields
+            or reference[0] != "storage"
+            or not isinstance(reference[1], torch.dtype)
+            or not isinstance(reference[2], str)
+            or type(reference[4]) is not int
+            or reference[4] < 0
+        ):
+            raise UnsafePickleError("malformed pickle: a reference that is no storage")
+        _, dtype, key, _, numel = reference[:5]
+        known = self.by_key.get(key)
+        if known is not None:
+            if (known.value.dtype, known.value.numel()) != (dtype, numel):
+                raise UnsafePickleError(f"storage {key!r} is described in two ways")
+            return key, False
+        self._left -= numel * dtype.itemsize
+        if self._left < 0:
+            raise UnsafePickleError(f"storage {key!r} is larger than the file")
+        self.by_key[key] = StoredTensor(torch.empty(numel, dtype=dtype))
+        return key, True
 
-
-def _check_length(storage: Storage, length: int) -> None:
-    if length != storage.num_bytes:
-        raise UnsafePickleError(
-            f"storage {storage.key!r} has {length} bytes, {storage.num_bytes} are expected: "
-            "the file is cut off or damaged"
-        )
+    def fill(self, key: str, data: bytes) -> None:
+        """Puts the file's bytes into a storage. Raises UnsafePickleError if they do not fit."""
+        flat = self.by_key[key].value
+        if len(data) != flat.nbytes:
+            raise UnsafePickleError(
+                f"storage {key!r} has {len(data)} bytes, {flat.nbytes} are expected: the file is "
+                "cut off or damaged"
+            )
+        if data:
+            flat.copy_(torch.frombuffer(bytearray(data), dtype=flat.dtype))
 
 
 def assert_finite(tensors: dict[str, Tensor]) -> None:

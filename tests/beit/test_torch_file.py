@@ -1,5 +1,7 @@
 """Reading PyTorch files without executing them: good files give their tensors, bad ones nothing."""
 
+import builtins
+import importlib
 import io
 import os
 import pickle
@@ -8,13 +10,13 @@ import sys
 import time
 import zipfile
 from collections import OrderedDict
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save as save_safetensors
 from torch import nn
 
+from beit.tokenizers import pickle_reader
 from beit.tokenizers.pickle_reader import UnsafePickleError, read_pickle
 from beit.tokenizers.torch_file import read_tensors
 from tests.beit.dalle_package import dall_e
@@ -82,6 +84,21 @@ def test_a_state_dict(legacy, protocol):
     assert torch.equal(tensors["second"], shared[4:])
 
 
+def test_headers_of_safetensors_are_bounded():
+    """Parsed, 90 MB of JSON are gigabytes."""
+    data = struct.pack("<Q", 90_000_000) + b"{" + b" " * 89_999_998 + b"}"
+    start = time.monotonic()
+    with pytest.raises(UnsafePickleError, match="header of 90000000 bytes"):
+        read_tensors(data)
+    assert time.monotonic() - start < 2
+
+
+def test_tensors_are_no_larger_than_their_file(legacy):
+    shared = torch.zeros(1_000_000, dtype=torch.uint8)
+    with pytest.raises(UnsafePickleError, match="tensors of 5000000 bytes in a file of"):
+        read_tensors(saved({str(i): shared.view(-1) for i in range(5)}, legacy=legacy))
+
+
 def test_a_network_with_metadata(legacy):
     network = nn.Sequential(OrderedDict(act=nn.ReLU(), pool=nn.MaxPool2d(2)))
     network.register_parameter("w", nn.Parameter(torch.randn(3), requires_grad=False))
@@ -120,6 +137,11 @@ def text(value):
     return b"X" + struct.pack("<I", len(raw)) + raw
 
 
+def slots(name):
+    """State that sets an attribute of whatever it is given to."""
+    return b"N}" + text(name) + b"Ns\x86"
+
+
 def malicious(canary):
     """name -> (bytes of a pickle, words of the message)."""
     touch = f"open({canary!r}, 'w').close()"
@@ -135,10 +157,10 @@ def malicious(canary):
             p4 + text("os") + text("system") + b"\x93" + text(shell) + b"\x85R.",
             "os.system",
         ),
-        "text protocol 0": (f"cos\nsystem\n(S'{shell}'\ntR.".encode(), "os.system"),
+        "text protocol 0": (f"cos\nsystem\n(S'{shell}'\ntR.".encode(), "opcode STRING "),
         "inst": (p2 + f"(S'{shell}'\nios\nsystem\n.".encode(), "opcode STRING "),
         "inst, binary": (p2 + b"(" + text(shell) + b"ios\nsystem\n.", "opcode INST "),
-        "obj": (p2 + b"(cos\nsystem\n" + text(shell) + b"o.", "os.system"),
+        "obj": (p2 + b"(cos\nsystem\n" + text(shell) + b"o.", "opcode OBJ "),
         "obj of a known class": (
             p2 + b"(cdall_e.utils\nConv2d\n" + text("x") + b"o.",
             "opcode OBJ ",
@@ -166,22 +188,25 @@ def malicious(canary):
         "a name with spaces": (p2 + b"ctorch system\nx\n)R.", "torch"),
         "call of a network": (
             p2 + b"cdall_e.utils\nConv2d\n" + text(shell) + b"\x85R.",
-            "call of dall_e.utils.Conv2d is refused",
+            "takes no arguments",
         ),
         "network with arguments": (
             p2 + b"cdall_e.utils\nConv2d\n" + text(shell) + b"\x85\x81.",
-            "constructor arguments",
+            "takes no arguments",
         ),
-        "call of a text": (p2 + text("os.system") + text(shell) + b"\x85R.", "no name"),
-        "instance of a text": (p2 + text("os.system") + b")\x81.", "no known network"),
-        "state for a text": (p2 + text("x") + b"}b.", "state for a str"),
+        "call of a text": (
+            p2 + text("os.system") + text(shell) + b"\x85R.",
+            "'str' object is not callable",
+        ),
+        "instance of a text": (p2 + text("os.system") + b")\x81.", "must be a type, not str"),
+        "state for a text": (p2 + text("x") + b"}K\x01K\x02sb.", "'str' object has no attribute"),
         "state without names": (
             p2 + b"cdall_e.utils\nConv2d\n)\x81}K\x01K\x02sb.",
             "without names",
         ),
         "append to a record": (
             p2 + b"cdall_e.utils\nConv2d\n)\x81K\x01a.",
-            "list expected, Record",
+            "'Record' object has no attribute",
         ),
         "tensor of a text": (
             p2 + b"ctorch._utils\n_rebuild_tensor_v2\n(" + text("x") + b"K\x00)))t" + b"R.",
@@ -192,8 +217,24 @@ def malicious(canary):
             "without tensor",
         ),
         "storage reference out of place": (p2 + text("x") + b"Q.", "not expected here"),
+        "state for a function": (
+            p2 + b"ctorch._utils\n_rebuild_tensor_v2\n" + slots("__defaults__") + b"b.",
+            "state for a function",
+        ),
+        "state for a class": (
+            p2 + b"cdall_e.utils\nConv2d\n" + slots("__setstate__") + b"b.",
+            "missing 1 required positional argument",
+        ),
+        "state for a dictionary's class": (
+            p2 + b"ccollections\nOrderedDict\n" + slots("__setstate__") + b"b.",
+            "missing 1 required positional argument",
+        ),
+        "state for a storage type": (
+            p2 + b"ctorch\nFloatStorage\n" + slots("itemsize") + b"b.",
+            "object attribute 'itemsize' is read-only|not writable",
+        ),
         "text persistent id": (p2 + b"Psystem\n.", "opcode PERSID "),
-        "memo index": (p2 + b"K\x01r\xff\xff\xff\xff0.", "opcode POP "),
+        "memo index": (p2 + b"K\x01r\xff\xff\xff\xff.", "a memo larger than the pickle"),
         "missing memo": (p2 + b"h\x07.", "malformed"),
         "empty stack": (p2 + b"R.", "malformed"),
         "unbalanced mark": (p2 + b"(K\x01\x85(.", "malformed"),
@@ -228,6 +269,9 @@ def test_malicious_pickles_are_refused(tmp_path, name):
             read_tensors(data)
     assert not canary.exists()
     assert len(NAMES) >= 12
+    # It has not changed how the next file is read.
+    good = {"a": torch.ones(2)}
+    assert torch.equal(read_tensors(saved(good))[0]["a"], good["a"])
 
 
 def test_the_corpus_would_work_on_a_real_unpickler(tmp_path):
@@ -250,20 +294,52 @@ def test_a_call_hidden_in_a_network(tmp_path, legacy):
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("use", ["key", "member", "size", "device", "storage"])
+@pytest.mark.parametrize("use", ["key", "member", "size", "device", "storage", "call", "again"])
 def test_shared_nested_tuples_cost_nothing(use):
     """Hashing or printing forty doublings would take for ever."""
     bomb = b")" + b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(40))
+    # The same, but with something between the tuple and its place in the memo.
+    again = bomb.replace(b"q", b"Nbq")
     pickles = {
         "key": b"}" + bomb + b"K\x01s.",
         "member": b"c__builtin__\nset\n]" + bomb + b"a\x85R.",
         "size": b"ctorch\nSize\n" + bomb + b"\x85R.",
         "device": b"ctorch\ndevice\n" + bomb + b"\x85R.",
         "storage": bomb + b"Q.",
+        "call": bomb + b")R.",
+        "again": b"}" + again + b"K\x01s.",
     }
     start = time.monotonic()
     with pytest.raises(UnsafePickleError):
         read_tensors(HEADER + SYSTEM + b"\x80\x02" + pickles[use])
+    assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize("depth", [1_000, 9_900, 1_000_000])
+def test_deep_tuples_cost_nothing(depth):
+    """Their hash is computed on C's stack."""
+    pickled = b"\x80\x02})" + depth * b"\x85" + b"K\x01s."
+    with pytest.raises(UnsafePickleError, match=r"no named tensors|of them tuples"):
+        read_tensors(HEADER + SYSTEM + pickled + pickle.dumps([], 2))
+
+
+def test_integers_that_collide_cost_nothing():
+    keys = [pickle.dumps(i * (2**61 - 1), 2)[2:-1] for i in range(2**10, 100_000)]
+    with pytest.raises(UnsafePickleError, match="no file of weights"):
+        read_tensors(HEADER + SYSTEM + b"\x80\x02}(" + b"N".join(keys) + b"Nu.")
+
+
+def test_a_network_that_is_many():
+    """1.8 kB that name 2^25 networks."""
+    network = b"cdall_e.utils\nConv2d\n)\x81q"
+    pickled = b"\x80\x02" + network + b"\x00"
+    for i in range(1, 26):
+        child = b"h" + bytes([i - 1])
+        children = b"}(" + text("a") + child + text("b") + child + b"u"
+        pickled += network + bytes([i]) + b"}" + text("_modules") + children + b"sb"
+    start = time.monotonic()
+    with pytest.raises(UnsafePickleError, match="too many"):
+        read_tensors(HEADER + SYSTEM + pickled + b"." + pickle.dumps([], 2))
     assert time.monotonic() - start < 2
 
 
@@ -412,8 +488,14 @@ def test_files_that_are_something_else(data, message):
         read_tensors(data)
 
 
-def test_nothing_of_torch_save_needs_import():
-    """The interpreter never imports: its source has no means to."""
-    source = Path(sys.modules["beit.tokenizers.pickle_reader"].__file__).read_text()
-    for means in ("import_module", "__import__", "getattr(", "find_class", "pickle.load", "eval("):
-        assert means not in source
+def test_names_stand_for_nothing_that_does_anything():
+    """Stand-ins are this module's own, or types of numbers; no pickle has changed them."""
+    for stand_in in pickle_reader.STAND_INS.values():
+        own = stand_in if isinstance(stand_in, type) else type(stand_in)
+        assert own is torch.dtype or own.__module__ == pickle_reader.__name__
+    unpickler = pickle_reader._Unpickler(b"", None)
+    for module in (builtins, os, sys, importlib, torch, torch.serialization, pickle):
+        for name in dir(module):
+            if (module.__name__, name) not in pickle_reader.STAND_INS:
+                with pytest.raises(UnsafePickleError, match="names"):
+                    unpickler.find_class(module.__name__, name)
