@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from beit.images import UnusableImage, decode_image, image_digest
 from pipelines import storage
-from pipelines.auditing.files import Findings, check_files, sample_files
+from pipelines.auditing.files import Findings, check_files, read_sample, sample_files
 from pipelines.auditing.tokens import audit_tokens
 from pipelines.config.audit import AuditConfig
 from pipelines.errors import InputError, StageFailed
@@ -151,22 +151,16 @@ def _decode_again(
     generator: np.random.Generator,
     findings: Findings,
 ) -> int:
-    rows = sorted(
-        int(row)
-        for row in generator.choice(
-            table.num_rows, min(config.samples, table.num_rows), replace=False
-        )
-    )
+    wanted = min(config.samples, table.num_rows)
+    rows = np.sort(generator.choice(table.num_rows, wanted, replace=False))
+    part_of = np.searchsorted(table.part_starts, rows, side="right") - 1
+    rows, part_of = (values[~np.isin(part_of, sorted(broken))] for values in (rows, part_of))
     done = 0
-    for row in rows:
-        group = table.row_groups[table.row_groups.overlapping(row, row + 1)[0]]
-        if group.part in broken:
-            continue
-        where = f"{table.parts[group.part].name}: row {row}"
+    for position, record in read_sample(table, rows, None, findings):
+        where = f"{table.parts[part_of[position]].name}: row {rows[position]}"
         try:
-            record = table.read_rows(row, row + 1).to_pylist()[0]
             image = decode_image(record["image"])
-        except (InputError, UnusableImage) as error:
+        except UnusableImage as error:
             findings.add(f"{where}: image: {error}")
             continue
         if image_digest(record["image"]) != record["digest"]:

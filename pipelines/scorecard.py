@@ -5,7 +5,7 @@ used, what the decoder makes of the tokens, and how predictable tokens are from 
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from beit.images import decode_image
 from beit.tokenizers import ImageTokenizer
-from beit.views import ViewPolicy, render, sample_view
+from beit.views import ViewPolicy
 from pipelines.errors import StageFailed
+from pipelines.reading.pixels import drawn, read_pixels
 from pipelines.tables.image_table import ImageTable
 
 SCORE_VIEW = 2**48
@@ -172,8 +172,15 @@ def score(
     One random view of each by `policy`; the same images and views whenever it is asked.
     """
     rows = sample_rows(images, num_images)
-    batches = _view_batches(images, rows, policy or ViewPolicy(), tokenizer, batch_size)
-    return score_batches(tokenizer, batches, device=device)
+    batches = read_pixels(
+        images,
+        rows,
+        drawn(policy or ViewPolicy(), SCORE_VIEW),
+        tokenizer.image_size,
+        tokenizer.interpolation,
+        batch_size=batch_size,
+    )
+    return score_batches(tokenizer, map(torch.from_numpy, batches), device=device)
 
 
 def score_batches(
@@ -254,46 +261,6 @@ def sample_rows(images: ImageTable, count: int) -> np.ndarray:
         start + evenly_spaced(int(size), each) for start, size in zip(chosen, sizes, strict=True)
     ]
     return np.concatenate(rows)[:count]
-
-
-def read_views(
-    images: ImageTable, rows: np.ndarray, policy: ViewPolicy, index: int, size: int, filter_: str
-) -> Iterator[np.ndarray]:
-    """View `index` of each of the given rows (ascending): uint8 (3, size, size).
-
-    Row groups are read one after another, so memory holds one.
-    """
-    starts = images.row_groups.starts
-    positions = np.searchsorted(starts, rows, side="right") - 1
-    for position in np.unique(positions):
-        inside = rows[positions == position] - starts[position]
-        table = images.read_row_group(int(position), ["image", "digest"]).take(inside)
-        for data, digest in zip(
-            table["image"].to_pylist(), table["digest"].to_pylist(), strict=True
-        ):
-            image = decode_image(data)
-            view = sample_view(policy, digest, index, image.height, image.width)
-            pixels = render(image, view, size, filter_)  # type: ignore[arg-type]
-            yield np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
-def _view_batches(
-    images: ImageTable,
-    rows: np.ndarray,
-    policy: ViewPolicy,
-    tokenizer: ImageTokenizer,
-    batch_size: int,
-) -> Iterator[Tensor]:
-    batch: list[np.ndarray] = []
-    for view in read_views(
-        images, rows, policy, SCORE_VIEW, tokenizer.image_size, tokenizer.interpolation
-    ):
-        batch.append(view)
-        if len(batch) == batch_size:
-            yield torch.from_numpy(np.stack(batch))
-            batch = []
-    if batch:
-        yield torch.from_numpy(np.stack(batch))
 
 
 def scorecard_record(scorecard: Scorecard) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What audits of all tables share: a list of findings, and the hashes of files."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +10,9 @@ import numpy as np
 
 from pipelines import storage
 from pipelines.config.audit import AuditConfig
-from pipelines.errors import StageFailed
+from pipelines.errors import InputError, StageFailed
 from pipelines.progress import Progress
-from pipelines.tables.image_table import REJECTED
+from pipelines.tables.image_table import REJECTED, ImageTable
 
 MAX_FINDINGS = 20
 
@@ -39,6 +39,25 @@ class Findings:
 def sample_files(count: int, share: float, generator: np.random.Generator) -> list[int]:
     wanted = max(1, round(count * share)) if count else 0
     return sorted(int(i) for i in generator.choice(count, wanted, replace=False))
+
+
+def read_sample(
+    images: ImageTable, rows: np.ndarray, columns: Sequence[str] | None, findings: Findings
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Positions in `rows` (ascending) and what stands there in the image table.
+
+    Each row group is read once. Rows that cannot be read are findings.
+    """
+    groups = np.searchsorted(images.row_groups.starts, rows, side="right") - 1
+    for group in np.unique(groups):
+        positions = np.flatnonzero(groups == group).tolist()
+        try:
+            ((_, table),) = images.read_scattered(rows[positions], columns)
+        except InputError as error:
+            for position in positions:
+                findings.add(f"row {rows[position]}: {error}")
+            continue
+        yield from zip(positions, table.to_pylist(), strict=True)
 
 
 def check_files(

@@ -1,7 +1,7 @@
 """The audit of a token table: its files, its keys, and its tokens computed again."""
 
 import sys
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from beit.tokenizers import ImageTokenizer, Precision
 from pipelines import storage
-from pipelines.auditing.files import Findings, check_files, sample_files
+from pipelines.auditing.files import Findings, check_files, read_sample, sample_files
 from pipelines.config.audit import AuditConfig
 from pipelines.errors import InputError
 from pipelines.tables import tokenizer_store
@@ -19,6 +19,7 @@ from pipelines.tables.token_files import check_file, split_columns
 from pipelines.tables.token_table import MISSING, TokenTable
 from pipelines.tokenization import work as token_work
 
+COLUMNS = ("key", "image", "digest")
 # Rows of a changed file that are computed again to find the first wrong one.
 MAX_ROWS_SEARCHED = 64
 
@@ -98,9 +99,8 @@ class _Online:
         keys: list[str] = self.images.read_rows(start, stop, ["key"])["key"].to_pylist()
         return keys
 
-    def pixels(self, row: int) -> NDArray[np.uint8]:
-        """All views of one row, (V, size, size, 3)."""
-        record = self.images.read_rows(row, row + 1, ["key", "image", "digest"]).to_pylist()[0]
+    def pixels(self, record: dict[str, Any]) -> NDArray[np.uint8]:
+        """All views of one row with these columns, (V, size, size, 3)."""
         return token_work.tokenizer_views(
             record["image"], record["digest"], self.table.identity, key=record["key"]
         )
@@ -138,8 +138,11 @@ def _search_file(table: TokenTable, index: int, online: _Online | None, findings
             break
     if online.tokenizer is None:
         return
-    for row in range(min(len(span), MAX_ROWS_SEARCHED)):
-        again = online.encode(online.pixels(span.start + row))
+    searched = online.images.read_rows(
+        span.start, min(span.stop, span.start + MAX_ROWS_SEARCHED), COLUMNS
+    )
+    for row, record in enumerate(searched.to_pylist()):
+        again = online.encode(online.pixels(record))
         if (again != token_ids[row]).any():
             view, position = np.argwhere(again != token_ids[row])[0]
             findings.add(
@@ -162,21 +165,22 @@ def _tokenize_again(
     rows = np.sort(generator.integers(0, table.num_rows, config.samples))
     views = generator.integers(0, len(table.views), config.samples)
     bad_rows = [table.file_rows(index) for index in broken]
+    readable = np.array([all(row not in span for span in bad_rows) for row in rows.tolist()], bool)
+    rows, views = rows[readable], views[readable]
+    columns = COLUMNS if online.tokenizer is not None else ("key",)
     pixels, cached, chosen = [], [], []
-    for row, view in zip(rows.tolist(), views.tolist(), strict=True):
-        if any(row in span for span in bad_rows):
-            continue
+    for position, record in read_sample(online.images, rows, columns, findings):
+        row, view = int(rows[position]), int(views[position])
         try:
             keys, token_ids = table.read_rows(row, row + 1)
             if token_ids[0, 0, 0] == MISSING:
                 continue
-            wanted = online.keys(row, row + 1)
-            rendered = online.pixels(row) if online.tokenizer is not None else None
-        except (InputError, token_work.UnitRejected) as error:
+            rendered = online.pixels(record) if online.tokenizer is not None else None
+        except InputError as error:
             findings.add(f"row {row}: {error}")
             continue
-        if keys != wanted:
-            findings.add(f"row {row}: key {keys[0]!r} != {wanted[0]!r} (token table != images)")
+        if keys[0] != record["key"]:
+            findings.add(f"row {row}: key {keys[0]!r} != {record['key']!r} (token table != images)")
         chosen.append((row, view))
         if rendered is not None:
             pixels.append(rendered[view])
@@ -186,7 +190,7 @@ def _tokenize_again(
     same = online.encode(np.stack(pixels)) == np.stack(cached)
     agreement = float(same.mean())
     if agreement < config.min_agreement:
-        for position in np.flatnonzero(~same.all(axis=1)):
+        for position in np.flatnonzero(~same.all(axis=1)).tolist():
             row, view = chosen[position]
             findings.add(
                 f"row {row}: token_ids: view {table.views[view]}: "

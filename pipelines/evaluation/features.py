@@ -10,16 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from beit.images import decode_image
 from beit.mim import BeitMIM
-from beit.views import center_view, render
 from beit.weights import CONFIG_FILE, WEIGHTS_FILE, load_weights, read_weights_config
 from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.progress import Progress
+from pipelines.reading.pixels import central, read_pixels
 from pipelines.tables.image_table import ImageTable
 
-READ_ROWS = 512
 MAX_PIXEL_SIDE = 64
 GRID_REGIONS = 4
 
@@ -133,17 +131,9 @@ def read_labelled(
     pixels = np.empty((len(rows), 3, size, size), np.uint8)
     progress = Progress(len(rows), "reading images", "images")
     done = 0
-    for start in range(0, table.num_rows, READ_ROWS):
-        stop = min(start + READ_ROWS, table.num_rows)
-        wanted = rows[(rows >= start) & (rows < stop)]
-        if not len(wanted):
-            continue
-        images = table.read_rows(start, stop, ["image"])["image"]
-        for row in wanted:
-            image = decode_image(images[int(row) - start].as_py())
-            view = center_view(image.height, image.width, crop_fraction)
-            pixels[done] = render(image, view, size).transpose(2, 0, 1)
-            done += 1
+    for batch in read_pixels(table, rows, central(crop_fraction), size):
+        pixels[done : done + len(batch)] = batch
+        done += len(batch)
         progress.update(done)
     progress.close()
     return LabelledImages(

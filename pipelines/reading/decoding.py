@@ -9,12 +9,12 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from beit.images import UnusableImage, decode_array
 from beit.masking import mask_of
-from beit.views import Interpolation, ViewPolicy, render_fast, render_sizes, sample_view
+from beit.views import Interpolation, ViewPolicy
 from pipelines.config.pretrain import MaskingConfig
 from pipelines.errors import InputError
 from pipelines.reading.encoded_rows import EncodedRows
+from pipelines.reading.pixels import Output, drawn, render_encoded
 
 log = logging.getLogger(__name__)
 
@@ -77,27 +77,15 @@ def render_rows(
     started = time.perf_counter()
     count, size = len(images), spec.image_size
     pixels = np.empty((count, 3, size, size), np.uint8)
+    outputs: list[Output] = [(size, "fast" if spec.fast else spec.interpolation)]
     token_pixels = None
     if spec.token_view is not None:
+        outputs.append(spec.token_view)
         token_pixels = np.empty((count, 3, spec.token_view[0], spec.token_view[0]), np.uint8)
     masks = np.zeros((count, spec.grid_size[0] * spec.grid_size[1]), np.bool_)
     for i, (data, digest, key) in enumerate(zip(images, digests, keys, strict=True)):
-        try:
-            source = decode_array(data)
-        except UnusableImage as error:
-            raise InputError(
-                f"image {key!r} of the image table does not decode ({error}): "
-                "the table is damaged; run `beit audit`, then prepare it again"
-            ) from error
-        view = sample_view(spec.policy, digest, int(views[i]), *source.shape[:2])
-        outputs: list[tuple[int, Interpolation]] = []
-        if not spec.fast:
-            outputs.append((size, spec.interpolation))
-        if spec.token_view is not None:
-            outputs.append(spec.token_view)
-        rendered = render_sizes(source, view, outputs) if outputs else []
-        if spec.fast:
-            rendered.insert(0, render_fast(source, view, size))
+        view = drawn(spec.policy, int(views[i]))
+        rendered = render_encoded(data, digest, [view], outputs, key=key)
         pixels[i] = rendered[0].transpose(2, 0, 1)
         if token_pixels is not None:
             token_pixels[i] = rendered[1].transpose(2, 0, 1)

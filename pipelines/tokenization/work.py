@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from beit.images import UnusableImage, decode_image
 from beit.tokenizers import ImageTokenizer
-from beit.views import Interpolation, ViewPolicy, render, sample_view
+from beit.views import Interpolation, ViewPolicy
 from pipelines import storage
+from pipelines.reading.pixels import DamagedImageError, drawn, render_encoded
 from pipelines.tables.image_files import Part, read_part
 from pipelines.tables.token_files import Identity, encode_file, file_name
 
@@ -59,27 +59,19 @@ def tokenizer_views(
     """The tokenizer's views of one encoded image, (V, size, size, 3); it is decoded once.
 
     Raises:
-        UnitRejected: the image cannot be decoded.
+        DamagedImageError: it does not decode.
     """
-    try:
-        image = decode_image(data)
-    except UnusableImage as error:
-        raise UnitRejected(f"image {key!r} cannot be decoded: {error}") from error
     policy = ViewPolicy.from_dict(identity.policy)
-    size = identity.image_size
-    interpolation = cast(Interpolation, identity.interpolation)
-    pixels = np.empty((identity.num_views, size, size, 3), np.uint8)
-    for position, index in enumerate(range(*identity.views)):
-        view = sample_view(policy, digest, index, image.height, image.width)
-        pixels[position] = render(image, view, size, interpolation)
-    return pixels
+    views = [drawn(policy, index) for index in range(*identity.views)]
+    output = (identity.image_size, cast(Interpolation, identity.interpolation))
+    return np.stack(render_encoded(data, digest, views, [output], key=key))
 
 
 def render_unit(images_uri: str, unit: Unit, identity: Identity) -> RenderedUnit:
     """Reads a unit's images and renders their views.
 
     Raises:
-        UnitRejected: an image cannot be decoded.
+        UnitRejected: an image does not decode.
         InputError: the part is missing or damaged.
     """
     begin = time.monotonic()
@@ -93,7 +85,11 @@ def render_unit(images_uri: str, unit: Unit, identity: Identity) -> RenderedUnit
     for row, (key, digest, image) in enumerate(
         zip(keys, digests, table.column("image"), strict=True)
     ):
-        pixels[row] = tokenizer_views(image.as_buffer().to_pybytes(), digest, identity, key=key)
+        data = image.as_buffer().to_pybytes()
+        try:
+            pixels[row] = tokenizer_views(data, digest, identity, key=key)
+        except DamagedImageError as error:
+            raise UnitRejected(str(error)) from error
     return RenderedUnit(
         keys=keys,
         pixels=pixels,

@@ -7,20 +7,18 @@ the weights, or any generator that training draws from.
 import functools
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from beit.images import decode_image
 from beit.mim import BeitMIM
 from beit.tokenizers.base import ImageTokenizer
-from beit.views import center_view, render
 from pipelines import pictures
 from pipelines.config.pretrain import PretrainConfig
 from pipelines.evaluation import probes
+from pipelines.reading.pixels import central, read_pixels
 from pipelines.tables import tokenizer_store
 from pipelines.tables.image_table import ImageTable
 from pipelines.training.data import StepBatch, WorkerData
@@ -41,20 +39,29 @@ def run_probe(
     """
     start = time.monotonic()
     table, rows, labels, held_out = probe_rows(config.probe.images, config.probe.max_images)
-    # Workers take turns row by row; all make the same number of passes, for a sharded model waits
-    # for everyone. Rows that only fill up are cut off after gathering.
+    # Each worker takes neighbouring rows, so that none reads the whole table. All make the same
+    # number of passes, for a sharded model waits for everyone: the last row fills up, and what it
+    # filled is cut off after gathering.
     share = -(-len(rows) // world.size)
-    mine = np.resize(rows[world.rank :: world.size], share)
+    mine = rows[np.minimum(world.rank * share + np.arange(share), len(rows) - 1)]
     layer = config.probe.layer or max(1, round(config.model.depth * 0.75))
+    batches = read_pixels(
+        table,
+        mine,
+        central(),
+        config.model.image_size,
+        batch_size=PROBE_BATCH,
+        num_threads=data.num_threads,
+    )
     chunks = []
     model.eval()
-    with torch.no_grad(), ThreadPoolExecutor(data.num_threads) as pool:
-        for first in range(0, share, PROBE_BATCH):
-            pixels = _read(table, mine[first : first + PROBE_BATCH], config.model.image_size, pool)
-            tokens = model.features(data.normalise(pixels.to(world.device)), layer=layer)
+    with torch.no_grad():
+        for batch in batches:
+            pixels = torch.from_numpy(batch).to(world.device, memory_format=torch.channels_last)
+            tokens = model.features(data.normalise(pixels), layer=layer)
             chunks.append(tokens[:, 1:].float().mean(dim=1))
     model.train()
-    gathered = torch.stack(world.gather(torch.cat(chunks)), dim=1).flatten(0, 1)[: len(rows)]
+    gathered = torch.cat(world.gather(torch.cat(chunks)))[: len(rows)]
     if log.active:
         x = gathered.cpu().numpy()
         train, test = ~held_out, held_out
@@ -87,20 +94,6 @@ def probe_rows(
     if len(rows) > max_images:
         rows = rows[np.linspace(0, len(rows) - 1, max_images).astype(np.int64)]
     return table, rows, labels[rows].astype(np.int64), table.held_out(HELD_OUT)[rows]
-
-
-def _read(
-    table: ImageTable, rows: NDArray[np.int64], size: int, pool: ThreadPoolExecutor
-) -> Tensor:
-    """uint8 (len(rows), 3, size, size): the central crop of each row."""
-
-    def one(row: int) -> NDArray[np.uint8]:
-        image = decode_image(table.read_rows(row, row + 1, ["image"])["image"][0].as_py())
-        view = center_view(image.height, image.width)
-        pixels: NDArray[np.uint8] = render(image, view, size, "bicubic").transpose(2, 0, 1)
-        return pixels
-
-    return torch.from_numpy(np.stack(list(pool.map(one, rows.tolist()))))
 
 
 def log_pictures(

@@ -26,8 +26,9 @@ from pipelines.config.train_tokenizer import (
     ViewsConfig,
 )
 from pipelines.errors import InputError
+from pipelines.reading.pixels import drawn, read_pixels
 from pipelines.sample_order import SampleOrder
-from pipelines.scorecard import read_views, sample_rows
+from pipelines.scorecard import sample_rows
 from pipelines.tables.image_table import ImageTable
 from pipelines.training.distributed import World
 
@@ -265,10 +266,15 @@ def start_codebook(
         return
     rows = sample_rows(images, config.data.codebook_images)
     policy = view_policy(config.views, seed=config.seed)
-    views = read_views(
-        images, rows, policy, CODEBOOK_VIEW, tokenizer.image_size, tokenizer.interpolation
+    (pixels,) = read_pixels(
+        images,
+        rows,
+        drawn(policy, CODEBOOK_VIEW),
+        tokenizer.image_size,
+        tokenizer.interpolation,
+        batch_size=len(rows),
     )
-    batch = torch.stack([torch.from_numpy(view) for view in views]).to(device)
+    batch = torch.from_numpy(pixels).to(device)
     tokenizer.to(device)
     generator = torch.Generator().manual_seed(config.seed)
     try:

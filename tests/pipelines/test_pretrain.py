@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -509,6 +510,26 @@ class TestProbes:
         assert weight_bytes(result.run_uri) == weight_bytes(finished[1].run_uri)
         assert per_step(result.run_uri) == per_step(finished[1].run_uri)
         assert result.report["goodput"]["seconds"]["evaluation"] > 0
+
+    def test_they_read_each_row_group_once(self, tables, tmp_path, monkeypatch):
+        from pipelines.tables import image_table
+
+        labelled = str(tmp_path / "labelled")
+        shutil.copytree(tables[0], labelled)
+        reads, real = [], image_table.read_row_groups
+
+        def read(uri, part, indices, columns=None):
+            if uri == labelled and "image" in columns:
+                reads.extend((part.name, index) for index in indices)
+            return real(uri, part, indices, columns)
+
+        monkeypatch.setattr(image_table, "read_row_groups", read)
+        pretrain.run(
+            small_config(tables, tmp_path / "run", probe={"images": labelled, "every_steps": 6})
+        )
+        groups = image_table.ImageTable.open(labelled).row_groups
+        assert len(groups) < image_table.ImageTable.open(labelled).num_rows / 4
+        assert len(reads) == 2 * len(set(reads)) == 2 * len(groups)
 
 
 class TestTracking:

@@ -6,16 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from beit.images import decode_image
 from beit.tokenizers import DalleTokenizer, DvaeTokenizer
-from beit.views import ViewPolicy, render, sample_view
+from beit.views import ViewPolicy
 from pipelines import scorecard
 from pipelines.errors import StageFailed
+from pipelines.reading.pixels import drawn, read_pixels
 from pipelines.scorecard import (
     SCORE_VIEW,
     check_gate,
     evenly_spaced,
-    read_views,
     sample_rows,
     score,
     score_batches,
@@ -115,19 +114,6 @@ def test_rows_of_a_large_table_lie_in_few_groups(images, monkeypatch):
     groups = {images.row_groups.overlapping(row, row + 1)[0] for row in rows.tolist()}
     assert len(groups) == 3
     assert rows.max() > 25  # spread over the table
-    assert len(list(read_views(images, rows, ViewPolicy(), 0, 8, "lanczos"))) == len(rows)
-
-
-def test_views_are_those_of_the_view_functions(images):
-    policy = ViewPolicy(seed=3)
-    rows = np.array([0, 7, 8, 31, 49])
-    views = list(read_views(images, rows, policy, 5, 16, "lanczos"))
-    assert len(views) == 5
-    for row, view in zip(rows, views, strict=True):
-        record = images.read_rows(row, row + 1).to_pylist()[0]
-        image = decode_image(record["image"])
-        expected = sample_view(policy, record["digest"], 5, image.height, image.width)
-        assert np.array_equal(view.transpose(1, 2, 0), render(image, expected, 16, "lanczos"))
 
 
 def test_score_of_a_table(images, tokenizer):
@@ -139,7 +125,9 @@ def test_score_of_a_table(images, tokenizer):
     assert card.token_ids.shape == (8, 4, 4)
     # Brute force over the same views.
     rows = evenly_spaced(images.num_rows, 20)
-    views = np.stack(list(read_views(images, rows, ViewPolicy(), SCORE_VIEW, 16, "lanczos")))
+    views = np.concatenate(
+        list(read_pixels(images, rows, drawn(ViewPolicy(), SCORE_VIEW), 16, "lanczos"))
+    )
     decoded = tokenizer.decode(tokenizer.encode(torch.from_numpy(views))).numpy()
     difference = (decoded.astype(float) - views) / 255
     assert card.mse == pytest.approx((difference**2).mean(), rel=1e-5)

@@ -1,0 +1,106 @@
+"""Encoded bytes and views to pixels: the one place where images of a table are decoded."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from beit.images import UnusableImage, decode_array
+from beit.views import (
+    Interpolation,
+    View,
+    ViewPolicy,
+    center_view,
+    render_fast,
+    render_sizes,
+    sample_view,
+)
+from pipelines.errors import InputError
+from pipelines.tables.image_table import ImageParts
+
+ViewOf = Callable[[bytes, int, int], View]
+"""Digest, height and width of an image to a view of it."""
+Output = tuple[int, Interpolation | Literal["fast"]]
+"""Side in pixels and filter; fast is `beit.views.render_fast`: for training, never for tokens."""
+
+
+class DamagedImageError(InputError):
+    """An image does not decode, which `prepare` has excluded: the table is damaged."""
+
+
+def drawn(policy: ViewPolicy, index: int) -> ViewOf:
+    """View `index` by this policy."""
+    return lambda digest, height, width: sample_view(policy, digest, index, height, width)
+
+
+def central(crop_fraction: float = 224 / 256) -> ViewOf:
+    """The plain view for evaluation, see `beit.views.center_view`."""
+    return lambda _, height, width: center_view(height, width, crop_fraction)
+
+
+def render_encoded(
+    data: bytes, digest: bytes, views: Sequence[ViewOf], outputs: Sequence[Output], *, key: str
+) -> list[np.ndarray]:
+    """Every output of every view of one encoded image: uint8 (side, side, 3), view by view.
+
+    The image is decoded once, and jittered and cropped once for all exact outputs of a view. The
+    same bits wherever it runs. Raises `DamagedImageError`.
+    """
+    try:
+        source = decode_array(data)
+    except UnusableImage as error:
+        raise DamagedImageError(
+            f"image {key!r} of the image table does not decode ({error}): "
+            "the table is damaged; run `beit audit`, then prepare it again"
+        ) from error
+    exact = [(side, kind) for side, kind in outputs if kind != "fast"]
+    picture = Image.fromarray(source) if exact else None
+    rendered = []
+    for view_of in views:
+        view = view_of(digest, *source.shape[:2])
+        sizes = iter([] if picture is None else render_sizes(picture, view, exact))
+        for side, kind in outputs:
+            rendered.append(render_fast(source, view, side) if kind == "fast" else next(sizes))
+    return rendered
+
+
+def read_pixels(
+    images: ImageParts,
+    rows: np.ndarray,
+    view_of: ViewOf,
+    size: int,
+    interpolation: Interpolation = "bicubic",
+    *,
+    batch_size: int = 64,
+    num_threads: int = 1,
+) -> Iterator[np.ndarray]:
+    """A view of each of these rows (ascending), in batches: uint8 (batch_size, 3, size, size).
+
+    The last batch may be smaller. Each row group is read once; memory holds one, and a batch.
+
+    Raises:
+        InputError: a part is missing or damaged, or an image in it.
+    """
+    if (np.diff(rows) < 0).any():
+        raise ValueError("rows: give them in ascending order")
+
+    def one(key: str, image: bytes, digest: bytes) -> np.ndarray:
+        pixels = render_encoded(image, digest, [view_of], [(size, interpolation)], key=key)[0]
+        return pixels.transpose(2, 0, 1)
+
+    batch = np.empty((min(batch_size, len(rows)), 3, size, size), np.uint8)
+    filled, left = 0, len(rows)
+    columns = ("key", "image", "digest")
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="decode") as pool:
+        for _, table in images.read_scattered(rows, columns):
+            for start in range(0, table.num_rows, batch_size):
+                some = table.slice(start, batch_size)
+                for pixels in pool.map(one, *(some[name].to_pylist() for name in columns)):
+                    batch[filled] = pixels
+                    filled += 1
+                    if filled == len(batch):
+                        yield batch
+                        left -= filled
+                        batch, filled = np.empty_like(batch[:left]), 0
