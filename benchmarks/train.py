@@ -147,7 +147,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 if round_number > 0:  # the first one warms up
                     rounds[name].append(seconds)
         device = trainers["cached"].world.device
-        peak = pretrain.device_peak(config, device)
+        peak = config.scaling.peak_tflops or goodput.device_peak(device)
         for trainer in trainers.values():
             trainer.stream.close()
     flops = goodput.flops_per_image(

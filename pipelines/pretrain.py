@@ -1,12 +1,11 @@
 """Masked image modelling on cached visual tokens, on any number of workers, resumable exactly.
 
-`run` is the driver: it checks the inputs, opens the run directory and starts `train_loop` on Ray
-Train workers, or right here for `scaling.num_workers = 0`. `train_loop` is the training job, in
-the order in which things happen. See docs/pretrain.md.
+`run` is the driver: it checks the inputs, plans, opens the run directory and has `train_loop` done
+by Ray Train workers, or right here for `scaling.num_workers = 0`. `train_loop` is the training of
+one worker, in the order in which things happen. See docs/pretrain.md.
 """
 
 import contextlib
-import itertools
 import tempfile
 import time
 from typing import Any
@@ -21,57 +20,95 @@ from beit.schedules import warmup_cosine
 from beit.vit import drop_path_noise
 from beit.weights import save_weights
 from pipelines import storage
-from pipelines.config.pretrain import PretrainConfig, to_dict
-from pipelines.training import goodput
-from pipelines.training.checkpoint import Checkpoint, Saver, discard, load, load_newest
-from pipelines.training.data import WorkerData
+from pipelines.config.checks import to_dict
+from pipelines.config.pretrain import MAY_CHANGE, PretrainConfig, run_uri
+from pipelines.errors import StageFailed
+from pipelines.evaluation.features import weights_fingerprint
+from pipelines.tracking import Dataset
+from pipelines.training import driver, goodput
+from pipelines.training.checkpoint import Checkpoint, Saver, resume_point
+from pipelines.training.data import WorkerData, open_tables
 from pipelines.training.distributed import (
     World,
     clip_gradients,
-    join_world,
     restore,
     snapshot,
     without_sync,
     wrap_model,
 )
-from pipelines.training.goodput import Books
 from pipelines.training.health import HealthMonitor
-from pipelines.training.launch import WORKER_FAILED, Plan, Result, launch
 from pipelines.training.log import StepMetrics, TrainLog, to_period
+from pipelines.training.pretraining import (
+    PretrainPlan,
+    PretrainResult,
+    check_probe,
+    check_tokenizer,
+    check_workers,
+    input_datasets,
+    make_plan,
+    result_of,
+    with_absolute_uris,
+)
 from pipelines.training.probing import log_pictures, run_probe
-from pipelines.training.run_dir import RunDir, Skips, open_run
+from pipelines.training.run_dir import RunDir, Skips
 
-# Starts from the same checkpoint, none of which reached the next one, before a run gives up.
-MAX_FRUITLESS_STARTS = 4
+STAGE = "pretrain"
 
 
-def run(config: PretrainConfig) -> Result:
+def run(config: PretrainConfig) -> PretrainResult:
     """Trains to the configured number of steps, continuing what the run directory holds.
 
     Raises:
         InputError: a value, table or fingerprint does not fit; names it.
         StageFailed: a health check stopped the run, or the workers failed too often.
     """
-    return launch(config, train_loop)
+    launched_at = time.time()
+
+    # Everything that can be refused is refused before anything is written.
+    config = with_absolute_uris(config)
+    run_dir = RunDir(run_uri(config))
+    tables = open_tables(config)
+    plan = make_plan(config, tables)
+    check_workers(config)
+    check_tokenizer(config, tables)
+    check_probe(config)
+
+    # The run directory: new, this run's, or another's.
+    run_dir.begin(to_dict(config), plan.fingerprints, may_change=MAY_CHANGE)
+    before = driver.newest_step(run_dir)
+    finished = run_dir.finished_report()
+    if before == plan.total_steps and finished is not None:
+        return result_of(run_dir, plan, finished, resumed_from=before)
+
+    # Training, and what becomes of it.
+    inputs = input_datasets(config, tables)
+    with driver.start_tracking(config, run_dir, stage=STAGE, inputs=inputs) as tracked:
+        report = driver.train(
+            train_loop, config, plan, run_dir, tracked, stage=STAGE, launched_at=launched_at
+        )
+        result = result_of(run_dir, plan, report, resumed_from=before)
+        tracked.set_note(result.summary())
+        identity = weights_fingerprint(run_dir.weights)
+        tracked.set_output(Dataset(name="weights", uri=run_dir.weights, digest=identity))
+        tracked.log_weights(run_dir.weights, registered_model_name=config.tracking.registered_model)
+    return result
 
 
 # One function on purpose: a reader follows the training from top to bottom.
 def train_loop(  # noqa: PLR0912, PLR0915
-    config: PretrainConfig, plan: Plan, *, in_ray: bool
+    config: PretrainConfig, plan: PretrainPlan, world: World, log: TrainLog
 ) -> None:
-    """The training job of one worker. Every worker runs it; worker 0 also writes.
+    """The training of one worker, see `driver.Loop`. Every worker runs it; worker 0 also writes.
 
-    Ends by itself when the run is done or stopped, and says which in its attempt record. An
-    exception means that this start failed and another may help.
+    Raises:
+        StageFailed: a health check stopped the run; on all workers at once.
     """
-    entered_at, books = time.time(), Books()
+    run_dir, books = log.run, log.books
 
-    # --- Set-up: who am I, what do I train on, what do I train.
-    world = join_world(use_gpu=config.scaling.use_gpu, in_ray=in_ray)
+    # --- Set-up: what do I train on, what do I train.
     precision = resolve_precision(config, world.device)
     if config.scaling.tf32 and world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    run_dir = open_run(config)
     data = WorkerData(config, world)
     model = build_model(config, plan.vocab_size).to(world.device)
     network = wrap_model(
@@ -85,31 +122,19 @@ def train_loop(  # noqa: PLR0912, PLR0915
         unigram_accuracy=plan.unigram_accuracy,
     )
     metrics = StepMetrics(config.log_every, plan.vocab_size, world.device)
-    peak_tflops = device_peak(config, world.device)
+    peak_tflops = config.scaling.peak_tflops or goodput.device_peak(world.device)
 
     # --- Resume point: the newest checkpoint that is whole.
-    step, rejected = resume(run_dir, world, model, optimizer, monitor)
+    found = resume(log, world, model, optimizer, monitor)
     skips = world.broadcast(run_dir.skips() if world.rank == 0 else None)
-    log = TrainLog(
-        run_dir,
-        tracking_uri=plan.tracking_uri,
-        mlflow_run_id=plan.mlflow_run_id,
-        books=books,
-        entered_at=entered_at,
-        launched_at=plan.launched_at,
-        start_step=step or 0,
-        world=world,
-    )
-    for at_step, reason in rejected:
-        log.event("checkpoint_rejected", at_step=at_step, message=reason)
+    step = log.start(found)
     saver = Saver(
         run_dir.checkpoints,
         keep=config.checkpoint.keep,
         asynchronous=config.checkpoint.asynchronous,
-        failed=lambda at, reason: log.event("checkpoint_failed", at_step=at, message=reason),
+        failed=log.checkpoint_failed,
     )
     with contextlib.ExitStack() as stack:
-        stack.callback(log.close)
         stack.callback(saver.close)
         stack.callback(data.close)
 
@@ -120,20 +145,13 @@ def train_loop(  # noqa: PLR0912, PLR0915
                 saver.save(Checkpoint(step=at, weights=weights, moments=moments, state=state))
                 log.flush()
 
-        if step is None:
-            step = 0
+        if found is None:
             with books.spend("checkpoint"):
-                save(0)
-        else:
-            log.event("resumed", step=step, workers=world.size, message=f"continues at step {step}")
-        reason = world.broadcast(hopeless(run_dir, plan.launched_at, step) if log.active else "")
-        if reason:
-            log.write_attempt(step, outcome="stopped", message=reason)
-            return
+                save(step)
         batches = data.batches(skips.segments(step, plan.total_steps))
         period_start, first_period = step, True
         books.switch("compute")
-        booked = books.seconds()
+        books.pace()
 
         # --- The steps.
         while step < plan.total_steps:
@@ -200,9 +218,7 @@ def train_loop(  # noqa: PLR0912, PLR0915
             if not (at_log or at_checkpoint or at_probe or at_pictures):
                 continue
             values = metrics.reduce(world)
-            before, booked = booked, books.seconds()
-            wait = booked["data_wait"] - before["data_wait"]
-            elapsed = booked["compute"] - before["compute"] + wait
+            elapsed, wait = books.pace()
             wait_share = world.largest(wait / elapsed if elapsed > 0 else 0.0)
             images_per_second = (step - period_start) * config.data.global_batch_size / elapsed
             tracked = {
@@ -219,7 +235,13 @@ def train_loop(  # noqa: PLR0912, PLR0915
                 ),
                 "epoch": skips.position(step - 1) / plan.steps_per_epoch,
             }
-            log.period(step - 1, {**values, **tracked, "first_step": period_start}, tracked)
+            shown = {
+                "loss": f"{values['loss']:.3f}",
+                "accuracy": f"{values['mim_accuracy']:.3f}",
+                "img/s": f"{images_per_second:.0f}",
+                "wait": f"{wait_share:.0%}",
+            }
+            log.period(step - 1, {**values, **tracked, "first_step": period_start}, tracked, shown)
 
             # Health: the same findings on every worker, for all see the same sums. The first
             # period after a start fills the read-ahead, so its waiting is not judged.
@@ -236,7 +258,7 @@ def train_loop(  # noqa: PLR0912, PLR0915
                 if len(skips.entries) < config.health.max_rollbacks:
                     with books.spend("restart"):
                         world.broadcast(saver.wait() if world.rank == 0 else None)
-                        back, _ = resume(run_dir, world, model, optimizer, monitor)
+                        back = resume(log, world, model, optimizer, monitor)
                         assert back is not None, "a checkpoint is made before the first step"
                         skipped = skips.position(step) - skips.position(back)
                         skips = skips.add(from_step=back, batches=skipped)
@@ -256,9 +278,7 @@ def train_loop(  # noqa: PLR0912, PLR0915
                     continue
                 severe = severe.stopping("health.max_rollbacks is reached")
             if severe:
-                saver.wait()
-                log.write_attempt(step, outcome="stopped", message=severe.message)
-                return
+                raise StageFailed(severe.message)
 
             # Checkpoint.
             if at_checkpoint:
@@ -277,7 +297,6 @@ def train_loop(  # noqa: PLR0912, PLR0915
             if world.rank == 0:
                 write_weights(config, plan, run_dir, model, weights)
             saver.wait()
-        log.write_attempt(step, outcome="finished")
         world.barrier()
 
 
@@ -322,37 +341,23 @@ def build_optimizer(config: PretrainConfig, model: BeitMIM) -> torch.optim.AdamW
 
 
 def resume(
-    run_dir: RunDir,
+    log: TrainLog,
     world: World,
     model: BeitMIM,
     optimizer: torch.optim.Optimizer,
     monitor: HealthMonitor,
-) -> tuple[int | None, list[tuple[int, str]]]:
-    """Loads the newest whole checkpoint: its step (None: there is none), and the rejected ones.
-
-    Worker 0 chooses and checks, so that all take the same one. A rejected checkpoint loses its
-    marker: it must not count as one of those that are kept.
-    """
-    rejected: list[tuple[int, str]] = []
-    found: Checkpoint | None = None
-    if world.rank == 0:
-        found = load_newest(
-            run_dir.checkpoints, rejected=lambda step, reason: rejected.append((step, reason))
-        )
-        for step, _ in rejected:
-            discard(run_dir.checkpoints, step)
-    chosen: int | None = world.broadcast(None if found is None else found.step)
-    if chosen is None:
-        return None, rejected
+) -> int | None:
+    """Loads the newest whole checkpoint: its step, or None if there is none."""
+    found = resume_point(log.run.checkpoints, world, rejected=log.checkpoint_rejected)
     if found is None:
-        found = load(run_dir.checkpoints, chosen)
+        return None
     restore(model, optimizer, found.weights, found.moments)
     monitor.restore(found.state["health"])
-    return chosen, rejected
+    return found.step
 
 
 def checkpoint_state(
-    config: PretrainConfig, plan: Plan, monitor: HealthMonitor, skips: Skips, precision: str
+    config: PretrainConfig, plan: PretrainPlan, monitor: HealthMonitor, skips: Skips, precision: str
 ) -> dict[str, Any]:
     """What a checkpoint says beside tensors."""
     return {
@@ -369,48 +374,12 @@ def checkpoint_state(
     }
 
 
-def hopeless(run_dir: RunDir, launched_at: float, step: int) -> str:
-    """Why another start will not help, or "": bad input, or a loop of crashes at one place."""
-    failures = [
-        event
-        for event in run_dir.events()
-        if event["event"] == WORKER_FAILED and event["time"] >= launched_at
-    ]
-    for event in failures:
-        if event["final"]:
-            return str(event["message"])
-    attempts = [a for a in run_dir.attempts() if a.launched_at == launched_at]
-    # A start that a larger group followed was ended by growing, not by failing.
-    starts = [a for a, after in itertools.pairwise(attempts) if after.workers <= a.workers]
-    last = starts[-MAX_FRUITLESS_STARTS:]
-    if len(last) == MAX_FRUITLESS_STARTS and all(a.start_step == step for a in last):
-        seen = failures[-1]["message"] if failures else "its processes were killed"
-        return (
-            f"{len(last)} starts in a row did not get from step {step} to the next checkpoint; "
-            f"the last time: {seen}. Events: {run_dir.at('events')}"
-        )
-    return ""
-
-
-def device_peak(config: PretrainConfig, device: torch.device) -> float:
-    """Peak of the device in TFLOP/s: configured, from data sheets, or of a matrix product here."""
-    if config.scaling.peak_tflops is not None:
-        return config.scaling.peak_tflops
-    if device.type == "cuda":
-        known = goodput.known_peak(torch.cuda.get_device_name(device))
-        if known is not None:
-            return known
-    size, best = 768, 0.0
-    a = torch.ones(size, size, device=device)
-    for _ in range(5):
-        start = time.perf_counter()
-        float((a @ a)[0, 0])
-        best = max(best, 2 * size**3 / (time.perf_counter() - start) / 1e12)
-    return best
-
-
 def write_weights(
-    config: PretrainConfig, plan: Plan, run_dir: RunDir, model: BeitMIM, weights: dict[str, Tensor]
+    config: PretrainConfig,
+    plan: PretrainPlan,
+    run_dir: RunDir,
+    model: BeitMIM,
+    weights: dict[str, Tensor],
 ) -> None:
     """`weights/`: the network as later stages load it."""
     plain = BeitMIM(**model.config())

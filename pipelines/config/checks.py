@@ -1,6 +1,7 @@
 """What all configurations share: checks that name the field, and dotted names of nested fields."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.errors import InputError
@@ -37,3 +38,34 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = value
     return flat
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The effective configuration as plain values, for config.yaml."""
+    values: dict[str, Any] = _plain(dataclasses.asdict(config))
+    return values
+
+
+def changed_fields(
+    old: Mapping[str, Any], new: Mapping[str, Any], may_change: Sequence[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """Dotted fields that differ and must not, with both values (None where a field is missing).
+
+    `may_change` names fields and whole sections.
+    """
+    before, after = flatten(old), flatten(new)
+    return {
+        name: (before.get(name), after.get(name))
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+        and name not in may_change
+        and name.partition(".")[0] not in may_change
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

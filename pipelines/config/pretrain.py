@@ -1,11 +1,10 @@
 """Configuration of the `pretrain` stage: every knob, its meaning and its limits."""
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from pipelines.config.checks import at_least, flatten, one_of, require
+from pipelines.config.checks import at_least, one_of, require
 from pipelines.config.tracking import TrackingConfig
 
 Action = Literal["off", "warn", "stop", "rollback"]
@@ -404,36 +403,11 @@ class PretrainConfig:
         )
 
 
-# Functions, not methods: the command-line parser takes the methods of a top-level configuration
+# A function, not a method: the command-line parser takes the methods of a top-level configuration
 # for sub-commands.
 def run_uri(config: PretrainConfig) -> str:
-    """Where the run lives."""
+    """Where the run lives. Raises InputError if no output is named."""
+    require(bool(config.output), "output", config.output, "name the directory (or URI) of the run")
     base, question, query = config.output.partition("?")
     path = f"{base.rstrip('/')}/{config.name}" if config.name else base
     return path + question + query
-
-
-def to_dict(config: PretrainConfig) -> dict[str, Any]:
-    """The effective configuration as plain values, for config.yaml."""
-    values: dict[str, Any] = _plain(dataclasses.asdict(config))
-    return values
-
-
-def changed_fields(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted fields that differ and must not, with both values (None where a field is missing)."""
-    before, after = flatten(old), flatten(new)
-    return {
-        name: (before.get(name), after.get(name))
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
-        and name not in MAY_CHANGE
-        and name.partition(".")[0] not in MAY_CHANGE
-    }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value

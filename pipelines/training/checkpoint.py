@@ -23,6 +23,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from pipelines import storage
+from pipelines.training.distributed import World
 
 MARKER = "COMPLETE"
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -134,22 +135,39 @@ def complete_steps(root: str) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
-def load_newest(
-    root: str, *, rejected: Callable[[int, str], None], before: int | None = None
-) -> Checkpoint | None:
+def load_newest(root: str, *, rejected: Callable[[int, str], None]) -> Checkpoint | None:
     """The newest checkpoint that is whole, or None.
 
-    `rejected(step, reason)` is told of every newer one that is not. With `before`, only
-    checkpoints of fewer or equal steps count.
+    `rejected(step, reason)` is told of every newer one that is not.
     """
     for step in reversed(list_steps(root)):
-        if before is not None and step > before:
-            continue
         try:
             return load(root, step)
         except DamagedCheckpointError as error:
             rejected(step, str(error))
     return None
+
+
+def resume_point(
+    root: str, world: World, *, rejected: Callable[[int, str], None]
+) -> Checkpoint | None:
+    """The newest whole checkpoint, the same one on all workers: worker 0 chooses and checks.
+
+    A rejected one loses its marker: it must not count as one of those that are kept.
+    """
+    found: Checkpoint | None = None
+    if world.rank == 0:
+        damaged: list[int] = []
+
+        def discarded(step: int, reason: str) -> None:
+            damaged.append(step)
+            rejected(step, reason)
+
+        found = load_newest(root, rejected=discarded)
+        for step in damaged:
+            discard(root, step)
+    chosen = world.broadcast(found.step if found else None)
+    return found if found or chosen is None else load(root, chosen)
 
 
 def retain(root: str, keep: int) -> list[int]:

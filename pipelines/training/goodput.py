@@ -9,6 +9,9 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+import torch
 
 CATEGORIES = (
     "startup",
@@ -58,6 +61,7 @@ class Books:
         self._since = clock()
         self._open = "startup"
         self._seconds = dict.fromkeys(CATEGORIES, 0.0)
+        self._paced = dict(self._seconds)
 
     def switch(self, category: str) -> str:
         """Closes the open category, opens this one, and returns the one that was open."""
@@ -80,6 +84,15 @@ class Books:
         self.switch(self._open)
         return dict(self._seconds)
 
+    def pace(self) -> tuple[float, float]:
+        """Seconds that steps took since the last call, and how many of them went into waiting.
+
+        The first call begins a period.
+        """
+        before, self._paced = self._paced, self.seconds()
+        wait = self._paced["data_wait"] - before["data_wait"]
+        return self._paced["compute"] - before["compute"] + wait, wait
+
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
@@ -99,8 +112,8 @@ class Attempt:
     """Process of each worker, by rank."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Its books."""
-    latest: dict[str, float | None] = field(default_factory=dict)
-    """Figures of its last logging period, for the progress line."""
+    latest: dict[str, Any] = field(default_factory=dict)
+    """What the progress line shows of its last logging period: names and texts."""
     outcome: str = ""
     """finished or stopped; empty while running and after a kill."""
     message: str = ""
@@ -234,3 +247,18 @@ def known_peak(device_name: str) -> float | None:
         if all(part in device_name for part in name.split()):
             return peak
     return None
+
+
+def device_peak(device: torch.device) -> float:
+    """Peak of the device in TFLOP/s: from data sheets, or of a matrix product here."""
+    if device.type == "cuda":
+        known = known_peak(torch.cuda.get_device_name(device))
+        if known is not None:
+            return known
+    size, best = 768, 0.0
+    a = torch.ones(size, size, device=device)
+    for _ in range(5):
+        start = time.perf_counter()
+        float((a @ a)[0, 0])
+        best = max(best, 2 * size**3 / (time.perf_counter() - start) / 1e12)
+    return best

@@ -25,14 +25,13 @@ from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.progress import Progress
 from pipelines.tracking.metric_logger import MetricLogger
+from pipelines.training.checkpoint import complete_steps
 from pipelines.training.distributed import World
 from pipelines.training.goodput import Attempt, Books
 from pipelines.training.health import Finding, Period
 from pipelines.training.run_dir import MetricsFile, RunDir
 
 log = logging.getLogger(__name__)
-
-SHOWN = ("loss", "mim_accuracy", "images_per_second", "data_wait_share")
 
 
 class StepMetrics:
@@ -100,32 +99,34 @@ def sample_hash(row_ids: NDArray[np.int64]) -> int:
 
 
 class TrainLog:
-    """Outputs of worker 0."""
+    """What worker 0 writes down of one start of the worker group; the others write nothing.
+
+    Every start counts, also one that dies before its first step: `pipelines.training.driver` opens
+    the log before the loop is entered, and says at its end how it went.
+    """
 
     def __init__(
         self,
         run: RunDir,
+        world: World,
         *,
+        launched_at: float,
         tracking_uri: str,
         mlflow_run_id: str,
-        books: Books,
-        entered_at: float,
-        launched_at: float,
-        start_step: int,
-        world: World,
     ) -> None:
-        self.run, self.books = run, books
+        self.run, self.books = run, Books()
         self.active = world.rank == 0
-        self.latest: dict[str, float] = {}
-        # A worker of a later launch counts its attempt after those that are on record.
+        entered_at = time.time()
         pids = world.gather(torch.tensor([os.getpid()], device=world.device))
+        # A worker of a later launch counts its attempt after those that are on record.
         number = 1 + max((a.number for a in run.attempts()), default=0) if self.active else 0
+        newest = max(complete_steps(run.checkpoints), default=0) if self.active else 0
         self.attempt = Attempt(
             number=number,
             launched_at=launched_at,
             entered_at=entered_at,
-            start_step=start_step,
-            next_step=start_step,
+            start_step=newest,
+            next_step=newest,
             workers=world.size,
             pids=[int(pid) for pid in pids],
         )
@@ -134,21 +135,55 @@ class TrainLog:
         self.metrics: MetricsFile | None = None
         self.tracker: MetricLogger | None = None
         if self.active:
-            self.metrics = MetricsFile(run.at("metrics.jsonl"), start_step=start_step)
+            self._write_attempt()
             self.tracker = MetricLogger(tracking_uri, mlflow_run_id, system_metrics=True)
-            self.write_attempt(start_step)
 
-    def period(self, step: int, record: Mapping[str, Any], tracked: Mapping[str, float]) -> None:
-        """A logging period that ends with `step`; `tracked` goes to MLflow."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flush()
+        if self.tracker:
+            self.tracker.close()
+
+    def start(self, step: int | None) -> int:
+        """Begins after the `step` steps of a checkpoint, or with step 0 if there is none."""
+        begin = step or 0
+        self.attempt = dataclasses.replace(self.attempt, start_step=begin)
+        self.rewind(begin)
+        if self.active:
+            self._write_attempt()
+        if step is not None:
+            workers = self.attempt.workers
+            self.event("resumed", step=step, workers=workers, message=f"continues at step {step}")
+        return begin
+
+    def rewind(self, step: int) -> None:
+        """Drops metrics of steps that will be done again."""
+        self.attempt = dataclasses.replace(self.attempt, next_step=step)
+        if self.active:
+            self.metrics = MetricsFile(self.run.at("metrics.jsonl"), start_step=step)
+
+    def period(
+        self,
+        step: int,
+        record: Mapping[str, Any],
+        tracked: Mapping[str, float],
+        shown: Mapping[str, str],
+    ) -> None:
+        """A logging period that ends with `step`.
+
+        `record` goes to metrics.jsonl, `tracked` to MLflow, `shown` to the progress line.
+        """
+        self.attempt = dataclasses.replace(self.attempt, next_step=step + 1, latest=dict(shown))
         if not self.active:
             return
         assert self.metrics and self.tracker
         self.metrics.append(clean({"step": step, **record}))
         self.tracker.log({k: v for k, v in tracked.items() if math.isfinite(v)}, step)
-        self.latest = {name: tracked[name] for name in SHOWN}
         if time.monotonic() - self.written >= self.pause:
             with tolerated():
-                self.write_attempt(step + 1)
+                self._write_attempt()
 
     def event(self, kind: str, **fields: Any) -> None:
         """Something that a person should be able to find out later."""
@@ -158,6 +193,14 @@ class TrainLog:
             self.run.event(kind, **clean(fields))
         if self.tracker and "step" in fields:
             self.tracker.log({f"events/{kind}": 1.0}, int(fields["step"]))
+
+    def checkpoint_rejected(self, step: int, reason: str) -> None:
+        """A checkpoint was passed over when one to continue from was looked for."""
+        self.event("checkpoint_rejected", at_step=step, message=reason)
+
+    def checkpoint_failed(self, step: int, reason: str) -> None:
+        """A checkpoint could not be saved; training goes on."""
+        self.event("checkpoint_failed", at_step=step, message=reason)
 
     def finding(self, finding: Finding) -> None:
         """A health finding."""
@@ -174,37 +217,22 @@ class TrainLog:
         if self.tracker:
             self.tracker.log_image(key, image, step)
 
-    def rewind(self, start_step: int) -> None:
-        """Drops metrics of steps that will be done again."""
-        if self.active:
-            self.metrics = MetricsFile(self.run.at("metrics.jsonl"), start_step=start_step)
-
-    def write_attempt(self, next_step: int, *, outcome: str = "", message: str = "") -> None:
-        """Writes the books of this attempt down."""
-        if not self.active:
-            return
-        self.attempt = dataclasses.replace(
-            self.attempt,
-            next_step=next_step,
-            seconds=self.books.seconds(),
-            latest=clean(self.latest),
-            outcome=outcome,
-            message=message,
-        )
-        self.run.write_attempt(self.attempt)
-        self.written = time.monotonic()
-
     def flush(self) -> None:
         """Makes metrics durable; done with every checkpoint."""
         if self.metrics:
             with tolerated():
                 self.metrics.flush()
 
-    def close(self) -> None:
-        """Sends what waits."""
-        self.flush()
-        if self.tracker:
-            self.tracker.close()
+    def end(self, outcome: str, message: str = "") -> None:
+        """Writes down how this start ended: finished or stopped, and why."""
+        self.attempt = dataclasses.replace(self.attempt, outcome=outcome, message=message)
+        if self.active:
+            self._write_attempt()
+
+    def _write_attempt(self) -> None:
+        self.attempt = dataclasses.replace(self.attempt, seconds=self.books.seconds())
+        self.run.write_attempt(self.attempt)
+        self.written = time.monotonic()
 
 
 @contextlib.contextmanager
@@ -249,12 +277,12 @@ class ProgressThread:
     directory does.
     """
 
-    def __init__(self, run: RunDir, *, total_steps: int, start_step: int) -> None:
+    def __init__(self, run: RunDir, label: str, *, total_steps: int, start_step: int) -> None:
         self.run = run
         self.every = 0.5 if storage.is_local(run.uri) else 20.0
         self.seen = {event["time"] for event in run.events()}
         self.attempts = len(run.attempts())
-        self.progress = Progress(total_steps, "pretrain", "step", initial=start_step)
+        self.progress = Progress(total_steps, label, "step", initial=start_step)
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._work, name="progress", daemon=True)
 
@@ -283,12 +311,5 @@ class ProgressThread:
             self.seen.add(event["time"])
             text = event.get("message") or json.dumps(event)
             self.progress.stream.write(f"\n{event['event']}: {text}\n")
-        if attempts and (latest := attempts[-1].latest):
-            shown = {name: math.nan if latest[name] is None else latest[name] for name in SHOWN}
-            self.progress.update(
-                attempts[-1].next_step,
-                loss=f"{shown['loss']:.3f}",
-                accuracy=f"{shown['mim_accuracy']:.3f}",
-                **{"img/s": f"{shown['images_per_second']:.0f}"},
-                wait=f"{shown['data_wait_share']:.0%}",
-            )
+        if attempts and attempts[-1].latest:
+            self.progress.update(attempts[-1].next_step, **attempts[-1].latest)

@@ -1,4 +1,4 @@
-"""The run directory: what a pretraining run leaves, and what lets it go on.
+"""The run directory: what a training run leaves, and what lets it go on.
 
     config.yaml            the effective configuration of the first start
     run.json               fingerprints of the inputs, MLflow run id
@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from pipelines import storage
-from pipelines.config.pretrain import PretrainConfig, changed_fields, run_uri, to_dict
+from pipelines.config.checks import changed_fields
 from pipelines.errors import InputError
 from pipelines.training.goodput import Attempt
 
@@ -41,42 +41,49 @@ class RunDir:
         """URI of something inside."""
         return storage.join(self.uri, *parts)
 
-    def prepare(self, config: PretrainConfig, fingerprints: Mapping[str, Any]) -> dict[str, Any]:
-        """Starts the directory, or checks that this is the run it holds; returns run.json.
+    def begin(
+        self,
+        config: Mapping[str, Any],
+        fingerprints: Mapping[str, Any],
+        *,
+        may_change: Sequence[str],
+        mlflow_run_id: str = "",
+    ) -> None:
+        """Starts the directory, or checks that this is the run it holds.
+
+        `may_change` names the fields and sections that may differ from the first start's;
+        `mlflow_run_id` is the run that a new directory goes on with.
 
         Raises:
             InputError: a field or fingerprint differs from the first start; names all of them.
         """
-        values = to_dict(config)
         try:
             old = yaml.safe_load(storage.read_bytes(self.at("config.yaml")))
-            record: dict[str, Any] = storage.read_json(self.at("run.json"))
+            known = self.record()["fingerprints"]
         except FileNotFoundError:
-            text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-            record = {"fingerprints": dict(fingerprints), "mlflow_run_id": ""}
+            text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+            record = {"fingerprints": dict(fingerprints), "mlflow_run_id": mlflow_run_id}
             storage.write_bytes(self.at("config.yaml"), text.encode())
             storage.write_json(self.at("run.json"), record)
-            return record
+            return
         except yaml.YAMLError as error:
             raise InputError(f"{self.at('config.yaml')}: not valid YAML ({error})") from error
-        remedy = "undo the change, or give another output or name for a new run"
-        changed = changed_fields(old, values)
-        if changed:
-            listed = "; ".join(f"{name}: {a!r} != {b!r}" for name, (a, b) in changed.items())
-            raise InputError(
-                f"{self.uri} was started with another configuration: {listed}: {remedy}"
-            )
-        for name, value in fingerprints.items():
-            known = record["fingerprints"].get(name)
-            if known != value:
-                raise InputError(
-                    f"{self.uri} was started with other data: fingerprint of {name} {known!r} != "
-                    f"{value!r}: {remedy}"
-                )
+        refuse_changes(self.uri, "another configuration", changed_fields(old, config, may_change))
+        changed = {
+            f"fingerprint of {name}": (known.get(name), value)
+            for name, value in fingerprints.items()
+            if known.get(name) != value
+        }
+        refuse_changes(self.uri, "other data", changed)
+
+    def record(self) -> dict[str, Any]:
+        """run.json."""
+        record: dict[str, Any] = storage.read_json(self.at("run.json"))
         return record
 
-    def set_run_id(self, record: Mapping[str, Any], run_id: str) -> None:
+    def set_run_id(self, run_id: str) -> None:
         """Keeps the MLflow run id for the next start."""
+        record = self.record()
         if run_id != record["mlflow_run_id"]:
             storage.write_json(self.at("run.json"), {**record, "mlflow_run_id": run_id})
 
@@ -87,11 +94,12 @@ class RunDir:
         storage.write_json(self.at("events", f"{now:017.6f}-{kind}.json"), event)
         return event
 
-    def events(self) -> list[dict[str, Any]]:
-        """All events, oldest first."""
+    def events(self, kind: str = "") -> list[dict[str, Any]]:
+        """All events, or those of one kind, oldest first."""
+        ending = f"-{kind}.json" if kind else ".json"
         return [
             storage.read_json(self.at("events", file.path))
-            for file in storage.list_files(self.at("events"), ".json")
+            for file in storage.list_files(self.at("events"), ending)
         ]
 
     def attempts(self) -> list[Attempt]:
@@ -118,16 +126,30 @@ class RunDir:
         """Makes skips durable; to be done before the first step that uses them."""
         storage.write_json(self.at("skips.json"), skips.entries)
 
+    def finished_report(self) -> dict[str, Any] | None:
+        """report.json of a run that is done, or None."""
+        # A report is written however a launch ends; weights are the last thing a run makes.
+        if not storage.exists(storage.join(self.weights, "config.json")):
+            return None
+        try:
+            report: dict[str, Any] = storage.read_json(self.at("report.json"))
+        except FileNotFoundError:
+            return None
+        return report if report["outcome"] == "finished" else None
+
     def write_report(self, report: Mapping[str, Any]) -> None:
         """Writes report.json."""
         storage.write_json(self.at("report.json"), dict(report))
 
 
-def open_run(config: PretrainConfig) -> RunDir:
-    """The directory of this configuration's run."""
-    if not config.output:
-        raise InputError("output = '': name the directory (or URI) of the run")
-    return RunDir(run_uri(config))
+def refuse_changes(uri: str, what: str, changed: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raises InputError naming everything that is not as it was when `uri` was started."""
+    if changed:
+        listed = "; ".join(f"{name}: {old!r} != {new!r}" for name, (old, new) in changed.items())
+        raise InputError(
+            f"{uri} was started with {what}: {listed}: undo the change, or give another output or "
+            "name for a new run"
+        )
 
 
 class Skips:

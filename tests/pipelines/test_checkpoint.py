@@ -15,9 +15,11 @@ from pipelines.training.checkpoint import (
     list_steps,
     load,
     load_newest,
+    resume_point,
     retain,
     save,
 )
+from pipelines.training.distributed import World
 
 
 def make(step, value=None):
@@ -38,9 +40,9 @@ def root(tmp_path):
     return str(tmp_path / "checkpoints")
 
 
-def rejections(root, **options):
+def rejections(root):
     told = []
-    found = load_newest(root, rejected=lambda step, reason: told.append((step, reason)), **options)
+    found = load_newest(root, rejected=lambda step, reason: told.append((step, reason)))
     return found, told
 
 
@@ -107,10 +109,16 @@ def test_nothing_there_is_no_checkpoint(root):
     assert rejections(root) == (None, [])
 
 
-def test_an_older_one_can_be_asked_for(root):
-    for step in (0, 4, 8):
+def test_a_run_does_not_continue_from_a_damaged_one_twice(root, tmp_path):
+    for step in (4, 8):
         save(root, make(step))
-    assert rejections(root, before=7)[0].step == 4
+    (tmp_path / "checkpoints" / "step_00000008" / "state.json").unlink()
+    told = []
+    world = World(rank=0, size=1, device=torch.device("cpu"))
+    found = resume_point(root, world, rejected=lambda step, reason: told.append(step))
+    assert found.step == 4
+    assert told == [8]
+    assert complete_steps(root) == [4]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

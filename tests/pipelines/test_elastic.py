@@ -33,7 +33,7 @@ def config_for(tables, output):
     )
 
 
-def slow_loop(config, plan, *, in_ray):
+def slow_loop(config, plan, world, log):
     """`train_loop` at a pace at which nodes can come and go."""
     import time
 
@@ -48,7 +48,7 @@ def slow_loop(config, plan, *, in_ray):
             yield batch
 
     train_data.WorkerData.batches = paced
-    train_loop(config, plan, in_ray=in_ray)
+    train_loop(config, plan, world, log)
 
 
 def drive(tables, output):
@@ -61,7 +61,7 @@ def drive(tables, output):
     import ray.train
     from ray.cluster_utils import Cluster
 
-    from pipelines.training.launch import launch
+    from pipelines import pretrain
 
     memory = {"object_store_memory": 100_000_000}
     # Without hooks at exit, for those cannot be set in the thread that adds a node below.
@@ -101,7 +101,8 @@ def drive(tables, output):
     thread = threading.Thread(target=come_and_go, daemon=True)
     thread.start()
     try:
-        result = launch(config_for(tables, output), slow_loop)
+        pretrain.train_loop = slow_loop
+        result = pretrain.run(config_for(tables, output))
         print(json.dumps({"steps": result.steps}))
     finally:
         ray.shutdown()

@@ -12,10 +12,11 @@ import torch
 
 from beit.weights import load_weights, read_weights_config
 from pipelines import pretrain, storage
-from pipelines.config.pretrain import PretrainConfig, changed_fields, to_dict
+from pipelines.config.checks import changed_fields, to_dict
+from pipelines.config.pretrain import MAY_CHANGE, PretrainConfig
 from pipelines.errors import InputError, StageFailed
 from pipelines.reading import ingest
-from pipelines.training import checkpoint, launch, preflight
+from pipelines.training import checkpoint, driver, pretraining
 from pipelines.training import data as train_data
 from pipelines.training.goodput import Attempt
 from pipelines.training.log import sample_hash
@@ -221,7 +222,7 @@ class TestRefusals:
             log_every=7,
             checkpoint=dataclasses.replace(config.checkpoint, every_steps=3),
         )
-        assert changed_fields(to_dict(config), to_dict(changed)) == {}
+        assert changed_fields(to_dict(config), to_dict(changed), MAY_CHANGE) == {}
 
     @pytest.mark.parametrize(
         "change", [{"seed": 1}, {"masking": {"num_masked": 25}}, {"data": {"window": 16}}]
@@ -310,7 +311,7 @@ class TestRefusals:
 
     def test_a_fixed_number_of_workers_divides_the_shards(self, tables, tmp_path):
         with pytest.raises(InputError, match=r"scaling\.num_workers = 3 .* choose 2 workers"):
-            preflight.check_workers(small_config(tables, tmp_path, scaling={"num_workers": 3}))
+            pretraining.check_workers(small_config(tables, tmp_path, scaling={"num_workers": 3}))
 
 
 def poison(monkeypatch, positions):
@@ -403,7 +404,7 @@ class TestHealth:
             pretrain.run(config)
 
     def test_no_better_than_the_floor_is_found(self, tables, tmp_path, monkeypatch):
-        monkeypatch.setattr(launch, "unigram_floor", lambda data: (0.99, 1.0))
+        monkeypatch.setattr(pretraining, "unigram_floor", lambda data: (0.99, 1.0))
         config = small_config(
             tables, tmp_path / "run", health={"accuracy_floor": "stop", "grace_steps": 0}
         )
@@ -492,11 +493,11 @@ class TestHopeless:
                     )
                 )
 
-        starts(1, 2, 3, 4, 5)
-        assert pretrain.hopeless(run, 1.0, 0) == ""
-        starts(2, 2, 2, 2, 2)
-        assert "4 starts in a row" in pretrain.hopeless(run, 1.0, 0)
-        assert pretrain.hopeless(run, 2.0, 0) == ""
+        starts(1, 2, 3, 4)
+        assert driver.hopeless(run, 1.0, workers=5) == ""
+        starts(2, 2, 2, 2)
+        assert "4 starts in a row" in driver.hopeless(run, 1.0, workers=2)
+        assert driver.hopeless(run, 2.0, workers=2) == ""
 
 
 class TestProbes:
@@ -595,11 +596,12 @@ class TestPieces:
     def test_a_directory_that_got_no_further_than_its_configuration_is_started_anew(
         self, tables, tmp_path
     ):
-        config = small_config(tables, tmp_path)
+        config = to_dict(small_config(tables, tmp_path))
         run = RunDir(str(tmp_path))
-        run.prepare(config, {"images": "x"})
+        run.begin(config, {"images": "x"}, may_change=MAY_CHANGE)
         (tmp_path / "run.json").unlink()
-        assert run.prepare(config, {"images": "y"})["fingerprints"] == {"images": "y"}
+        run.begin(config, {"images": "y"}, may_change=MAY_CHANGE)
+        assert run.record()["fingerprints"] == {"images": "y"}
 
     def test_lengths_follow_from_epochs_or_steps(self):
         optim = PretrainConfig(images="i", tokens=["t"], output="o").optim

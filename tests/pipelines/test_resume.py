@@ -20,7 +20,6 @@ import pytest
 
 from beit.schedules import warmup_cosine
 from pipelines import pretrain, storage
-from pipelines.training.launch import launch
 from pipelines.training.run_dir import RunDir
 from tests.pipelines.pretrain_fixtures import (
     events_of,
@@ -186,7 +185,10 @@ class TestWorkerCount:
             assert loss == pytest.approx(expected[step][0], abs=5e-5)
 
 
-def stop_at(step, loop, config, plan, **options):
+TRAIN_LOOP = pretrain.train_loop
+
+
+def stop_at(step, config, plan, world, log):
     """`train_loop` that sees a shorter run; the schedule is still that of the whole one."""
     total = plan.total_steps
 
@@ -195,7 +197,7 @@ def stop_at(step, loop, config, plan, **options):
 
     pretrain.warmup_cosine = schedule
     try:
-        loop(config, dataclasses.replace(plan, total_steps=step), **options)
+        TRAIN_LOOP(config, dataclasses.replace(plan, total_steps=step), world, log)
     finally:
         pretrain.warmup_cosine = warmup_cosine
 
@@ -203,6 +205,8 @@ def stop_at(step, loop, config, plan, **options):
 def run_until(config, step):
     """Trains to `step` of the configured run."""
     # The last checkpoint of the short run is one of the whole run; its weights are not.
-    launch(config, functools.partial(stop_at, step, pretrain.train_loop))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "train_loop", functools.partial(stop_at, step))
+        pretrain.run(config)
     storage.delete(storage.join(config.output, "report.json"))
     storage.delete_prefix(storage.join(config.output, "weights"))

@@ -28,13 +28,14 @@ def tables_below(uri):
     return images.uri, storage.join(uri, "tokens")
 
 
-def test_pretraining(s3, bucket, tmp_path):  # noqa: F811
+def test_pretraining(s3, bucket, tmp_path, monkeypatch):  # noqa: F811
     remote, local = s3.uri(bucket), str(tmp_path)
     run_uri = storage.join(remote, "run")
     config = small_config(tables_below(remote), run_uri)
     # Interrupted after its second checkpoint, then continued by the same command.
-    with pytest.raises(StageFailed, match="stopped here"):
-        pretrain.launch(config, stopping_at(9))
+    with monkeypatch.context() as patch, pytest.raises(StageFailed, match="stopped here"):
+        patch.setattr(pretrain, "train_loop", stopping_at(9))
+        pretrain.run(config)
     result = pretrain.run(config)
     assert result.resumed_from == 8
     assert [attempt.start_step for attempt in RunDir(run_uri).attempts()] == [0, 8]
@@ -47,7 +48,9 @@ def test_pretraining(s3, bucket, tmp_path):  # noqa: F811
 def stopping_at(step):
     """`train_loop` that fails with that batch."""
 
-    def loop(config, plan, *, in_ray):
+    train_loop = pretrain.train_loop
+
+    def loop(config, plan, world, log):
         real = pretrain.WorkerData.batches
 
         def batches(self, segments):
@@ -58,7 +61,7 @@ def stopping_at(step):
 
         pretrain.WorkerData.batches = batches
         try:
-            pretrain.train_loop(config, plan, in_ray=in_ray)
+            train_loop(config, plan, world, log)
         finally:
             pretrain.WorkerData.batches = real
 

@@ -1,0 +1,338 @@
+"""The driver of a training run: starts its workers, sees them through, and tells how it ended.
+
+A stage checks its inputs, makes its plan and opens its run directory; from there on `train` does
+the same for all of them. Workers and driver meet in the run directory alone: what goes wrong in a
+worker is an event there, how far it got is its attempt, and the driver shows and judges those.
+"""
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from pipelines import storage, tracking
+from pipelines.config.checks import flatten, to_dict
+from pipelines.config.tracking import TrackingConfig
+from pipelines.errors import InputError, StageFailed
+from pipelines.training.checkpoint import complete_steps
+from pipelines.training.distributed import World, join_world
+from pipelines.training.goodput import account
+from pipelines.training.log import ProgressThread, TrainLog
+from pipelines.training.run_dir import RunDir
+
+# Starts from the same checkpoint, none of which reached the next one, before a run gives up.
+MAX_FRUITLESS_STARTS = 4
+WORKER_FAILED, GAVE_UP = "worker_failed", "gave_up"
+
+
+class ScalingSection(Protocol):
+    """On how much a run is computed."""
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """Smallest and largest number of workers; (0, 0): this process alone."""
+
+    @property
+    def use_gpu(self) -> bool:
+        """One CUDA device per worker."""
+
+    @property
+    def cpus_per_worker(self) -> int:
+        """CPUs reserved per worker."""
+
+    @property
+    def max_failures(self) -> int:
+        """Restarts of the worker group before the run fails."""
+
+
+class TrainConfig(Protocol):
+    """What the driver needs of a stage's configuration."""
+
+    @property
+    def scaling(self) -> ScalingSection:
+        """On how much it is computed."""
+
+    @property
+    def tracking(self) -> TrackingConfig:
+        """Where it is recorded."""
+
+
+class Plan(Protocol):
+    """What a stage works out once, for all workers and restarts."""
+
+    @property
+    def total_steps(self) -> int:
+        """Length of the run."""
+
+    @property
+    def figures(self) -> Mapping[str, float]:
+        """What report.json repeats of it."""
+
+
+Config_ = TypeVar("Config_", bound=TrainConfig)
+Plan_ = TypeVar("Plan_", bound=Plan)
+Loop = Callable[[Config_, Plan_, World, TrainLog], None]
+"""One worker's whole training. It returns when the run is done, and raises StageFailed on all
+workers (or, after the last step, on worker 0) when the run must not go on. Any other exception
+means that this start failed and another may help; InputError, that none will."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """One start of the command, as all its workers know it."""
+
+    stage: str
+    run: RunDir
+    launched_at: float
+    """Seconds since the epoch."""
+    tracking_uri: str
+    mlflow_run_id: str
+
+
+def start_tracking(
+    config: TrainConfig, run: RunDir, *, stage: str, inputs: Sequence[tracking.Dataset]
+) -> tracking.Run:
+    """The MLflow run of this run directory, continued or new."""
+    tracked = tracking.start_run(
+        config.tracking,
+        stage=stage,
+        params=flatten(to_dict(config)),
+        tags={"beit.run_dir": run.uri},
+        inputs=inputs,
+        resume_run_id=run.record()["mlflow_run_id"] or None,
+        system_metrics=False,  # those of worker 0 are recorded
+    )
+    run.set_run_id(tracked.run_id)
+    return tracked
+
+
+def train(
+    loop: Loop[Config_, Plan_],
+    config: Config_,
+    plan: Plan_,
+    run: RunDir,
+    tracked: tracking.Run,
+    *,
+    stage: str,
+    launched_at: float,
+) -> dict[str, Any]:
+    """Runs `loop` on its workers, here or on Ray Train, until it has ended; returns report.json.
+
+    `launched_at` is when the stage was started, in seconds since the epoch.
+
+    Raises:
+        InputError: a worker met input that cannot be used.
+        StageFailed: the loop stopped the run, or the workers failed too often.
+    """
+    launch = Launch(
+        stage=stage,
+        run=run,
+        launched_at=launched_at,
+        tracking_uri=tracked.tracking_uri,
+        mlflow_run_id=tracked.run_id,
+    )
+    try:
+        start_step = newest_step(run)
+        with ProgressThread(run, stage, total_steps=plan.total_steps, start_step=start_step):
+            if config.scaling.worker_range[1] == 0:
+                world = join_world(use_gpu=config.scaling.use_gpu, in_ray=False)
+                _attempt(loop, config, plan, launch, world)
+            else:
+                _train_on_ray(loop, config, plan, launch)
+    finally:
+        report = _report(plan, launch)
+        run.write_report(report)
+    if report["outcome"] != "finished":
+        raise StageFailed(report["message"] or f"the run did not finish; see {run.at('events')}")
+    tracked.log_artifact_file("report.json", storage.canonical_json(report))
+    tracked.log_artifact_file("config.yaml", storage.read_bytes(run.at("config.yaml")))
+    return report
+
+
+def newest_step(run: RunDir) -> int:
+    """Steps that need not be done again."""
+    return max(complete_steps(run.checkpoints), default=0)
+
+
+def _attempt(
+    loop: Loop[Config_, Plan_], config: Config_, plan: Plan_, launch: Launch, world: World
+) -> None:
+    """One worker's part in one start of the group."""
+    run, launched_at = launch.run, launch.launched_at
+    reason = world.broadcast(hopeless(run, launched_at, world.size) if world.rank == 0 else "")
+    if reason:
+        if world.rank == 0:
+            run.event(GAVE_UP, message=reason)
+        return
+    with TrainLog(
+        run,
+        world,
+        launched_at=launched_at,
+        tracking_uri=launch.tracking_uri,
+        mlflow_run_id=launch.mlflow_run_id,
+    ) as log:
+        try:
+            loop(config, plan, world, log)
+        except StageFailed as verdict:
+            log.end("stopped", str(verdict))
+        else:
+            log.end("finished")
+
+
+def hopeless(run: RunDir, launched_at: float, workers: int) -> str:
+    """Why another start, of so many workers, will not help, or "".
+
+    It will not after bad input, nor in a loop of crashes at one place.
+    """
+    if message := _bad_input(run, launched_at):
+        return message
+    attempts = [a for a in run.attempts() if a.launched_at == launched_at]
+    followers = [*(a.workers for a in attempts), workers][1:]
+    # A start that a larger group followed was ended by growing, not by failing.
+    starts = [a for a, after in zip(attempts, followers, strict=True) if after <= a.workers]
+    last, step = starts[-MAX_FRUITLESS_STARTS:], newest_step(run)
+    if len(last) < MAX_FRUITLESS_STARTS or any(a.start_step != step for a in last):
+        return ""
+    failures = _failures(run, launched_at)
+    seen = failures[-1]["message"] if failures else "its processes were killed"
+    return (
+        f"{len(last)} starts in a row did not get from step {step} to the next checkpoint; "
+        f"the last time: {seen}. Events: {run.at('events')}"
+    )
+
+
+def _failures(run: RunDir, launched_at: float) -> list[dict[str, Any]]:
+    return [event for event in run.events(WORKER_FAILED) if event["time"] >= launched_at]
+
+
+def _bad_input(run: RunDir, launched_at: float) -> str:
+    return next((str(e["message"]) for e in _failures(run, launched_at) if e["final"]), "")
+
+
+def _train_on_ray(loop: Loop[Config_, Plan_], config: Config_, plan: Plan_, launch: Launch) -> None:
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    run, scaling = launch.run, config.scaling
+    low, high = scaling.worker_range
+    _say_if_too_small(scaling, launch.stage)
+    filesystem, path = storage.resolve(run.at("ray"))
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"loop": loop, "config": config, "plan": plan, "launch": launch},
+        torch_config=TorchConfig(
+            backend="nccl" if scaling.use_gpu and _has_cuda() else "gloo", timeout_s=300
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=low if low == high else (low, high),
+            use_gpu=scaling.use_gpu,
+            resources_per_worker={
+                "CPU": scaling.cpus_per_worker,
+                **({"GPU": 1} if scaling.use_gpu else {}),
+            },
+        ),
+        run_config=RunConfig(
+            # A fresh name each time: what Ray remembers of earlier launches is not used, and a
+            # half-written record of it cannot stand in the way.
+            name=f"launch_{launch.launched_at:.3f}",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=scaling.max_failures),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    failed: TrainingFailedError | None = None
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        failed = error
+    finally:
+        storage.delete_prefix(run.at("ray"))
+    if message := _bad_input(run, launch.launched_at):
+        raise InputError(message) from failed
+    if failed is not None:
+        last = str(failed).strip().splitlines()[-1]
+        raise StageFailed(
+            f"the workers failed more than scaling.max_failures = {scaling.max_failures} times; "
+            f"the last time: {last}. Events: {run.at('events')}"
+        ) from failed
+
+
+def _worker(job: Mapping[str, Any]) -> None:
+    launch: Launch = job["launch"]
+    try:
+        world = join_world(use_gpu=job["config"].scaling.use_gpu, in_ray=True)
+        _attempt(job["loop"], job["config"], job["plan"], launch, world)
+    except Exception as error:
+        from ray.train import get_context
+
+        rank = get_context().get_world_rank()
+        # Bad input stays bad: the next start reads this and gives up.
+        final = isinstance(error, InputError)
+        launch.run.event(
+            WORKER_FAILED,
+            rank=rank,
+            final=final,
+            message=str(error) if final else f"worker {rank}: {type(error).__name__}: {error}",
+            traceback=traceback.format_exc()[-4000:],
+        )
+        raise
+
+
+def _has_cuda() -> bool:
+    # The driver may run on a node without GPU: then what the cluster counts must be believed.
+    import ray
+    import torch
+
+    return torch.version.cuda is not None and ray.cluster_resources().get("GPU", 0) > 0
+
+
+def _say_if_too_small(scaling: ScalingSection, stage: str) -> None:
+    import ray
+
+    need = scaling.worker_range[0] * scaling.cpus_per_worker
+    have = ray.cluster_resources().get("CPU", 0)
+    if need > have:
+        print(
+            f"{stage}: {need} CPUs are needed (scaling.num_workers x scaling.cpus_per_worker), "
+            f"the cluster has {have:.0f}; waiting for more nodes",
+            file=sys.stderr,
+        )
+
+
+def _report(plan: Plan, launch: Launch) -> dict[str, Any]:
+    run = launch.run
+    attempts, events = run.attempts(), run.events()
+    last = attempts[-1] if attempts else None
+    here = last is not None and last.launched_at == launch.launched_at
+    outcome, message = (last.outcome, last.message) if last and here else ("", "")
+    counts: dict[str, int] = {}
+    for event in events:
+        counts[event["event"]] = counts.get(event["event"], 0) + 1
+        if event["event"] == GAVE_UP and event["time"] >= launch.launched_at:
+            outcome, message = "stopped", event["message"]
+    return {
+        "outcome": outcome,
+        "message": message,
+        "steps": last.next_step if last else 0,
+        "total_steps": plan.total_steps,
+        "goodput": account(attempts, time.time()).to_dict(),
+        "events": counts,
+        **plan.figures,
+        "last_period": _last_period(run),
+    }
+
+
+def _last_period(run: RunDir) -> dict[str, Any]:
+    try:
+        lines = storage.read_bytes(run.at("metrics.jsonl")).decode().splitlines()
+    except FileNotFoundError:
+        return {}
+    if not lines:
+        return {}
+    period: dict[str, Any] = json.loads(lines[-1])
+    return {name: value for name, value in period.items() if not isinstance(value, list)}

@@ -1,0 +1,246 @@
+"""Before and after a pretraining run: what it is refused for, its plan, and what it has to say."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipelines import storage
+from pipelines.config.pretrain import PretrainConfig
+from pipelines.errors import InputError
+from pipelines.reading.ingest import TrainingTables
+from pipelines.tables import tokenizer_store
+from pipelines.tracking import Dataset
+from pipelines.training.data import largest_divisor, make_order
+from pipelines.training.goodput import flops_per_image
+from pipelines.training.probing import probe_rows
+from pipelines.training.run_dir import RunDir
+
+FLOOR_ROWS = 4096  # rows of the token table that the unigram floor is estimated from
+FLOOR_SLICES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainPlan:
+    """What the driver works out once for all workers and restarts."""
+
+    total_steps: int
+    warmup_steps: int
+    steps_per_epoch: int
+    vocab_size: int
+    unigram_accuracy: float
+    """Masked-token accuracy of always guessing the most frequent token."""
+    unigram_entropy: float
+    """Loss of a model that knows the tokens' frequencies and nothing else, in nats."""
+    flops_per_image: float
+    fingerprints: Mapping[str, Any]
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What report.json repeats."""
+        names = ("unigram_accuracy", "unigram_entropy", "flops_per_image")
+        return {name: getattr(self, name) for name in names}
+
+
+def with_absolute_uris(config: PretrainConfig) -> PretrainConfig:
+    """The same, for workers that may have another working directory than this process."""
+
+    def absolute(uri: str) -> str:
+        return storage.absolute(uri) if uri else uri
+
+    return dataclasses.replace(
+        config,
+        images=absolute(config.images),
+        tokens=[absolute(uri) for uri in config.tokens],
+        output=absolute(config.output),
+        tokenizer=absolute(config.tokenizer),
+        probe=dataclasses.replace(config.probe, images=absolute(config.probe.images)),
+    )
+
+
+def make_plan(config: PretrainConfig, data: TrainingTables) -> PretrainPlan:
+    """Everything that follows from configuration and tables.
+
+    Raises:
+        InputError: warm-up as long as the run, or a batch larger than the table.
+    """
+    order = make_order(config, data)
+    total = config.optim.total_steps(order.steps_per_epoch)
+    warmup = config.optim.total_warmup_steps(order.steps_per_epoch)
+    if warmup >= total:
+        raise InputError(
+            f"optim.warmup_steps / warmup_epochs = {warmup} steps, but the run has {total}: "
+            "shorten the warm-up (--optim.warmup_steps) or lengthen the run"
+        )
+    assert data.vocab_size is not None
+    accuracy, entropy = unigram_floor(data)
+    return PretrainPlan(
+        total_steps=total,
+        warmup_steps=warmup,
+        steps_per_epoch=order.steps_per_epoch,
+        vocab_size=data.vocab_size,
+        unigram_accuracy=accuracy,
+        unigram_entropy=entropy,
+        flops_per_image=flops_per_image(
+            dim=config.model.dim,
+            depth=config.model.depth,
+            mlp_ratio=config.model.mlp_ratio,
+            num_patches=config.model.num_patches,
+            patch_size=config.model.patch_size,
+            vocab_size=data.vocab_size,
+            num_masked=config.masking.num_masked,
+        ),
+        fingerprints={**data.fingerprints(), "order": storage.fingerprint(order.to_dict())},
+    )
+
+
+def unigram_floor(data: TrainingTables) -> tuple[float, float]:
+    """Largest frequency and entropy (nats) of the tokens, from slices spread over the table."""
+    table, counts = data.tokens[0], np.zeros(65536, np.int64)
+    slice_rows = max(1, min(FLOOR_ROWS, table.num_rows) // FLOOR_SLICES)
+    for start in np.linspace(0, table.num_rows - slice_rows, FLOOR_SLICES).astype(int).tolist():
+        _, token_ids = table.read_rows(start, start + slice_rows)
+        counts += np.bincount(token_ids.ravel(), minlength=len(counts))
+    share = counts[counts > 0] / counts.sum()
+    return float(share.max()), float(-(share * np.log(share)).sum())
+
+
+def check_workers(config: PretrainConfig) -> None:
+    """A fixed number of workers must divide the canonical shards.
+
+    Raises:
+        InputError: it does not.
+    """
+    low, high = config.scaling.worker_range
+    if low == high > 0 and config.data.num_shards % high:
+        raise InputError(
+            f"scaling.num_workers = {high} does not divide data.num_shards = "
+            f"{config.data.num_shards}: choose "
+            f"{largest_divisor(config.data.num_shards, high)} workers, or start a new "
+            "run with another data.num_shards"
+        )
+
+
+def check_tokenizer(config: PretrainConfig, data: TrainingTables) -> None:
+    """Pictures must be drawn by the tokenizer of the tokens.
+
+    Raises:
+        InputError: it is another one, or none.
+    """
+    if not config.tokenizer:
+        return
+    manifest = tokenizer_store.read_manifest(config.tokenizer)
+    found = (
+        manifest["fingerprint"]
+        if manifest is not None
+        else tokenizer_store.load(config.tokenizer).fingerprint()
+    )
+    wanted = data.fingerprints()["tokenizer"]
+    if found != wanted:
+        raise InputError(
+            f"tokenizer = {config.tokenizer!r}: its fingerprint is {found}, the token tables were "
+            f"made by {wanted}; name that one, or leave it empty"
+        )
+
+
+def check_probe(config: PretrainConfig) -> None:
+    """The probe must not fail days later.
+
+    Raises:
+        InputError: no such table or block, no labels, or too few groups to hold some out.
+    """
+    if not config.probe.images:
+        return
+    if config.probe.layer is not None and config.probe.layer > config.model.depth:
+        raise InputError(
+            f"probe.layer = {config.probe.layer}: the network has {config.model.depth} blocks"
+        )
+    _, rows, _, held_out = probe_rows(config.probe.images, config.probe.max_images)
+    if not len(rows) or held_out.all() or not held_out.any():
+        raise InputError(
+            f"probe.images = {config.probe.images!r}: {len(rows)} labelled images, "
+            f"{int(held_out.sum())} of them held out; give a labelled table with more groups, or "
+            "leave it empty"
+        )
+
+
+def input_datasets(config: PretrainConfig, data: TrainingTables) -> list[Dataset]:
+    """What the run reads, for MLflow."""
+    prints = data.fingerprints()
+    inputs = [
+        Dataset(
+            name="image_table",
+            uri=data.images.uri,
+            digest=data.images.fingerprint,
+            context="training",
+        )
+    ]
+    inputs += [
+        Dataset(name="token_table", uri=table.uri, digest=table.fingerprint, context="training")
+        for table in data.tokens
+    ]
+    return [
+        *inputs,
+        Dataset(name="tokenizer", uri=config.tokenizer, digest=str(prints["tokenizer"])),
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainResult:
+    """What a finished run has to say."""
+
+    run_uri: str
+    weights_uri: str
+    mlflow_run_id: str
+    steps: int
+    resumed_from: int
+    """Steps that were done before this call; equal to `steps` if there was nothing left to do."""
+    loss: float
+    """Of the last logging period, as all figures here."""
+    mim_accuracy: float
+    unigram_accuracy: float
+    images_per_second: float
+    data_wait_share: float
+    mfu: float
+    report: Mapping[str, Any]
+    """report.json."""
+
+    def summary(self) -> str:
+        """One line for a person."""
+        books = self.report["goodput"]
+        done = "were done already" if self.resumed_from == self.steps else "done"
+        return (
+            f"pretrain: {self.steps} steps {done}; loss {self.loss:.3f}, masked-token accuracy "
+            f"{self.mim_accuracy:.3f} (floor {self.unigram_accuracy:.3f}), "
+            f"{self.images_per_second:.0f} images/s, {self.data_wait_share:.0%} data wait, "
+            f"MFU {self.mfu:.1%}; look first at {books['bottleneck']}; run: {self.run_uri}"
+        )
+
+
+def result_of(
+    run: RunDir, plan: PretrainPlan, report: Mapping[str, Any], *, resumed_from: int
+) -> PretrainResult:
+    """The result of a finished run, from its report."""
+    period = report["last_period"]
+
+    def figure(name: str) -> float:
+        value = period.get(name)
+        return math.nan if value is None else float(value)
+
+    return PretrainResult(
+        run_uri=run.uri,
+        weights_uri=run.weights,
+        mlflow_run_id=run.record()["mlflow_run_id"],
+        steps=report["steps"],
+        resumed_from=resumed_from,
+        loss=figure("loss"),
+        mim_accuracy=figure("mim_accuracy"),
+        unigram_accuracy=plan.unigram_accuracy,
+        images_per_second=figure("images_per_second"),
+        data_wait_share=figure("data_wait_share"),
+        mfu=figure("mfu"),
+        report=report,
+    )
