@@ -51,8 +51,8 @@ class Score:
     low: float
     high: float
     """95 % interval, by bootstrap over groups."""
-    class_accuracy: list[float]
-    """Accuracy of each class."""
+    class_accuracy: list[float | None]
+    """Accuracy of each class; None where no image of it was tested."""
     layers: list[int]
     """Block chosen in each fold; 0 where there are none (pixels)."""
     layer_accuracy: list[float]
@@ -159,7 +159,7 @@ def _read(config: EvaluateConfig, model: BeitMIM) -> tuple[LabelledImages, Label
     data = read_labelled(config.images, one_per_group=config.one_per_group, **options)
     if not config.test_images:
         return data, None
-    test = read_labelled(config.test_images, one_per_group=False, **options)
+    test = read_labelled(config.test_images, one_per_group=False, least_classes=1, **options)
     return joined(data, test), test
 
 
@@ -237,7 +237,10 @@ def _evaluate(
                     accuracy=float(hits.mean()),
                     low=low,
                     high=high,
-                    class_accuracy=[float(hits[truth == c].mean()) for c in range(num_classes)],
+                    class_accuracy=[
+                        float(hits[truth == c].mean()) if (truth == c).any() else None
+                        for c in range(num_classes)
+                    ],
                     layers=chosen,
                     layer_accuracy=np.mean(by_layer, axis=0).tolist(),
                 )
@@ -332,7 +335,10 @@ def _record(tracked: tracking.Run, result: Result, report: dict[str, Any]) -> No
             "class": result.class_names,
             "images": report["class_counts"],
             **{
-                f"{TITLES[name]}, linear": [round(v, 4) for v in probes["linear"].class_accuracy]
+                f"{TITLES[name]}, linear": [
+                    None if value is None else round(value, 4)
+                    for value in probes["linear"].class_accuracy
+                ]
                 for name, probes in result.scores.items()
             },
         },

@@ -249,14 +249,15 @@ def _commit(config: PrepareConfig, output: str, plan: Plan) -> PrepareResult:
     """Writes `rejected.parquet` and the manifest from all receipts, in the order of units."""
     parts: list[Part] = []
     counts: Counter[str] = Counter()
-    num_items, max_label = 0, -1
+    labels: Counter[int] = Counter()
+    num_items = 0
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, REJECTED_SCHEMA, compression="ZSTD") as writer:
         for receipt in _all_receipts(output, plan):
             parts.extend(receipt.parts)
             counts.update(reason for _, reason, _ in receipt.rejected)
             num_items += receipt.items
-            max_label = max(max_label, receipt.max_label)
+            labels.update(receipt.labels)
             if receipt.rejected:
                 columns = rejected_table_columns(receipt.rejected)
                 writer.write_table(pa.table(columns, REJECTED_SCHEMA))
@@ -267,10 +268,12 @@ def _commit(config: PrepareConfig, output: str, plan: Plan) -> PrepareResult:
         )
     storage.write_bytes(storage.join(output, REJECTED), sink.getvalue())
     _delete_other_parts(output, {part.name for part in parts})
+    class_names = _class_names(plan, max(labels, default=-1))
     manifest = commit_manifest(
         output,
         parts=parts,
-        class_names=_class_names(plan, max_label),
+        class_names=class_names,
+        class_counts=[labels[number] for number in range(len(class_names))],
         source=plan.source,
         options=plan.options,
         rejected=dict(sorted(counts.items())),

@@ -26,13 +26,17 @@ class PrepareConfig:
     """What the source holds; auto looks at the file names."""
 
     labels: Labels = "auto"
-    """Where classes come from: first directory below the source, a field of the sample, nowhere;
+    """Where classes come from: a directory below the source, a field of the sample, nowhere;
     auto: directories for a folder, the field for the others if it is there; field: a tar's sample
     without it is rejected."""
+    label_level: int = 1
+    """Which folder on the way to a file is its class: 1, the first below the source."""
     label_field: str = ""
     """Parquet column (default `label`), or WebDataset member: `cls` (default), or `json:NAME`."""
     image_field: str = ""
-    """Parquet column with the encoded images; found by name and type if empty."""
+    """Parquet column with the encoded images, found by name and type if empty; or WebDataset
+    extension (`jpg`, `rgb.png`; `jpg;png`: the first that is there; `*.png`: all of them, each an
+    image of its own), needed where a sample has several pictures."""
     key_field: str = ""
     """Parquet column to name rows by; row numbers if empty."""
     group_field: str = ""
@@ -67,6 +71,7 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         self._require(self.max_side == 0 or self.max_side >= 8, "max_side", "give 0 or at least 8")
+        self._require(self.label_level >= 1, "label_level", "folders count from 1")
         self._require(1 <= self.quality <= 100, "quality", "give 1 to 100")
         self._require(self.min_side >= 1, "min_side", "give at least 1")
         self._require(self.max_pixels >= 1, "max_pixels", "give at least 1")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import tempfile
+import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,34 +100,43 @@ class LabelledImages:
     """int64 (n,), positions in class_names."""
     groups: list[str]
     class_names: list[str]
+    known: list[str]
+    """Classes of all labelled images of the table, also of those that were not chosen."""
     fingerprint: str
     """Of the image table."""
     uri: str
 
 
 def read_labelled(
-    uri: str, *, size: int, one_per_group: bool, max_images: int, crop_fraction: float
+    uri: str,
+    *,
+    size: int,
+    one_per_group: bool,
+    max_images: int,
+    crop_fraction: float,
+    least_classes: int = 2,
 ) -> LabelledImages:
     """Decodes the labelled images of a table, or a part spread evenly over it.
 
     Classes without an image are left out.
 
     Raises:
-        InputError: the table has no labels, or only one class.
+        InputError: the table has labelled images of fewer than `least_classes` classes.
     """
     table = ImageTable.open(uri)
     labels, groups = table.labels(), np.asarray(table.groups(), dtype=object)
     rows = np.flatnonzero(labels >= 0)
+    known = [table.class_names[index] for index in np.unique(labels[rows])]
     if one_per_group:
         _, first = np.unique(groups[rows].astype(str), return_index=True)
         rows = rows[np.sort(first)]
     if max_images and len(rows) > max_images:
         rows = rows[np.linspace(0, len(rows) - 1, max_images).round().astype(np.int64)]
     classes = np.unique(labels[rows])
-    if len(classes) < 2:
+    if len(classes) < least_classes:
         raise InputError(
-            f"images: {uri} has labelled images of {len(classes)} classes; evaluation needs two. "
-            "Prepare a table with labels"
+            f"images: {uri} has labelled images of {len(classes)} classes; evaluation needs "
+            f"{least_classes}. Prepare a table with labels"
         )
     pixels = np.empty((len(rows), 3, size, size), np.uint8)
     progress = Progress(len(rows), "reading images", "images")
@@ -141,24 +151,47 @@ def read_labelled(
         labels=np.searchsorted(classes, labels[rows]),
         groups=[str(group) for group in groups[rows]],
         class_names=[table.class_names[index] for index in classes],
+        known=known,
         fingerprint=table.fingerprint,
         uri=table.uri,
     )
 
 
 def joined(train: LabelledImages, test: LabelledImages) -> LabelledImages:
-    """Rows of both, for tables with the same classes. Raises InputError otherwise."""
-    if train.class_names != test.class_names:
+    """Rows of both, classes brought together by name.
+
+    Either may lack some: a test of a few classes, a sample that lost one. Test images of a class
+    that the sample of `train` lost stay, and can only be missed.
+
+    Raises:
+        InputError: the table of `train` has no image of a class of `test`.
+    """
+    numbers = {_comparable(name): number for number, name in enumerate(train.known)}
+    strange = [name for name in test.class_names if _comparable(name) not in numbers]
+    if strange:
         raise InputError(
-            f"test_images: classes {test.class_names} are not those of images "
-            f"{train.class_names}; give tables with the same labels"
+            f"test_images: {train.uri} has no image of {', '.join(map(repr, strange[:5]))}"
+            f"{', ...' if len(strange) > 5 else ''}, but of "
+            f"{', '.join(map(repr, train.known[:5]))}{', ...' if len(train.known) > 5 else ''}; "
+            "give tables whose classes have the same names"
         )
+    own, others = (
+        np.asarray([numbers[_comparable(name)] for name in names])
+        for names in (train.class_names, test.class_names)
+    )
+    used = np.union1d(own, others)
     return dataclasses.replace(
         train,
         pixels=np.concatenate([train.pixels, test.pixels]),
-        labels=np.concatenate([train.labels, test.labels]),
+        labels=np.searchsorted(used, np.concatenate([own[train.labels], others[test.labels]])),
         groups=[*train.groups, *test.groups],
+        class_names=[train.known[number] for number in used],
     )
+
+
+def _comparable(name: str) -> str:
+    # Macs and others write the same accent in two ways.
+    return unicodedata.normalize("NFC", name)
 
 
 @torch.no_grad()

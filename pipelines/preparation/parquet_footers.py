@@ -18,8 +18,8 @@ from pipelines import storage
 from pipelines.preparation.ahead import mapped_ahead
 from pipelines.preparation.child import run_child
 from pipelines.preparation.failures import file_failure
-from pipelines.preparation.parquet_rows import image_bytes
-from pipelines.preparation.sources import MAX_CLASSES
+from pipelines.preparation.labels import MAX_CLASSES, kind_of, stored_type
+from pipelines.preparation.parquet_rows import image_bytes, stored
 from pipelines.preparation.walking import Entry
 
 FILES_PER_CHILD = 256
@@ -37,11 +37,12 @@ class Footer:
     image_bytes: dict[str, list[int]]
     """By column that may hold images: its bytes in each row group."""
     texts: tuple[str, ...]
-    """The different texts of the column that was asked for."""
+    """The different texts of the column that was asked for, if it holds texts."""
 
 
 def holds_images(kind: pa.DataType) -> bool:
     """Whether a column of this type can be one of encoded images."""
+    kind = stored_type(kind)
     if pa.types.is_struct(kind):
         return any(field.name == "bytes" and holds_images(field.type) for field in kind)
     types = pa.types
@@ -141,15 +142,20 @@ def _read(uri: str, texts_of: str) -> dict[str, Any]:
             "schema": base64.b64encode(schema.serialize()).decode(),
             "rows": [group.num_rows for group in groups],
             "image_bytes": {name: [image_bytes(one, name) for one in groups] for name in images},
-            "texts": sorted(_texts(file, texts_of)) if texts_of in schema.names else [],
+            "texts": sorted(_texts(file, texts_of)) if _holds_text(schema, texts_of) else [],
         }
+
+
+def _holds_text(schema: pa.Schema, column: str) -> bool:
+    # Of two columns of one name neither is meant; the plan refuses them.
+    return schema.names.count(column) == 1 and kind_of(schema.field(column).type) == "text"
 
 
 def _texts(file: pq.ParquetFile, column: str) -> set[str]:
     """The different texts of a column; no more than it takes to see that they are too many."""
     texts: set[str] = set()
     for batch in file.iter_batches(columns=[column]):
-        for scalar in batch.column(column).unique():
+        for scalar in stored(batch.column(column)).unique():
             try:
                 texts.add(scalar.as_py())
             except UnicodeDecodeError:  # its rows are rejected when their turn comes

@@ -58,7 +58,15 @@ def value(row: pa.RecordBatch, column: str) -> Any:
     Raises:
         UnicodeDecodeError: it is such text.
     """
-    return row.column(column)[0].as_py()
+    return stored(row.column(column))[0].as_py()
+
+
+def stored(values: pa.Array) -> pa.Array:
+    """The values below extension types and dictionaries."""
+    while isinstance(values, pa.ExtensionArray | pa.DictionaryArray):
+        extension = isinstance(values, pa.ExtensionArray)
+        values = values.storage if extension else values.dictionary_decode()
+    return values
 
 
 def image_bytes(group: pq.RowGroupMetaData, image_field: str) -> int:
@@ -73,7 +81,10 @@ def image_bytes(group: pq.RowGroupMetaData, image_field: str) -> int:
 
 
 def _stored_name(schema: pa.Schema, column: str) -> str:
-    """Of `datasets`' image structs only the bytes: the path beside them may be no UTF-8."""
+    """Of `datasets`' image structs only the bytes: the path beside them may be no UTF-8.
+
+    Arrow reads extension types as a whole only.
+    """
     return f"{column}.bytes" if pa.types.is_struct(schema.field(column).type) else column
 
 

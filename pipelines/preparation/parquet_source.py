@@ -1,7 +1,6 @@
 """A source of Parquet files: which columns hold what, and where its row groups lie."""
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
@@ -10,11 +9,13 @@ import pyarrow as pa
 
 from pipelines.config.prepare import PrepareConfig
 from pipelines.errors import InputError
+from pipelines.preparation.labels import ClassNames
 from pipelines.preparation.parquet_footers import Footer, holds_images, read_footers
 from pipelines.preparation.readers import Reader
-from pipelines.preparation.sources import MAX_CLASSES, MAX_CONTAINER_BYTES, Source
+from pipelines.preparation.sources import MAX_CONTAINER_BYTES, Source
 from pipelines.preparation.walking import Entry
 
+DEFAULT_LABEL = "label"
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "content")
 
 
@@ -30,18 +31,27 @@ class ParquetPlan:
         self.config, self.source = config, source
         self.num_items = 0
         """Rows (and unreadable files) that `entries` passed so far."""
-        self.footers = read_footers(source.root, source.entries())
+        label = "" if config.labels == "none" else config.label_field or DEFAULT_LABEL
+        self.footers = read_footers(source.root, source.entries(), texts_of=label)
         self.seen: list[tuple[Entry, Footer | str]] = []
         for entry, footer in self.footers:
             self.seen.append((entry, footer))
             if isinstance(footer, Footer):
-                self.columns = _columns(config, source, footer.schema)
+                self.columns = _columns(config, source, entry, footer.schema)
+                self.classes = ClassNames(self.columns["label_field"])
                 return
         raise InputError(f"source = {source.uri!r}: none of its files is readable Parquet")
 
     def with_columns(self, reader: Reader) -> Reader:
-        """The reader, told where images, labels, keys and groups are."""
-        return dataclasses.replace(reader, **self.columns)
+        """The reader, told where images, labels, keys and groups are, and what the classes are.
+
+        Only when all `entries` have passed are all classes known.
+
+        Raises:
+            InputError: a column of labels was asked for or found, and there are none in it.
+        """
+        names = self.classes.names() if self.columns["label_field"] else ()
+        return dataclasses.replace(reader, **self.columns, class_names=names)
 
     def entries(self) -> Iterator[Entry]:
         """Row groups in order; whole files where their rows are to be sorted by key.
@@ -58,6 +68,7 @@ class ParquetPlan:
             for field in ("image_field", "label_field", "group_field", "key_field"):
                 if self.columns[field]:
                     _check_column(field, self.columns[field], entry, footer.schema)
+            self._add_classes(entry, footer)
             sizes = footer.image_bytes.get(self.columns["image_field"])
             if sizes is None:
                 raise InputError(
@@ -69,12 +80,25 @@ class ParquetPlan:
             else:
                 yield from _row_groups(entry, footer, sizes)
 
+    def _add_classes(self, entry: Entry, footer: Footer) -> None:
+        if self.columns["label_field"]:
+            self.classes.add(entry.path, footer.schema, footer.texts)
+        elif self.config.labels == "auto" and DEFAULT_LABEL in footer.schema.names:
+            raise InputError(
+                f"labels = 'auto': {entry.path} has a column {DEFAULT_LABEL!r}, other files have "
+                "none; set labels = 'none', or choose files by a glob"
+            )
+
 
 def _check_column(field: str, name: str, entry: Entry, schema: pa.Schema) -> None:
     if name not in schema.names:
         raise InputError(
             f"{field} = {name!r}: {entry.path} has no such column "
             f"(it has {', '.join(schema.names)}); choose files by a glob"
+        )
+    if schema.names.count(name) > 1:
+        raise InputError(
+            f"{field} = {name!r}: {entry.path} has several columns of that name; rename all but one"
         )
 
 
@@ -97,7 +121,9 @@ def _whole(source: Source, entry: Entry, footer: Footer, sizes: Sequence[int]) -
     return Entry(path=entry.path, size=sum(sizes), stop=len(footer.rows), rows=sum(footer.rows))
 
 
-def _columns(config: PrepareConfig, source: Source, schema: pa.Schema) -> dict[str, Any]:
+def _columns(
+    config: PrepareConfig, source: Source, entry: Entry, schema: pa.Schema
+) -> dict[str, Any]:
     """The reader's fields that concern columns."""
     for field in ("image_field", "label_field", "key_field", "group_field"):
         name = getattr(config, field)
@@ -107,6 +133,7 @@ def _columns(config: PrepareConfig, source: Source, schema: pa.Schema) -> dict[s
                 f"(it has {', '.join(schema.names)})"
             )
     image = config.image_field or _image_column(schema)
+    _check_column("image_field", image, entry, schema)
     if not holds_images(schema.field(image).type):
         raise InputError(
             f"image_field = {image!r}: is {schema.field(image).type}; give a column of bytes"
@@ -117,13 +144,13 @@ def _columns(config: PrepareConfig, source: Source, schema: pa.Schema) -> dict[s
         "group_field": config.group_field,
         "label_field": "",
     }
-    label = config.label_field or "label"
+    label = config.label_field or DEFAULT_LABEL
     if config.labels == "none" or (label not in schema.names and config.labels == "auto"):
         return columns
     if label not in schema.names:
         raise InputError(f"label_field = {label!r}: no such column in {source.uri}")
-    names = _label_names(source, label, schema)
-    return {**columns, "labels": "field", "label_field": label, "class_names": names}
+    _check_column("label_field", label, entry, schema)
+    return {**columns, "labels": "field", "label_field": label}
 
 
 def _image_column(schema: pa.Schema) -> str:
@@ -135,42 +162,3 @@ def _image_column(schema: pa.Schema) -> str:
         f"image_field: columns of bytes are {found or 'none'} of {schema.names}; "
         "name the one with the images"
     )
-
-
-def _label_names(source: Source, column: str, schema: pa.Schema) -> tuple[str, ...]:
-    """Class names: from the file's own description, or the texts that occur; none for numbers.
-
-    Raises:
-        InputError: the column holds neither whole numbers nor text, or too many different texts.
-    """
-    kind, types = schema.field(column).type, pa.types
-    if types.is_dictionary(kind):
-        kind = kind.value_type
-    if types.is_integer(kind) or types.is_boolean(kind):
-        return _names_in_metadata(schema, column)
-    if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
-        raise InputError(
-            f"label_field = {column!r}: is {kind}; name a column of whole numbers or text, or set "
-            "labels = 'none'"
-        )
-    names: set[str] = set()
-    for entry, footer in read_footers(source.root, source.entries(), texts_of=column):
-        if isinstance(footer, Footer):
-            _check_column("label_field", column, entry, footer.schema)
-            names.update(footer.texts)
-        if len(names) > MAX_CLASSES:
-            raise InputError(
-                f"label_field = {column!r}: more than {MAX_CLASSES} different texts are no "
-                "classes; name another column, or set labels = 'none'"
-            )
-    return tuple(sorted(names))
-
-
-def _names_in_metadata(schema: pa.Schema, column: str) -> tuple[str, ...]:
-    """Class names that the `datasets` library left in the schema."""
-    try:
-        described = json.loads((schema.metadata or {})[b"huggingface"])
-        names: Sequence[str] = described["info"]["features"][column]["names"]
-        return tuple(str(name) for name in names)
-    except (KeyError, TypeError, ValueError):
-        return ()

@@ -18,6 +18,7 @@ from pipelines.config.prepare import PrepareConfig, identity
 from pipelines.errors import InputError
 from pipelines.preparation import sample_images
 from pipelines.preparation.ahead import mapped_ahead
+from pipelines.preparation.first_samples import check_first_samples
 from pipelines.preparation.parquet_source import ParquetPlan
 from pipelines.preparation.readers import Reader
 from pipelines.preparation.sources import (
@@ -25,11 +26,12 @@ from pipelines.preparation.sources import (
     check_container_sizes,
     class_folders,
     cut,
+    look_like_parts,
     open_source,
 )
 from pipelines.preparation.walking import Entry
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 WORK = "_work"
 MEGABYTE = 1_000_000
 # Tiny images: a unit of so many takes seconds to minutes; its listing stays small.
@@ -91,11 +93,14 @@ def check_identity(config: PrepareConfig, output: str, recorded: dict[str, Any])
     Raises:
         InputError: naming the first field that differs, and both values.
     """
+    defaults = identity(PrepareConfig(source="", output=""))
     for name, value in identity_of(config).items():
-        if recorded.get(name) != value:
+        # What an earlier version made had no options but those that it knew.
+        before = recorded.get(name, defaults.get(name))
+        if before != value:
             raise InputError(
                 f"{name} = {value!r}, but {output} was prepared with {name} = "
-                f"{recorded.get(name)!r}; give another output, or the same {name} to go on"
+                f"{before!r}; give another output, or the same {name} to go on"
             )
 
 
@@ -137,7 +142,7 @@ def make_plan(config: PrepareConfig, output: str) -> Plan:
     parquet = None
     if source.format == "parquet":
         parquet = ParquetPlan(config, source)
-        reader, entries = parquet.with_columns(reader), parquet.entries()
+        entries = parquet.entries()
     elif source.format == "webdataset":
         entries = check_container_sizes(source.entries(), source)
         labels = "none" if config.labels == "none" else "field"
@@ -146,16 +151,20 @@ def make_plan(config: PrepareConfig, output: str) -> Plan:
             labels=labels,
             label_field=config.label_field,
             label_required=config.labels == "field",
+            image_field=config.image_field,
         )
+        check_first_samples(config, source, reader)
     elif config.labels == "none":
         entries = source.entries()
     else:
-        entries = class_folders(source.entries(), folders)
+        entries = class_folders(source.entries(), folders, config.label_level)
     units = cut(
         counter.count(entries), int(config.part_mb * MEGABYTE), max_entries=MAX_UNIT_ENTRIES
     )
     listings = tuple(_write_listings(output, units))
-    if source.format in ("folder", "sample"):
+    if parquet:
+        reader = parquet.with_columns(reader)
+    elif source.format in ("folder", "sample"):
         reader = _with_folder_labels(config, reader, folders - {_unlabelled(source)})
     plan = Plan(
         source={"uri": source.uri, "format": source.format},
@@ -245,8 +254,11 @@ def _check_fields(config: PrepareConfig, source: Source) -> None:
         raise InputError(f"labels = 'folder': a {source.format} source has none; use 'field'")
     if config.label_field and folder:
         raise InputError(f"label_field = {config.label_field!r}: images in folders have no fields")
+    if config.label_level != 1 and source.format != "folder":
+        raise InputError(f"label_level = {config.label_level}: only images in folders have folders")
     if source.format != "parquet":
-        for name in ("image_field", "key_field", "group_field"):
+        columns = ("key_field", "group_field")
+        for name in columns if source.format == "webdataset" else ("image_field", *columns):
             if getattr(config, name):
                 raise InputError(
                     f"{name} = {getattr(config, name)!r}: only Parquet sources have columns, "
@@ -256,9 +268,19 @@ def _check_fields(config: PrepareConfig, source: Source) -> None:
 
 def _with_folder_labels(config: PrepareConfig, reader: Reader, folders: set[str]) -> Reader:
     names = tuple(sorted(folders))
+    level = config.label_level
     if config.labels == "folder" and not names:
-        raise InputError(f"labels = 'folder': no folders below {config.source!r}; use 'none'")
+        raise InputError(
+            f"labels = 'folder': no folders {level} below {config.source!r}; use 'none'"
+        )
     # One folder for everything tells no classes apart.
     if config.labels == "none" or (config.labels == "auto" and len(names) < 2):
         return reader
-    return dataclasses.replace(reader, labels="folder", class_names=names)
+    if config.labels == "auto" and look_like_parts(names):
+        raise InputError(
+            f"labels = 'auto': the folders in {config.source!r} are called like parts of a data "
+            f"set, not like classes ({', '.join(names[:5])}); give --label_level {level + 1} if "
+            "the folders inside them are the classes, one of them as the source, --labels none, "
+            "or --labels folder if they are the classes"
+        )
+    return dataclasses.replace(reader, labels="folder", label_level=level, class_names=names)

@@ -20,9 +20,16 @@ from pipelines import storage
 from pipelines.preparation import sample_images
 from pipelines.preparation.ahead import mapped_ahead
 from pipelines.preparation.failures import file_failure
+from pipelines.preparation.labels import (
+    described_names,
+    folder_class,
+    member_value,
+    whole_number,
+)
 from pipelines.preparation.parquet_rows import batches, value
-from pipelines.preparation.sources import IMAGE_SUFFIXES, MAX_CLASSES, Format
-from pipelines.preparation.tars import as_text, member_bytes, sample_of, tar_members
+from pipelines.preparation.samples import UnclearSample, images_of, labels_of, sample_of
+from pipelines.preparation.sources import Format
+from pipelines.preparation.tars import as_text, member_bytes, tar_members
 from pipelines.preparation.walking import Entry
 
 READ_THREADS = 8
@@ -41,6 +48,17 @@ class Item:
     """Why there is no image; empty: there may be one in `data`."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """A member of a tar that is taken for an image."""
+
+    name: str
+    member: tarfile.TarInfo
+    sample: list[tarfile.TarInfo]
+    """All members of its sample."""
+    reason: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reader:
     """How the items of one source are read; the same for all its units."""
@@ -51,10 +69,13 @@ class Reader:
     """folder, field or none."""
     class_names: tuple[str, ...] = ()
     """Names that text labels and folders are looked up in; empty: labels are numbers."""
+    label_level: int = 1
+    """Which folder on the way to a file is its class: 1, the first below the source."""
     label_field: str = ""
     label_required: bool = False
     """A sample of a tar without the label's member is rejected."""
     image_field: str = ""
+    """A column; of tars the extension of the images (`samples.images_of`)."""
     key_field: str = ""
     group_field: str = ""
     group_pattern: str = ""
@@ -84,8 +105,9 @@ class Reader:
 
     def _read_file(self, entry: Entry) -> Item:
         label = None
-        if self.labels == "folder" and "/" in entry.path:
-            label = self.classes.get(entry.path.partition("/")[0])
+        folder = folder_class(entry.path, self.label_level) if self.labels == "folder" else None
+        if folder is not None:
+            label = self.classes.get(folder)
         item = Item(key=entry.path, size=entry.size, label=label, reason=entry.reason)
         if item.reason or self._too_large(entry.size):
             return replace(item, reason=item.reason or "too_large")
@@ -130,54 +152,67 @@ class Reader:
         members, broken_at = tar_members(file)
         if broken_at is not None:
             yield Item(key=entry.path, size=max(0, entry.size - broken_at), reason="bad_tar")
+        yield from self.member_items(entry, file, members)
+
+    def member_items(
+        self, entry: Entry, file: BinaryIO, members: Sequence[tarfile.TarInfo]
+    ) -> Iterator[Item]:
+        """Items of the tar `entry`, which is open as `file`, sorted by key."""
         samples: dict[str, list[tarfile.TarInfo]] = {}
         for member in members:
             samples.setdefault(sample_of(member.name), []).append(member)
-        found: list[tuple[str, tarfile.TarInfo, list[tarfile.TarInfo] | None]] = []
-        for name, sample in samples.items():
-            images = [one for one in sample if one.name.lower().endswith(IMAGE_SUFFIXES)]
-            found += [(as_text(f"{entry.path}/{one.name}"), one, sample) for one in images]
-            if not images:
-                found.append((as_text(f"{entry.path}/{name}"), sample[0], None))
-        for key, member, siblings in sorted(found, key=lambda one: one[0]):
-            item = Item(key=key, size=member.size)
+        found = [one for name, sample in samples.items() for one in self._images(name, sample)]
+        keyed = [(as_text(f"{entry.path}/{image.name}"), image) for image in found]
+        for key, image in sorted(keyed, key=lambda one: one[0]):
+            item = Item(key=key, size=image.member.size)
             try:
-                yield self._tar_item(file, item, member, siblings)
+                yield self._tar_item(file, item, image)
             except OSError as error:
                 yield replace(item, reason=self._failure(error, entry))
 
-    def _tar_item(
-        self,
-        file: BinaryIO,
-        item: Item,
-        member: tarfile.TarInfo,
-        sample: list[tarfile.TarInfo] | None,
-    ) -> Item:
-        """`sample`: all members of the image's sample; None: it has no image."""
-        if sample is None:
-            return replace(item, reason="no_image")
-        if not member.isreg():
-            return replace(item, reason="not_a_file")
+    def _images(self, name: str, sample: list[tarfile.TarInfo]) -> list["_Candidate"]:
+        label = self._label_extension if self.labels == "field" else ""
+        try:
+            images = images_of(sample, wanted=self.image_field, label=label)
+        except UnclearSample as unclear:
+            return [
+                _Candidate(member.name, member, sample, unclear.reason)
+                for member in sample
+                if member.name in unclear.names
+            ]
+        if not images:
+            return [_Candidate(name, sample[0], sample, "no_image")]
+        return [_Candidate(member.name, member, sample) for member in images]
+
+    def _tar_item(self, file: BinaryIO, item: Item, image: "_Candidate") -> Item:
+        member = image.member
+        if image.reason or not member.isreg():
+            return replace(item, reason=image.reason or "not_a_file")
         if self._too_large(member.size):
             return replace(item, reason="too_large")
         data = member_bytes(file, member)
         if len(data) < member.size:
             return replace(item, reason="truncated")
         try:
-            label = self._tar_label(file, sample) if self.labels == "field" else None
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return replace(item, reason="bad_label")
+            label = self._tar_label(file, image) if self.labels == "field" else None
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            reason = error.reason if isinstance(error, UnclearSample) else "bad_label"
+            return replace(item, reason=reason)
         return replace(item, data=data, label=label)
 
-    def _tar_label(self, file: BinaryIO, sample: list[tarfile.TarInfo]) -> int | None:
-        extension, _, name = (self.label_field or "cls").partition(":")
-        for member in sample:
-            if member.name.lower().endswith("." + extension.lower()) and member.isreg():
-                text = member_bytes(file, member).decode().strip()
-                return self._label(json.loads(text)[name] if name else int(text))
-        if self.label_required:
-            raise KeyError(extension)
-        return None
+    @property
+    def _label_extension(self) -> str:
+        return (self.label_field or "cls").partition(":")[0]
+
+    def _tar_label(self, file: BinaryIO, image: "_Candidate") -> int | None:
+        members = labels_of(image.member, image.sample, self._label_extension)
+        name = (self.label_field or "cls").partition(":")[2]
+        labels = {self._class(member_value(member_bytes(file, one), name)) for one in members}
+        if len(labels) > 1:
+            raise UnclearSample("unclear_label", members)
+        if not labels and self.label_required:
+            raise KeyError(self._label_extension)
+        return labels.pop() if labels else None
 
     # Parquet
 
@@ -198,16 +233,19 @@ class Reader:
         row = entry.row
         try:
             for batch in batches(self.root, entry, columns):
+                names = described_names(batch.schema, self.label_field)
                 for position in range(batch.num_rows):
-                    yield self._parquet_item(entry.path, row, batch.slice(position, 1))
+                    yield self._parquet_item(entry.path, row, batch.slice(position, 1), names)
                     row += 1
         except Exception as error:  # whatever is wrong with one file, the job goes on
             reason = self._failure(error, entry, damaged="bad_parquet")
             # The rows that cannot be had are known by number and are all listed.
             yield from _lost_rows(entry, row, reason)
 
-    def _parquet_item(self, path: str, row: int, values: pa.RecordBatch) -> Item:
-        """`values`: a batch of one row."""
+    def _parquet_item(
+        self, path: str, row: int, values: pa.RecordBatch, names: Sequence[str]
+    ) -> Item:
+        """`values`: a batch of one row; `names`: what its file says that label numbers mean."""
         item = Item(key=f"{path}/{row:010d}")
         try:
             if self.key_field:
@@ -228,22 +266,21 @@ class Reader:
         try:
             label = None
             if self.labels == "field":
-                label = self._label(value(values, self.label_field))
+                label = self._class(value(values, self.label_field), names)
         except (ValueError, KeyError, TypeError):
             return replace(item, reason="bad_label")
         return replace(item, data=bytes(data), label=label)
 
-    def _label(self, value: object) -> int | None:
-        """The class of a label as the source has it; negative numbers mean none."""
-        if value is None:
-            return None
+    def _class(self, value: object, names: Sequence[str] = ()) -> int | None:
+        """The class of a label as the source has it; `names`: what its numbers stand for."""
+        number = None if isinstance(value, str) else whole_number(value)
         if isinstance(value, str):
             return self.classes[value]
-        if not isinstance(value, int) or value >= MAX_CLASSES:
+        if number is None or not self.class_names:
+            return number
+        if number >= len(names):
             raise ValueError(value)
-        if self.class_names and value >= len(self.class_names):
-            raise ValueError(value)
-        return int(value) if value >= 0 else None
+        return self.classes[names[number]]
 
 
 def _lost_rows(entry: Entry, first: int, reason: str) -> Iterator[Item]:

@@ -18,6 +18,7 @@ from pipelines.progress import Progress
 from pipelines.tables.image_table import REJECTED, ImageTable
 
 NUM_EXAMPLES = 10
+MAX_CLASSES_SAID = 12
 MAX_TABLE_ROWS = 500
 # An estimated share must be as many times too large, after as many units, to stop the stage early.
 ESTIMATE_MARGIN, ESTIMATE_UNITS = 2, 3
@@ -36,6 +37,10 @@ class PrepareResult:
     rejected: dict[str, int]
     """Rejected items by reason."""
     class_names: tuple[str, ...]
+    class_counts: tuple[int, ...]
+    """Rows of each class; empty where an older manifest does not say."""
+    told_by: str
+    """What gave rows their classes."""
     already_done: bool
     """The table was there; nothing was computed."""
     run_id: str = ""
@@ -51,6 +56,8 @@ class PrepareResult:
             num_parts=len(manifest["parts"]),
             rejected=manifest["rejected"],
             class_names=tuple(manifest["class_names"]),
+            class_counts=tuple(manifest.get("class_counts", ())),
+            told_by=_told_by(manifest["source"]["format"], manifest["options"]),
             already_done=already_done,
         )
 
@@ -58,12 +65,38 @@ class PrepareResult:
         """One line with the numbers a user wants."""
         parts = f"{self.num_parts} part{'' if self.num_parts == 1 else 's'}"
         rejected = sum(self.rejected.values())
-        classes = f", {len(self.class_names)} classes" if self.class_names else ""
         why = f" ({reasons(self.rejected)})" if rejected else ""
         return (
-            f"{self.uri}: {self.num_rows} images in {parts}{classes}, {rejected} rejected{why}, "
-            f"fingerprint {self.fingerprint}"
+            f"{self.uri}: {self.num_rows} images in {parts}, {rejected} rejected{why}, "
+            f"{self.classes()}, fingerprint {self.fingerprint}"
         )
+
+    def classes(self) -> str:
+        """`3 classes: cat 812, dog 790, owl 4 (by first folder)`: the most frequent first."""
+        if not self.class_names:
+            return "no labels"
+        counts = dict(zip(self.class_names, self.class_counts, strict=False))
+        ordered = sorted(counts, key=lambda name: (-counts[name], name))
+        said = [f"{name} {counts[name]}" for name in ordered]
+        if len(said) > MAX_CLASSES_SAID:
+            said = [*said[: MAX_CLASSES_SAID - 2], "...", said[-1]]
+        without = self.num_rows - sum(self.class_counts)
+        unlabelled = f", {without} images without a label" if self.class_counts and without else ""
+        plural = "" if len(self.class_names) == 1 else "es"
+        return (
+            f"{len(self.class_names)} class{plural}"
+            f"{': ' if said else ''}{', '.join(said)} (by {self.told_by}){unlabelled}"
+        )
+
+
+def _told_by(source_format: str, options: Mapping[str, Any]) -> str:
+    field = options.get("label_field")
+    if source_format == "parquet":
+        return f"column {field or 'label'}"
+    if source_format == "webdataset":
+        return f"member .{field or 'cls'}"
+    level = options.get("label_level", 1)
+    return "first folder" if level == 1 else f"folder {level} below the source"
 
 
 def reasons(counts: Mapping[str, int]) -> str:

@@ -1,5 +1,6 @@
 """What a source holds: its format told by names, its files in the order of the table, in units."""
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -12,14 +13,11 @@ from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.preparation import sample_images
 from pipelines.preparation.globs import WILD, WILD_REMOTE, Glob, exactly
+from pipelines.preparation.labels import MAX_CLASSES, folder_class
 from pipelines.preparation.walking import Entry, Listings, walk
 
 Format = Literal["folder", "webdataset", "parquet", "sample"]
 SUFFIXES: dict[str, str] = {"webdataset": ".tar", "parquet": ".parquet"}
-IMAGE_SUFFIXES = (
-    ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm",
-    ".jp2", ".avif", ".heic", ".img",
-)  # fmt: skip
 PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
 # Files beside the data of a WebDataset or Parquet directory that say nothing about its format.
 SIDE_FILES = (
@@ -29,8 +27,12 @@ SIDE_FILES = (
 PEEK = 1000
 # A tar from an object store, or a Parquet file sorted by its keys, is held in memory.
 MAX_CONTAINER_BYTES = 4 * 2**30
-# What tells more classes apart than this is free text, or numbers that mean something else.
-MAX_CLASSES = 1_000_000
+# Names of the parts of a data set; also `train2017`, `val_1`, `test-a`, `train_images`.
+_PART = re.compile(
+    r"(?:.*[-_.])?(?:(?P<train>train(?:ing|val)?)|(?P<val>val(?:id(?:ation)?)?|minival|dev)|"
+    r"(?P<test>test(?:ing)?|eval(?:uation)?|hold[-_ ]?out)|(?P<rest>extra|unlabell?ed))"
+    r"(?:[-_. ]?(?:[0-9]+|[a-z]|set|data|images?|split))?"
+)
 # Folders that archivers and network disks put beside those of the user.
 NO_CLASSES = ("__MACOSX", "@eaDir")
 
@@ -194,15 +196,15 @@ def check_container_sizes(entries: Iterable[Entry], source: Source) -> Iterator[
         yield entry
 
 
-def class_folders(entries: Iterable[Entry], seen: set[str]) -> Iterator[Entry]:
-    """Passes entries on and notes the first directory of their paths in `seen`.
+def class_folders(entries: Iterable[Entry], seen: set[str], level: int = 1) -> Iterator[Entry]:
+    """Passes entries on and notes in `seen` the folders `level` steps below the source.
 
     Raises:
         InputError: these are too many for classes.
     """
     for entry in entries:
-        folder, slash, _ = entry.path.partition("/")
-        if slash and not folder.startswith(".") and folder not in NO_CLASSES:
+        folder = folder_class(entry.path, level)
+        if folder is not None and not folder.startswith(".") and folder not in NO_CLASSES:
             seen.add(folder)
             if len(seen) > MAX_CLASSES:
                 raise InputError(
@@ -210,3 +212,13 @@ def class_folders(entries: Iterable[Entry], seen: set[str]) -> Iterator[Entry]:
                     "set labels = 'none'"
                 )
         yield entry
+
+
+def look_like_parts(folders: Iterable[str]) -> bool:
+    """Whether folders are called like the parts of a data set (`train`, `val`), not like classes.
+
+    `train` among other names may be the vehicle.
+    """
+    names = set(folders)
+    found = [match for name in names if (match := _PART.fullmatch(name.lower()))]
+    return len({match.lastgroup for match in found}) > 1 or 0 < len(found) == len(names)

@@ -1,4 +1,4 @@
-"""Tar archives: what lies in them, whether that is all of it, and which files are one sample."""
+"""Tar archives: what lies in them, and whether that is all of it."""
 
 import io
 import tarfile
@@ -45,12 +45,6 @@ def member_bytes(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
     """A member's content; short if the archive is."""
     file.seek(member.offset_data)
     return file.read(member.size)
-
-
-def sample_of(name: str) -> str:
-    """WebDataset's rule: files of one directory with the same name up to the first dot."""
-    folder, slash, base = name.rpartition("/")
-    return folder + slash + base.partition(".")[0]
 
 
 def as_text(name: str) -> str:

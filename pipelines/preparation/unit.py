@@ -61,19 +61,22 @@ class Receipt:
     parts: tuple[Part, ...]
     rejected: tuple[tuple[str, str, int], ...]
     """Key, reason and size of every item that is no row."""
-    max_label: int
-    """-1: no row has a label."""
+    labels: dict[int, int]
+    """Rows of each class that has any."""
     lost_bytes: int
     """Of containers that are rejected as a whole or from some place on."""
 
     def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "parts": [part.to_dict() for part in self.parts]}
+        labels = {str(label): count for label, count in sorted(self.labels.items())}
+        parts = [part.to_dict() for part in self.parts]
+        return {**vars(self), "parts": parts, "labels": labels}
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "Receipt":
+        labels = {int(label): count for label, count in record["labels"].items()}
         parts = tuple(Part.from_dict(part) for part in record["parts"])
         rejected = tuple((key, reason, size) for key, reason, size in record["rejected"])
-        return cls(**{**record, "parts": parts, "rejected": rejected})
+        return cls(**{**record, "parts": parts, "rejected": rejected, "labels": labels})
 
     @property
     def rows(self) -> int:
@@ -137,7 +140,7 @@ def process_unit(task: UnitTask, unit: int, listing: str) -> dict[str, Any]:
         source_bytes=sum(entry.size for entry in entries),
         parts=parts,
         rejected=tuple(sorted(build.rejected)),
-        max_label=build.max_label,
+        labels=dict(build.labels),
         lost_bytes=sum(size for key, _, size in build.rejected if key in containers),
     )
     storage.write_json(receipt_uri(task.output, unit), receipt.to_dict())
@@ -186,7 +189,7 @@ class _Build:
         self.task, self.unit = task, unit
         self.decoder = _decoder(task.rules, task.decode_timeout)
         self.items = 0
-        self.max_label = -1
+        self.labels: Counter[int] = Counter()
         self.last_key: str | None = None
         self.rejected: list[tuple[str, str, int]] = []
         self.parts: list[Part] = []
@@ -220,7 +223,8 @@ class _Build:
                 group=item.group,
             )
         )
-        self.max_label = max(self.max_label, -1 if item.label is None else item.label)
+        if item.label is not None:
+            self.labels[item.label] += 1
         if self.writer.image_bytes >= MAX_PART_GROWTH * self.task.part_bytes:
             self._close_part()
 

@@ -32,6 +32,7 @@ def commit_manifest(
     options: Mapping[str, Any],
     rejected: Mapping[str, int],
     num_items: int,
+    class_counts: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Writes `manifest.json`, which makes the table exist, and returns it.
 
@@ -39,6 +40,7 @@ def commit_manifest(
         parts: In row order.
         rejected: Number of rejected items by reason (they are listed in `rejected.parquet`).
         num_items: Items the source held: rows + rejected.
+        class_counts: Rows of each class, where they are known.
     """
     manifest = {
         "kind": KIND,
@@ -48,6 +50,7 @@ def commit_manifest(
         "num_items": num_items,
         "bytes": sum(part.bytes for part in parts),
         "class_names": list(class_names),
+        **({} if class_counts is None else {"class_counts": list(class_counts)}),
         "source": dict(source),
         "options": dict(options),
         "parts": [part.to_dict() for part in parts],

@@ -20,7 +20,9 @@ from pipelines.config.evaluate import EvaluateConfig
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError
 from pipelines.evaluation.features import (
+    LabelledImages,
     block_features,
+    joined,
     open_weights,
     pixel_features,
     pooled,
@@ -309,6 +311,61 @@ def test_a_test_table_is_tested_as_a_whole(shapes, trained_run, tmp_path):
     assert list(result.scores) == ["pretrained"]
     assert result.gains == {}
     assert len(result.scores["pretrained"]["linear"].layer_accuracy) == 2
+
+
+def labelled(names, labels, *, known=None):
+    """Labelled images without pixels to speak of, as read from a table."""
+    return LabelledImages(
+        pixels=np.zeros((len(labels), 3, 1, 1), np.uint8), labels=np.array(labels),
+        groups=[f"{name}" for name in labels], class_names=names, known=known or names,
+        fingerprint="f", uri="table",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "names"),
+    [
+        ((["cat", "dog"], [0, 1]), (["cat", "dog"], [1, 0]), "cat dog | dog cat"),
+        ((["cat", "dog"], [0, 1]), (["dog", "cat"], [1, 0]), "cat dog | cat dog"),
+        ((["cat", "dog", "owl"], [2, 0, 1]), (["owl"], [0]), "owl cat dog | owl"),
+        # `dog` was in the table, and the sample lost it.
+        ((["cat", "owl"], [1, 0], ["cat", "dog", "owl"]), (["owl", "dog"], [0, 1, 1]),
+         "owl cat | owl dog dog"),
+        ((["caf\u00e9", "bar"], [0, 1]), (["cafe\u0301"], [0]), "caf\u00e9 bar | caf\u00e9"),
+    ],
+)  # fmt: skip
+def test_classes_of_two_tables_are_matched_by_name(train, test, names):
+    tables = labelled(*train[:2], known=(*train, None)[2]), labelled(*test)
+    both = joined(*tables)
+    assert set(both.labels) == set(range(len(both.class_names))), "no class without an image"
+    found = [both.class_names[label] for label in both.labels]
+    expected = [name.split() for name in names.split("|")]
+    assert found == [*expected[0], *expected[1]]
+    assert both.class_names == [name for name in tables[0].known if name in found]
+
+
+def test_a_class_that_is_only_tested_is_refused():
+    with pytest.raises(InputError, match=r"test_images: table has no image of 'owl', but of 'cat'"):
+        joined(labelled(["cat", "dog"], [0, 1]), labelled(["dog", "owl"], [0, 1]))
+
+
+def test_a_class_that_a_sample_lost_is_missed_and_not_mistaken(trained_run, tmp_path):
+    generator = np.random.default_rng(3)
+    # One row in 30 is green, and the sample leaves all of these out.
+    labels = [1 if index == 1 else 2 * (index % 2) for index in range(30)]
+    rows = [(picture(generator, label), label, None) for label in labels]
+    images = write_table(tmp_path / "images", rows)
+    other = [(picture(generator, label), number, None)
+             for number, label in [(0, 2), (1, 1), (0, 2), (1, 1)]]  # fmt: skip
+    test = write_table(tmp_path / "test", other, class_names=("blue", "green"))
+    options = {"run": trained_run, "images": images, "test_images": test, "layers": [1],
+               "tracking": OFF, "max_images": 10}  # fmt: skip
+    result = evaluate.run(EvaluateConfig(**options, output=str(tmp_path / "out")))
+    assert result.class_names == ["red", "green", "blue"]
+    score = result.scores["pixels"]["linear"]
+    assert score.class_accuracy == [None, 0.0, pytest.approx(score.accuracy * 2)]
+    report = storage.read_json(str(tmp_path / "out/evaluation.json"))
+    assert report["class_counts"] == [0, 2, 2]
 
 
 def test_other_options_are_another_evaluation(shapes, trained_run, tmp_path):

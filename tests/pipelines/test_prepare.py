@@ -131,6 +131,7 @@ def test_tars_and_parquet(tmp_path: Path) -> None:
     assert {row["key"]: (row["image"], row["label"]) for row in read} == rows
     assert [row["key"] for row in read] == sorted(rows) and len(table.parts) > 1
     assert table.class_names == ["0", "1", "2", "3"]
+    assert result.class_counts == (5, 5, 4, 4) and "(by member .cls)" in result.summary()
 
     images = [encoded(i) for i in range(9)]
     labels = [i % 2 for i in range(9)]
@@ -154,6 +155,7 @@ def test_the_sample_splits_by_base_emoji(tmp_path: Path) -> None:
     assert 0.1 < held_out.mean() < 0.3
     assert not set(groups[held_out]) & set(groups[~held_out])
     assert (table.labels() == -1).sum() == 236
+    assert "236 images without a label" in result.summary()
 
 
 # Bad input

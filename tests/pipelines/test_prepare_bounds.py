@@ -1,4 +1,4 @@
-"""The bound on what a prepare may reject: by items, by bytes, and early where it is clear."""
+"""What a prepare tells, and the bound on what it may reject: by items, by bytes, and early."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from pipelines.config.prepare import PrepareConfig
 from pipelines.errors import StageFailed
 from pipelines.preparation.plan import Plan
 from pipelines.preparation.readers import Reader
-from pipelines.preparation.report import Ledger
+from pipelines.preparation.report import Ledger, PrepareResult
 from tests.pipelines.image_sources import encoded, tar_bytes
 from tests.pipelines.prepare_fixtures import config_of, work_off
 
@@ -72,3 +72,31 @@ def test_lost_bytes_are_those_of_containers(tmp_path) -> None:
     [summary] = work_off(config_of(tmp_path / "in", tmp_path / "out"))
     assert summary["rejected"] == {"bad_tar": 2, "not_an_image": 1, "truncated": 1}
     assert summary["lost_bytes"] == 700 + 400
+
+
+@pytest.mark.parametrize(
+    ("source_format", "options", "names", "counts", "told"),
+    [
+        ("folder", {}, "owl cat dog", [4, 812, 790],
+         "3 classes: cat 812, dog 790, owl 4 (by first folder), 94 images without a label"),
+        ("folder", {"label_level": 2}, "a", [1700],
+         "1 class: a 1700 (by folder 2 below the source)"),
+        ("parquet", {"label_field": "kind"}, "a b", [850, 850],
+         "2 classes: a 850, b 850 (by column kind)"),
+        ("parquet", {}, "a", [1700], "1 class: a 1700 (by column label)"),
+        ("webdataset", {"label_field": "json:n"}, "0", [1700],
+         "1 class: 0 1700 (by member .json:n)"),
+        ("webdataset", {}, "0 1", None, "2 classes (by member .cls)"),
+        ("folder", {}, "", [], "no labels"),
+        ("folder", {}, "a b c d e f g h i j k l m", [1] * 12 + [1688],
+         "13 classes: m 1688, a 1, b 1, c 1, d 1, e 1, f 1, g 1, h 1, i 1, ..., l 1 "
+         "(by first folder)"),
+    ],
+)  # fmt: skip
+def test_classes_are_told_with_what_made_them(source_format, options, names, counts, told) -> None:
+    manifest = {
+        "fingerprint": "f", "num_rows": 1700, "num_items": 1700, "parts": [{}], "rejected": {},
+        "class_names": names.split(), "source": {"format": source_format}, "options": options,
+    } | ({} if counts is None else {"class_counts": counts})  # fmt: skip
+    result = PrepareResult.of("out", manifest, already_done=False)
+    assert result.summary() == f"out: 1700 images in 1 part, 0 rejected, {told}, fingerprint f"

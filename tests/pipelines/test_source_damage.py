@@ -11,7 +11,7 @@ import pytest
 from pipelines import storage
 from pipelines.config.prepare import PrepareConfig
 from pipelines.errors import InputError
-from pipelines.preparation import parquet_source, readers
+from pipelines.preparation import readers
 from pipelines.preparation.failures import file_failure
 from pipelines.preparation.parquet_footers import Footer, read_footers
 from pipelines.preparation.parquet_source import ParquetPlan
@@ -29,7 +29,8 @@ def planned(root: Path, **options) -> tuple[Reader, list[Entry]]:
     source = open_source(str(root))
     plan = ParquetPlan(PrepareConfig(source=source.uri, output="unused", **options), source)
     reader = Reader(root=source.root, format="parquet", labels="none", max_image_bytes=10**6)
-    return plan.with_columns(reader), list(plan.entries())
+    entries = list(plan.entries())
+    return plan.with_columns(reader), entries
 
 
 def outcomes(items: list[Item]) -> dict[str, str]:
@@ -104,25 +105,6 @@ def test_a_refused_tar_is_one_item(tmp_path: Path, monkeypatch, number: int, rea
             else:
                 with pytest.raises(OSError, match="no"):
                     list(reader.items([Entry(path="a.tar", size=5)]))
-
-
-@pytest.mark.parametrize(
-    ("label", "fields", "expected"),
-    [
-        (("a.CLS", b"3"), {}, (3, "")),
-        (("a.json", b'{"n": 4}'), {"label_field": "JSON:n"}, (4, "")),
-        (("a.txt", b"3"), {}, (None, "")),
-        (("a.txt", b"3"), {"label_required": True}, (None, "bad_label")),
-        (("a.cls", b"3000000"), {}, (None, "bad_label")),
-        (("a.json", b"[" * 100_000), {"label_field": "json:n"}, (None, "bad_label")),
-    ],
-)
-def test_labels_of_tars(tmp_path: Path, label, fields, expected) -> None:
-    (tmp_path / "a.tar").write_bytes(tar_bytes([("a.jpg", encoded(1)), label]))
-    options = {"labels": "field", "max_image_bytes": 10**6} | fields
-    reader = Reader(root=str(tmp_path), format="webdataset", **options)
-    items = list(reader.items([Entry(path="a.tar", size=5)]))
-    assert [(item.label, item.reason) for item in items] == [expected]
 
 
 def test_a_member_without_a_name_is_an_image_too(tmp_path: Path) -> None:
@@ -259,46 +241,6 @@ def test_a_column_may_be_named_like_a_file(tmp_path: Path) -> None:
     reader, entries = planned(tmp_path)
     assert entries[0].size > 0
     assert [item.data for item in reader.items(entries)] == images.to_pylist()
-
-
-@pytest.mark.parametrize(
-    ("kind", "accepted"),
-    [(pa.string_view(), True), (pa.float64(), False), (pa.null(), False)],
-)
-def test_types_of_a_label_column(tmp_path: Path, kind, accepted) -> None:
-    values = ["x"] if accepted else [None]
-    table = pa.table({"image": [encoded(1)], "label": pa.array(values, kind)})
-    write_parquet(tmp_path / "a.parquet", table)
-    if accepted:
-        reader, entries = planned(tmp_path)
-        assert [item.label for item in reader.items(entries)] == [0]
-    else:
-        with pytest.raises(InputError, match=r"label_field = 'label': is .*labels = 'none'"):
-            planned(tmp_path)
-    assert planned(tmp_path, labels="none")[0].labels == "none"
-
-
-def test_text_labels_are_bounded_and_in_every_file(tmp_path: Path, monkeypatch) -> None:
-    image = [encoded(1)] * 3
-    write_parquet(tmp_path / "a.parquet", pa.table({"image": image, "label": ["x", "y", "z"]}))
-    assert planned(tmp_path)[0].class_names == ("x", "y", "z")
-    with monkeypatch.context() as patched:
-        patched.setattr(parquet_source, "MAX_CLASSES", 2)
-        with pytest.raises(InputError, match=r"more than 2 different texts.*labels = 'none'"):
-            planned(tmp_path)
-    write_parquet(tmp_path / "b.parquet", pa.table({"image": image}))
-    with pytest.raises(InputError, match=r"b\.parquet has no such column"):
-        planned(tmp_path)
-
-
-def test_a_wild_number_is_no_class(tmp_path: Path) -> None:
-    table = pa.table({"image": [encoded(1)] * 2, "label": [1, 3_000_000]})
-    write_parquet(tmp_path / "a.parquet", table)
-    reader, entries = planned(tmp_path)
-    assert [(item.label, item.reason) for item in reader.items(entries)] == [
-        (1, ""),
-        (None, "bad_label"),
-    ]
 
 
 def test_footers_tell_rows_and_bytes(tmp_path: Path) -> None:
