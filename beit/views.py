@@ -182,6 +182,8 @@ def render_sizes(
     outputs: Sequence[tuple[int, Interpolation]],
 ) -> list[np.ndarray]:
     """`render` at several (size, interpolation), each resized from the same jittered crop."""
+    if not outputs:
+        return []
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     if image.mode != "RGB":

@@ -5,9 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import numpy as np
-from PIL import Image
 
-from beit.images import UnusableImage, decode_array
+from beit.images import UnusableImage, decode_array, decode_image
 from beit.views import (
     Interpolation,
     View,
@@ -48,21 +47,26 @@ def render_encoded(
     The image is decoded once, and jittered and cropped once for all exact outputs of a view. The
     same bits wherever it runs. Raises `DamagedImageError`.
     """
+    exact = [(side, kind) for side, kind in outputs if kind != "fast"]
     try:
-        source = decode_array(data)
+        # Each renderer is given what it works on; the other form would cost a copy.
+        source = decode_image(data) if len(exact) == len(outputs) else decode_array(data)
     except UnusableImage as error:
         raise DamagedImageError(
             f"image {key!r} of the image table does not decode ({error}): "
             "the table is damaged; run `beit audit`, then prepare it again"
         ) from error
-    exact = [(side, kind) for side, kind in outputs if kind != "fast"]
-    picture = Image.fromarray(source) if exact else None
+    height, width = source.shape[:2] if isinstance(source, np.ndarray) else source.size[::-1]
     rendered = []
     for view_of in views:
-        view = view_of(digest, *source.shape[:2])
-        sizes = iter([] if picture is None else render_sizes(picture, view, exact))
+        view = view_of(digest, height, width)
+        sizes = iter(render_sizes(source, view, exact))
         for side, kind in outputs:
-            rendered.append(render_fast(source, view, side) if kind == "fast" else next(sizes))
+            if kind == "fast":
+                assert isinstance(source, np.ndarray)
+                rendered.append(render_fast(source, view, side))
+            else:
+                rendered.append(next(sizes))
     return rendered
 
 
