@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any, Literal, Unpack
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit.initialisation import init_encoder_
@@ -133,18 +132,3 @@ def masked_rows(mask: Tensor, num_masked: int | None = None) -> Tensor:
         index = torch.nonzero_static(flat, size=num_masked).squeeze(1)
     # Each image has one cls token in front of its patches.
     return index + index // mask.shape[1] + 1
-
-
-def mim_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy over masked patches: logits (M, V), targets (M,) int64 -> float32 ().
-
-    Zero, not nan, when nothing is masked; its gradients are zero then too.
-    """
-    total = F.cross_entropy(logits.float(), targets, reduction="sum")
-    return total / max(len(targets), 1)
-
-
-def mim_accuracy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Share of masked patches whose most likely token is the target: float32 (), on the device."""
-    hits = (logits.argmax(dim=-1) == targets).sum(dtype=torch.float32)
-    return hits / max(len(targets), 1)

@@ -34,10 +34,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from beit.convert import to_huggingface
 from beit.masking import blockwise_mask
-from beit.mim import BeitMIM, mim_loss, model_config
+from beit.mim import BeitMIM, model_config
 from beit.optim import parameter_groups
 from pipelines.training.goodput import known_peak
 
@@ -107,7 +108,7 @@ def make(name: str, size: str, device: torch.device, bf16: bool) -> Step:
         call = torch.compile(network) if "compile" in name else network
 
         def forward() -> Tensor:
-            return mim_loss(call(pixels, mask, num_masked=count), targets)
+            return F.cross_entropy(call(pixels, mask, num_masked=count), targets)
 
     elif name.startswith("transformers"):
         network = transformers_network(reference, name.split()[1])
@@ -120,7 +121,7 @@ def make(name: str, size: str, device: torch.device, bf16: bool) -> Step:
         network = TimmMIM(reference)
 
         def forward() -> Tensor:
-            return mim_loss(network(pixels, mask), targets)
+            return F.cross_entropy(network(pixels, mask), targets)
 
     network.to(device).train()
 

@@ -111,12 +111,6 @@ class SampleOrder:
             )
 
     @property
-    def rows_dropped_per_epoch(self) -> int:
-        """Rows left over when an epoch has no full batch left: fewer than a batch, never the same
-        ones twice in a row by anything but chance."""
-        return self.num_rows % self.global_batch_size
-
-    @property
     def num_windows(self) -> int:
         """Windows of each shard; the last may be shorter."""
         return -(-self.rows_per_shard // self.window)

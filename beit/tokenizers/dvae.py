@@ -282,12 +282,3 @@ def kl_to_uniform(logits: Tensor) -> Tensor:
     log_probs = F.log_softmax(logits.float(), dim=1)
     entropy = -(log_probs.exp() * log_probs).sum(1)
     return math.log(logits.shape[1]) - entropy.mean()
-
-
-def usage_kl(logits: Tensor) -> Tensor:
-    """KL(batch mean of softmax(logits) || uniform), in nats: 0 when all codes share the work.
-
-    Unlike `kl_to_uniform` it does not ask a single token to be undecided.
-    """
-    mean = F.softmax(logits.float(), dim=1).mean(dim=(0, 2, 3))
-    return math.log(logits.shape[1]) + (mean * torch.log(mean.clamp(min=1e-12))).sum()

@@ -80,16 +80,6 @@ def read_image(key: str) -> bytes:
     return file.getvalue()
 
 
-def write_folder(directory: str | Path, *, every: int = 1) -> int:
-    """Writes every `every`-th image into class folders below `directory`; returns their number."""
-    keys = [key for key, _ in list_images()][::every]
-    for key in keys:
-        path = Path(directory, key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(read_image(key))
-    return len(keys)
-
-
 @lru_cache(maxsize=1)
 def _assets() -> Path:
     try:

@@ -203,14 +203,6 @@ class TokenTable:
         """Rows of the table that file number `index` holds."""
         return range(int(self._first[index]), int(self._last[index]))
 
-    def missing_rows(self) -> list[range]:
-        """Row ranges of rejected units."""
-        starts = (int(self.part_starts[unit["part"]]) for unit in self.manifest["rejected"])
-        return [
-            range(base + unit["start"], base + unit["stop"])
-            for base, unit in zip(starts, self.manifest["rejected"], strict=True)
-        ]
-
     def read_file(self, index: int) -> tuple[list[str], NDArray[np.uint16]]:
         """Keys and token ids (rows, V, N) of one file."""
         rows = self.file_rows(index)

@@ -68,9 +68,6 @@ class Run:
     def log_image(self, key: str, image: Image.Image, step: int = 0) -> None:
         """Records a picture under a key, with a slider over its steps; returns at once."""
 
-    def log_text(self, text: str, name: str) -> None:
-        """Stores a text file."""
-
     def log_artifact_file(self, name: str, data: bytes) -> None:
         """Stores a file; `name` may contain directories."""
 
@@ -147,10 +144,6 @@ class MlflowRun(Run):
 
     def log_image(self, key: str, image: Image.Image, step: int = 0) -> None:
         self._logger.log_image(key, image, step)
-
-    def log_text(self, text: str, name: str) -> None:
-        with self._guard(name):
-            self._client.log_text(self.run_id, text, name)
 
     def log_artifact_file(self, name: str, data: bytes) -> None:
         directory, _, file_name = name.rpartition("/")

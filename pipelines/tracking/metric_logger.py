@@ -64,7 +64,6 @@ class MetricLogger:
         tracking_uri: MLflow tracking URI, without credentials.
         run_id: the run, made by the driver.
         system_metrics: also record processor, memory, network, disk and GPU use of this machine.
-        node_id: prefix of the system metrics when several machines log to one run.
         capacity: how many calls of `log` may wait for the server.
         flush_every: seconds between two requests.
     """
@@ -75,7 +74,6 @@ class MetricLogger:
         run_id: str,
         *,
         system_metrics: bool = False,
-        node_id: str = "",
         capacity: int = 4096,
         image_capacity: int = 16,
         flush_every: float = 2.0,
@@ -95,7 +93,7 @@ class MetricLogger:
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._imported = threading.Event()
-        self._sampler = _SystemSampler(node_id) if system_metrics and run_id else None
+        self._sampler = _SystemSampler() if system_metrics and run_id else None
         self._thread: threading.Thread | None = None
         if run_id:
             self._thread = threading.Thread(target=self._work, name="metric-logger", daemon=True)
@@ -318,9 +316,8 @@ class _SystemSampler:
     sample_every = 5.0
     publish_every = 15.0
 
-    def __init__(self, node_id: str) -> None:
+    def __init__(self) -> None:
         self.next_step = 0
-        self._prefix = "system/" + (node_id + "/" if node_id else "")
         self._monitors: list[Any] | None = None
         self._sampled = self._published = time.monotonic()
 
@@ -341,7 +338,7 @@ class _SystemSampler:
         for monitor in self._monitors:
             metrics |= monitor.aggregate_metrics()
             monitor.clear_metrics()
-        return {self._prefix + name: value for name, value in metrics.items()}
+        return {f"system/{name}": value for name, value in metrics.items()}
 
     @staticmethod
     def _make_monitors() -> list[Any]:

@@ -7,7 +7,7 @@ import pytest
 
 from jobs import cli, quickstart
 from jobs.command import parse
-from pipelines.preparation.sample_images import write_folder
+from pipelines.preparation.sample_images import list_images, read_image
 from pipelines.tables.image_table import ImageTable
 from pipelines.tables.token_table import TokenTable
 from pipelines.tracking.store import absolute_tracking_uri
@@ -58,7 +58,10 @@ def test_from_a_folder_to_a_reviewed_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write_folder(tmp_path / "source", every=10)
+    for key, _ in list_images()[::10]:
+        path = tmp_path / "source" / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(read_image(key))
     command = [
         "quickstart",
         *("--config", str(CONFIGS / "quickstart.yaml")),

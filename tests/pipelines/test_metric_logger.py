@@ -109,20 +109,18 @@ def test_system_metrics_of_a_machine_continue_after_a_restart(config, monkeypatc
     run = start(config)
     client = MlflowClient(config.uri)
     for least in (2, 4):
-        logger = MetricLogger(
-            run.tracking_uri, run.run_id, system_metrics=True, node_id="node-0", flush_every=0.05
-        )
+        logger = MetricLogger(run.tracking_uri, run.run_id, system_metrics=True, flush_every=0.05)
         wait_until(
             lambda least=least: (
-                len(steps(client, run, "system/node-0/cpu_utilization_percentage")) >= least
+                len(steps(client, run, "system/cpu_utilization_percentage")) >= least
             )
         )
         logger.close()
     run.finish()
-    found = steps(client, run, "system/node-0/cpu_utilization_percentage")
+    found = steps(client, run, "system/cpu_utilization_percentage")
     assert found == list(range(len(found)))
     names = client.get_run(run.run_id).data.metrics
-    assert "system/node-0/system_memory_usage_megabytes" in names
+    assert "system/system_memory_usage_megabytes" in names
 
 
 @pytest.mark.slow
@@ -151,7 +149,7 @@ def test_a_real_server_may_go_and_come_back(empty_store, tmp_path, caplog):
         run = start(TrackingConfig(uri=uri))
         assert run.url.startswith(f"{uri}/#/experiments/")
         assert run.url.endswith(f"/runs/{run.run_id}?workflowType=machine_learning")
-        run.log_text("through the proxy", "note.txt")
+        run.log_artifact_file("note.txt", b"through the proxy")
         run.log_image("picture", Image.new("RGB", (16, 16)), 1)
         logger = MetricLogger(run.tracking_uri, run.run_id, flush_every=0.1)
         client = MlflowClient(uri)

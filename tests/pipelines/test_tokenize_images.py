@@ -425,7 +425,7 @@ def test_a_unit_that_kills_its_process_is_quarantined(
     allowed = tokenize_images.run(dataclasses.replace(config, max_rejected_units=1))
     assert (allowed.units_computed, allowed.rejected_units) == (0, 1)
     table = TokenTable.open(str(output))
-    assert table.missing_rows() == [range(120, 140)]
+    assert table.num_missing == 20
     keys, token_ids = table.read_rows(119, 141)
     assert (token_ids[1:21] == MISSING).all()
     assert keys[0]

@@ -39,7 +39,7 @@ def test_a_run_holds_everything_that_was_said(config, tmp_path):
         for step in range(5):
             run.log_metrics({"loss": 1 / (1 + step), "odd name?": step}, step)
         run.log_image("pictures/masked", Image.new("RGB", (32, 32)), 4)
-        run.log_text("a: 1", "config.yaml")
+        run.log_artifact_file("config.yaml", b"a: 1")
         run.log_artifact_file("deep/er/data.bin", b"\x00\x01")
         run.log_table("table.json", {"class": ["cat", "dog"], "share": [0.5, 0.25]})
         run.set_output(dataset("token_table", "k" * 32, uri="/data/tokens"))
@@ -74,7 +74,7 @@ def test_files_lie_beside_the_store_wherever_a_process_runs(config, tmp_path, mo
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     with start(config) as run:
-        run.log_text("x", "x.txt")
+        run.log_artifact_file("x.txt", b"x")
     assert list(elsewhere.iterdir()) == []
     assert (tmp_path / "mlartifacts/beit" / run.run_id / "artifacts/x.txt").exists()
 
@@ -140,7 +140,7 @@ def test_switched_off_tracking_does_nothing_and_imports_nothing(tmp_path):
         with tracking.start_run(TrackingConfig(enabled=False), stage="x", params={}) as run:
             run.log_metrics({"loss": 1.0}, 1)
             run.log_image("a", Image.new("RGB", (4, 4)), 1)
-            run.log_text("x", "x.txt")
+            run.log_artifact_file("x.txt", b"x")
             run.log_weights("/nowhere")
         logger = tracking.MetricLogger(run.tracking_uri, run.run_id)
         logger.log({"loss": 1.0}, 1)
@@ -184,7 +184,7 @@ def test_a_stage_outlives_a_store_that_fails_under_it(config, tmp_path, caplog):
     with start(config) as run:
         (tmp_path / "mlflow.db").write_bytes(b"no database")
         run.set_tags({"a": "b"})
-        run.log_text("x", "x.txt")
+        run.log_artifact_file("x.txt", b"x")
         run._logger.close(timeout=0.1)
     assert "tags could not be stored" in caplog.text
     assert "the status could not be stored" in caplog.text
