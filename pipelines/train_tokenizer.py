@@ -2,7 +2,8 @@
 
 Gumbel-softmax relaxation with a falling temperature, KL to the uniform code distribution with
 warm-up, logit-Laplace or Gaussian likelihood, AdamW on a cosine, averaged weights (arXiv
-2102.12092, appendix A). `train` is the run in execution order. Views, order of samples and
+2102.12092, appendix A). `run` is the driver, `train_loop` the training of one worker in the order
+in which things happen. Views, order of samples and
 relaxation noise are pure functions of (seed, step, canonical shard), hence the same for any number
 of workers, and an interrupted run continues as if it had not been interrupted.
 """
@@ -10,18 +11,19 @@ of workers, and an interrupted run continues as if it had not been interrupted.
 import contextlib
 import dataclasses
 import math
-import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from pipelines import pictures, storage
+from pipelines.config.checks import changed_fields, to_dict
 from pipelines.config.train_tokenizer import (
+    MAY_CHANGE,
     TrainTokenizerConfig,
     deciding_options,
-    flat_options,
     require_uris,
 )
 from pipelines.errors import InputError, StageFailed
@@ -29,19 +31,18 @@ from pipelines.reading.ingest import open_training_tables, train_batches
 from pipelines.scorecard import Scorecard, check_gate, score, scorecard_record
 from pipelines.tables import tokenizer_store
 from pipelines.tables.image_table import ImageTable
-from pipelines.tracking import Dataset, start_run
-from pipelines.tracking.metric_logger import MetricLogger
-from pipelines.training import checkpoint
+from pipelines.tracking import Dataset
+from pipelines.training import driver
+from pipelines.training.checkpoint import Checkpoint, Saver, resume_point
 from pipelines.training.distributed import (
     World,
     clip_gradients,
-    join_world,
     restore,
     snapshot,
     wrap_model,
 )
-from pipelines.training.ray_workers import ProgressSink, fit_with_ray
-from pipelines.training.tokenizer_record import RECORD, STAGE, open_output, require_same
+from pipelines.training.log import TrainLog
+from pipelines.training.run_dir import RunDir, refuse_changes
 from pipelines.training.tokenizer_step import (
     AveragedWeights,
     Period,
@@ -56,9 +57,8 @@ from pipelines.training.tokenizer_step import (
     view_policy,
 )
 
-FAILURE = "failure.json"
-CHECKPOINTS = "checkpoints"
-RAY_STATE = "ray"
+STAGE = "train-tokenizer"
+OLD_RECORD = "training.json"
 REMEDY = (
     "raise loss.kl_weight or loss.start_temperature, lower model.vocab_size or optim.lr, or give "
     "more varied images; then train into another output"
@@ -66,14 +66,17 @@ REMEDY = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """What every worker is told."""
+class TokenizerPlan:
+    """What the driver works out once for all workers and restarts."""
 
-    config: TrainTokenizerConfig
-    output: str
-    source: dict[str, Any]
-    tracking_uri: str
-    run_id: str
+    total_steps: int
+    source: Mapping[str, Any]
+    """What the tokenizer is made from, for its manifest."""
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What report.json repeats."""
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,66 +106,51 @@ def run(config: TrainTokenizerConfig) -> TrainTokenizerResult:
         InputError: images that cannot be read, or an output that holds something else.
         StageFailed: the codebook collapsed, the loss is not finite, or the workers died too often.
     """
+    launched_at = time.time()
+
+    # Everything that can be refused is refused before anything is written.
     require_uris(images=config.images, output=config.output)
     # Workers may have another working directory than this process.
-    config = dataclasses.replace(config, images=storage.absolute(config.images))
-    output = storage.absolute(config.output)
+    config = dataclasses.replace(
+        config, images=storage.absolute(config.images), output=storage.absolute(config.output)
+    )
     images = ImageTable.open(config.images)
-    source = {
-        "stage": STAGE,
-        "image_table": images.fingerprint,
-        "sample_order": sample_order(config, images).to_dict(),
-        "options": deciding_options(config),
-    }
-    manifest = tokenizer_store.read_manifest(output)
+    plan = make_plan(config, images)
+    manifest = tokenizer_store.read_manifest(config.output)
     if manifest is not None:
-        require_same(manifest["source"], source, output)
-        return _result(output, manifest, already_done=True)
+        require_same(manifest["source"], plan, config.output)
+        return _result(config.output, manifest, already_done=True)
 
-    record = open_output(output, source)
-    with start_run(
-        config.tracking,
-        stage=STAGE,
-        params=flat_options(config),
-        inputs=[
-            Dataset(
-                name="image_table", uri=images.uri, digest=images.fingerprint, context="training"
-            )
-        ],
-        resume_run_id=record["mlflow_run_id"] or None,
-        system_metrics=config.scaling.num_workers == 0,
-    ) as tracking:
-        storage.write_json(
-            storage.join(output, RECORD), {**record, "mlflow_run_id": tracking.run_id}
+    # Until the tokenizer is finished its directory is a run's: new, this run's, or another's.
+    run_dir = RunDir(config.output)
+    begin(run_dir, config, plan)
+
+    # Training, and what becomes of it.
+    inputs = [
+        Dataset(name="image_table", uri=images.uri, digest=images.fingerprint, context="training")
+    ]
+    with driver.start_tracking(config, run_dir, stage=STAGE, inputs=inputs) as tracked:
+        driver.train(
+            train_loop, config, plan, run_dir, tracked, stage=STAGE, launched_at=launched_at
         )
-        storage.delete(storage.join(output, FAILURE))
-        job = Job(
-            config=config,
-            output=output,
-            source=source,
-            tracking_uri=tracking.tracking_uri,
-            run_id=tracking.run_id,
+        manifest = tokenizer_store.read_manifest(config.output)
+        assert manifest is not None, "the end of the loop writes it"
+        tracked.set_output(
+            Dataset(name="tokenizer", uri=config.output, digest=manifest["fingerprint"])
         )
-        _train_somewhere(job)
-        manifest = tokenizer_store.read_manifest(output)
-        if manifest is None:
-            raise InputError(
-                f"output = {output}: the workers have written the tokenizer, and it is not there: "
-                "nodes see different disks; use a directory that all of them share, or s3://"
-            )
-        tracking.set_output(Dataset(name="tokenizer", uri=output, digest=manifest["fingerprint"]))
-    for leftover in (CHECKPOINTS, RAY_STATE):
-        storage.delete_prefix(storage.join(output, leftover))
-    return _result(output, manifest, already_done=False)
+    run_dir.remove()
+    return _result(config.output, manifest, already_done=False)
 
 
-def train(job: Job, world: World, progress: ProgressSink) -> None:  # noqa: PLR0915
-    """One worker's whole run; rank 0 writes checkpoints and, at the end, the tokenizer.
+def train_loop(  # noqa: PLR0915
+    config: TrainTokenizerConfig, plan: TokenizerPlan, world: World, log: TrainLog
+) -> None:
+    """The training of one worker, see `driver.Loop`; worker 0 writes checkpoints and tokenizer.
 
     Raises:
         StageFailed: collapse or a loss that is not finite; on all workers at once.
     """
-    config, total = job.config, job.config.optim.steps
+    total, books = plan.total_steps, log.books
     device = str(world.device)
     first = world.rank == 0
     images = ImageTable.open(config.images)
@@ -170,8 +158,7 @@ def train(job: Job, world: World, progress: ProgressSink) -> None:  # noqa: PLR0
     policy = view_policy(config.views, seed=config.seed)
 
     # Set-up: the network, at the start or at the newest whole checkpoint.
-    root = storage.join(job.output, CHECKPOINTS)
-    resumed = _newest_checkpoint(root, world)
+    resumed = resume_point(log.run.checkpoints, world, rejected=log.checkpoint_rejected)
     tokenizer = build_tokenizer(config.model, seed=config.seed)
     if resumed is None and first:  # the other workers are sent its weights
         start_codebook(tokenizer, config, images, device)
@@ -186,24 +173,21 @@ def train(job: Job, world: World, progress: ProgressSink) -> None:  # noqa: PLR0
     model = wrap_model(relaxed, world, strategy="ddp", compiled=config.scaling.compile)
     parameters = list(tokenizer.parameters())
     average = AveragedWeights(tokenizer, config.optim.ema_decay)
-    start_step = 0
     if resumed is not None:
-        start_step = resumed.step
         restore(tokenizer, optimizer, resumed.weights, resumed.moments)
         average.restore(resumed.weights)
+    step = log.start(resumed.step if resumed else None)
     low_precision = uses_bfloat16(config, world)
     shards = order.shards_of(world.rank, world.size)
     noise_shape = (order.shard_batch_size, tokenizer.vocab_size, *tokenizer.grid_size)
-    # Closed however this ends: the curves of a collapsed run are those worth looking at.
+    saver = Saver(
+        log.run.checkpoints,
+        keep=config.checkpoint.keep,
+        asynchronous=True,
+        failed=log.checkpoint_failed,
+    )
     with contextlib.ExitStack() as closing:
-        logger = MetricLogger(job.tracking_uri, job.run_id if first else "")
-        closing.callback(logger.close)
-        saver = checkpoint.Saver(
-            root, keep=config.checkpoint.keep, asynchronous=True, failed=_report_failed_checkpoint
-        )
         closing.callback(saver.close)
-        period = Period(tokenizer.vocab_size, world)
-        period_start, waited = time.monotonic(), 0.0
         # Without tokens every epoch is a view of its own: no image is seen twice in one crop.
         batches = train_batches(
             open_training_tables(config.images, policy=policy),
@@ -213,7 +197,7 @@ def train(job: Job, world: World, progress: ProgressSink) -> None:  # noqa: PLR0
             fast=False,
             grid_size=tokenizer.grid_size,
             seed=config.seed,
-            start_step=start_step,
+            start_step=step,
             stop_step=total,
             rank=world.rank,
             num_ranks=world.size,
@@ -222,13 +206,14 @@ def train(job: Job, world: World, progress: ProgressSink) -> None:  # noqa: PLR0
             pin_memory=world.device.type == "cuda",
         )
         closing.callback(batches.close)
-        progress.start(total, start_step)
+        period, period_start = Period(tokenizer.vocab_size, world), step
+        books.switch("compute")
+        books.pace()
 
         # The loop.
-        for step in range(start_step, total):
-            wait_start = time.monotonic()
-            batch = next(batches).pixels.to(device, non_blocking=True)
-            waited += time.monotonic() - wait_start
+        while step < total:
+            with books.spend("data_wait"):
+                batch = next(batches).pixels.to(device, non_blocking=True)
 
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
@@ -247,49 +232,53 @@ def train(job: Job, world: World, progress: ProgressSink) -> None:  # noqa: PLR0
             average.update(step)
             period.add(terms, counts, grad_norm)
 
-            done = step + 1
-            if done % config.log_every == 0 or done == total:
-                metrics = period.metrics()
-                seconds = time.monotonic() - period_start
-                metrics |= {
+            step += 1
+
+            if step % config.log_every == 0 or step == total:
+                elapsed, wait = books.pace()
+                images_done = (step - period_start) * config.data.global_batch_size
+                metrics = period.metrics() | {
                     "hard_reconstruction": float(relaxed.hard_reconstruction(batch)),
                     "temperature": temperature,
                     "kl_weight": kl_weight,
-                    "lr": learning_rate(config, step),
-                    "images_per_second": period.steps * config.data.global_batch_size / seconds,
-                    "data_wait_share": waited / seconds,
+                    "lr": learning_rate(config, step - 1),
+                    "images_per_second": images_done / elapsed,
+                    "data_wait_share": wait / elapsed,
                 }
-                logger.log(metrics, done)
-                progress.update(
-                    done,
-                    loss=f"{metrics['loss']:.4f}",
-                    codes=f"{metrics['codes_used']:g}",
-                    perplexity=f"{metrics['perplexity']:.1f}",
-                )
-                _check_health(metrics, done, config)
+                shown = {
+                    "loss": f"{metrics['loss']:.4f}",
+                    "codes": f"{metrics['codes_used']:g}",
+                    "perplexity": f"{metrics['perplexity']:.1f}",
+                }
+                log.period(step - 1, {**metrics, "first_step": period_start}, metrics, shown)
+                _check_health(metrics, step, config)
                 period.clear()
-                period_start, waited = time.monotonic(), 0.0
-            if done % config.checkpoint.every_steps == 0 or done == total:
-                weights, moments = snapshot(tokenizer, optimizer, keep=first)
-                if first:
-                    weights |= average.state()
-                    saver.save(
-                        checkpoint.Checkpoint(step=done, weights=weights, moments=moments, state={})
-                    )
+                period_start = step
+            if step % config.checkpoint.every_steps == 0 or step == total:
+                with books.spend("checkpoint"):
+                    weights, moments = snapshot(tokenizer, optimizer, keep=first)
+                    if first:
+                        weights |= average.state()
+                        saver.save(
+                            Checkpoint(step=step, weights=weights, moments=moments, state={})
+                        )
+                        log.flush()
 
         # The end: judge the averaged weights and make them the tokenizer.
-        saver.wait()
+        with books.spend("checkpoint"):
+            saver.wait()
         if first:
             if config.optim.ema_decay > 0:
                 average.copy_to(tokenizer)
-            scorecard = score(
-                tokenizer,
-                images,
-                num_images=config.gate.num_images,
-                policy=policy,
-                device=device,
-            )
-            _log_scorecard(scorecard, logger, total)
+            with books.spend("evaluation"):
+                scorecard = score(
+                    tokenizer,
+                    images,
+                    num_images=config.gate.num_images,
+                    policy=policy,
+                    device=device,
+                )
+                _log_scorecard(scorecard, log, total)
             check_gate(
                 scorecard,
                 min_perplexity=config.gate.min_perplexity,
@@ -298,69 +287,58 @@ def train(job: Job, world: World, progress: ProgressSink) -> None:  # noqa: PLR0
             )
             tokenizer_store.save(
                 tokenizer.to("cpu"),
-                job.output,
-                source=job.source,
+                config.output,
+                source=dict(plan.source),
                 scorecard=scorecard_record(scorecard),
             )
-        progress.close()
 
 
-def _train_somewhere(job: Job) -> None:
-    """In this process, or in the workers of Ray Train; failures come out as they are meant."""
-    scaling = job.config.scaling
-    if scaling.num_workers == 0:
-        train(job, join_world(use_gpu=scaling.use_gpu, in_ray=False), ProgressSink(STAGE))
-        return
-    try:
-        fit_with_ray(
-            _worker,
-            job,
-            label=STAGE,
-            num_workers=scaling.num_workers,
-            use_gpu=scaling.use_gpu,
-            cpus_per_worker=scaling.cpus_per_worker,
-            max_failures=scaling.max_failures,
-            state_uri=storage.join(job.output, RAY_STATE),
+def make_plan(config: TrainTokenizerConfig, images: ImageTable) -> TokenizerPlan:
+    """Everything that follows from configuration and table.
+
+    Raises:
+        InputError: a batch larger than the table.
+    """
+    source = {
+        "stage": STAGE,
+        "image_table": images.fingerprint,
+        "sample_order": sample_order(config, images).to_dict(),
+        "options": deciding_options(config),
+    }
+    return TokenizerPlan(total_steps=config.optim.steps, source=source)
+
+
+def begin(run_dir: RunDir, config: TrainTokenizerConfig, plan: TokenizerPlan) -> None:
+    """Starts the run in the output, or checks that this is the one it holds.
+
+    Earlier versions kept one file there in place of a run directory's records; such a run goes on.
+
+    Raises:
+        InputError: the output was begun with other settings or images; names them.
+    """
+    run_id = ""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        old = storage.read_json(run_dir.at(OLD_RECORD))
+        require_same(old["source"], plan, config.output)
+        run_id = old["mlflow_run_id"]
+    fingerprints = {
+        "image_table": plan.source["image_table"],
+        "order": storage.fingerprint(plan.source["sample_order"]),
+    }
+    run_dir.begin(to_dict(config), fingerprints, may_change=MAY_CHANGE, mlflow_run_id=run_id)
+    storage.delete(run_dir.at(OLD_RECORD))
+
+
+def require_same(old: Mapping[str, Any], plan: TokenizerPlan, output: str) -> None:
+    """Raises InputError naming every option in which a tokenizer's source is not this plan's."""
+    if old.get("stage") != STAGE:
+        raise InputError(
+            f"output = {output}: holds a tokenizer made by {old.get('stage')!r}; give another one"
         )
-    finally:
-        _raise_verdict(job)
-
-
-def _worker(job: Job, progress: ProgressSink) -> None:
-    """A verdict is written down, and whoever finds one ends at once: a restart changes nothing."""
-    failure = storage.join(job.output, FAILURE)
-    if storage.exists(failure):
-        return
-    world = join_world(use_gpu=job.config.scaling.use_gpu, in_ray=True)
-    try:
-        train(job, world, progress)
-    except StageFailed as error:
-        # The same on all workers, or of rank 0 after the last step.
-        if world.rank == 0:
-            storage.write_json(failure, {"message": str(error), "bad_input": False})
-    except InputError as error:
-        storage.write_json(failure, {"message": str(error), "bad_input": True})
-        raise  # the others wait for this one
-
-
-def _raise_verdict(job: Job) -> None:
-    """Raises what a worker has written down as the end of the run, as it was meant there."""
-    try:
-        failure = storage.read_json(storage.join(job.output, FAILURE))
-    except FileNotFoundError:
-        return
-    raise (InputError if failure["bad_input"] else StageFailed)(failure["message"])
-
-
-def _newest_checkpoint(root: str, world: World) -> checkpoint.Checkpoint | None:
-    """The same one on all workers."""
-
-    def rejected(step: int, reason: str) -> None:
-        print(f"checkpoint of step {step} passed over: {reason}", file=sys.stderr)
-
-    newest = checkpoint.load_newest(root, rejected=rejected) if world.rank == 0 else None
-    step = world.broadcast(newest.step if newest else None)
-    return newest if step is None or newest is not None else checkpoint.load(root, step)
+    before, after = (
+        {"image_table": source["image_table"], **source["options"]} for source in (old, plan.source)
+    )
+    refuse_changes(output, "other settings or images", changed_fields(before, after))
 
 
 def _check_health(metrics: dict[str, float], step: int, config: TrainTokenizerConfig) -> None:
@@ -378,16 +356,12 @@ def _check_health(metrics: dict[str, float], step: int, config: TrainTokenizerCo
         )
 
 
-def _log_scorecard(scorecard: Scorecard, logger: MetricLogger, step: int) -> None:
-    logger.log({f"scorecard/{k}": v for k, v in scorecard.metrics().items()}, step)
+def _log_scorecard(scorecard: Scorecard, log: TrainLog, step: int) -> None:
+    log.tracked({f"scorecard/{k}": v for k, v in scorecard.metrics().items()}, step)
     if scorecard.reconstructions is not None:
         grid = pictures.tokenizer_grid(scorecard.images, scorecard.reconstructions)
-        logger.log_image("tokenizer", grid, step)
-    logger.log_image("codebook_usage", pictures.codebook_usage(scorecard.counts), step)
-
-
-def _report_failed_checkpoint(step: int, reason: str) -> None:
-    print(f"checkpoint of step {step} could not be saved: {reason}", file=sys.stderr)
+        log.picture("tokenizer", grid, step)
+    log.picture("codebook_usage", pictures.codebook_usage(scorecard.counts), step)
 
 
 def _result(output: str, manifest: dict[str, Any], *, already_done: bool) -> TrainTokenizerResult:

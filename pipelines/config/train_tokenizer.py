@@ -1,10 +1,9 @@
 """Configuration of the `train-tokenizer` stage: every knob, its meaning and its limits."""
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pipelines.config.checks import at_least, flatten, require
+from pipelines.config.checks import at_least, flatten, require, to_dict
 from pipelines.config.tracking import TrackingConfig
 
 # What a resumed run may change: how it is computed, judged and reported, not what is computed.
@@ -248,6 +247,11 @@ class ScalingConfig:
             "choose auto, float32 or bf16",
         )
 
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """Smallest and largest number of workers."""
+        return self.num_workers, self.num_workers
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
@@ -324,16 +328,11 @@ class TrainTokenizerConfig:
 
 # Functions, not methods: the command-line parser takes the methods of a top-level configuration
 # for sub-commands.
-def flat_options(config: TrainTokenizerConfig) -> dict[str, Any]:
-    """Every field by its dotted name."""
-    return flatten(dataclasses.asdict(config))
-
-
 def deciding_options(config: TrainTokenizerConfig) -> dict[str, Any]:
     """The fields that decide which weights come out, by their dotted names."""
     return {
         name: value
-        for name, value in flat_options(config).items()
+        for name, value in flatten(to_dict(config)).items()
         if name not in MAY_CHANGE and name.partition(".")[0] not in MAY_CHANGE
     }
 

@@ -145,6 +145,11 @@ def train(
     finally:
         report = _report(plan, launch)
         run.write_report(report)
+    if not any(attempt.launched_at == launched_at for attempt in run.attempts()):
+        raise InputError(
+            f"output = {run.uri}: the workers have ended, and nothing that they wrote is there: "
+            "nodes see different disks; use a directory that all of them share, or s3://"
+        )
     if report["outcome"] != "finished":
         raise StageFailed(report["message"] or f"the run did not finish; see {run.at('events')}")
     tracked.log_artifact_file("report.json", storage.canonical_json(report))

@@ -8,6 +8,7 @@
     events/*.json          one file an event: resumed, checkpoint_rejected, health findings, ...
     attempts/*.json        one file a start of the worker group, with its time books
     skips.json             data that a rollback skipped
+    ray/                   what Ray keeps while it trains
     report.json            where the time went, what to change, how it ended
 
 Everything is one small atomic file, except metrics.jsonl, which has one writer at a time.
@@ -140,6 +141,13 @@ class RunDir:
     def write_report(self, report: Mapping[str, Any]) -> None:
         """Writes report.json."""
         storage.write_json(self.at("report.json"), dict(report))
+
+    def remove(self) -> None:
+        """Deletes all that a run keeps here, and nothing else."""
+        for directory in ("checkpoints", "events", "attempts", "ray"):
+            storage.delete_prefix(self.at(directory))
+        for name in ("config.yaml", "run.json", "metrics.jsonl", "skips.json", "report.json"):
+            storage.delete(self.at(name))
 
 
 def refuse_changes(uri: str, what: str, changed: Mapping[str, tuple[Any, Any]]) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from beit.images import decode_image
 from beit.views import render, sample_view
+from pipelines.config.checks import flatten, to_dict
 from pipelines.config.tracking import TrackingConfig
 from pipelines.config.train_tokenizer import (
     CheckpointConfig,
@@ -22,14 +24,13 @@ from pipelines.config.train_tokenizer import (
     ScalingConfig,
     TrainTokenizerConfig,
     deciding_options,
-    flat_options,
 )
 from pipelines.errors import InputError, StageFailed
 from pipelines.reading.ingest import open_training_tables, train_batches
 from pipelines.tables import tokenizer_store
-from pipelines.train_tokenizer import CHECKPOINTS, run
+from pipelines.train_tokenizer import OLD_RECORD, run
 from pipelines.training import checkpoint
-from pipelines.training.ray_workers import ProgressSink
+from pipelines.training.log import TrainLog
 from pipelines.training.tokenizer_step import (
     AveragedWeights,
     RelaxedVae,
@@ -98,7 +99,7 @@ def test_what_comes_out(images, finished):
     assert result.scorecard["num_images"] == 40
     # Checkpoints are gone; nothing else was left.
     assert {path.name for path in Path(result.output).iterdir()} == {
-        "tokenizer.safetensors", "config.json", "manifest.json", "training.json",
+        "tokenizer.safetensors", "config.json", "manifest.json",
     }  # fmt: skip
     summary = result.summary()
     assert "perplexity" in summary
@@ -118,10 +119,10 @@ def test_again_says_that_it_is_done(finished):
 
 def test_other_settings_are_refused_by_name(images, finished, tmp_path):
     config, _ = finished
-    with pytest.raises(InputError, match=r"optim\.lr is 0\.001, was 0\.002"):
+    with pytest.raises(InputError, match=r"optim\.lr: 0\.002 != 0\.001"):
         run(replaced(config, "optim", lr=1e-3))
     other = image_table(str(tmp_path / "other"), [disc(seed) for seed in range(100, 170)])
-    with pytest.raises(InputError, match=f"image_table is '{other.fingerprint}'"):
+    with pytest.raises(InputError, match=f"image_table: .* != '{other.fingerprint}'"):
         run(dataclasses.replace(config, images=other.uri))
 
 
@@ -143,22 +144,22 @@ class Interrupted(Exception):
 
 
 def interrupt_at(monkeypatch, step):
-    """The next run dies when it reports this step."""
-    original = ProgressSink.update
+    """The next run dies when it has logged this step."""
+    original = TrainLog.period
 
-    def update(self, done, **fields):
-        if done >= step:
-            monkeypatch.setattr(ProgressSink, "update", original)
+    def period(self, last, *figures):
+        original(self, last, *figures)
+        if last + 1 >= step:
+            monkeypatch.setattr(TrainLog, "period", original)
             raise Interrupted
-        original(self, done, **fields)
 
-    monkeypatch.setattr(ProgressSink, "update", update)
+    monkeypatch.setattr(TrainLog, "period", period)
 
 
 def test_continues_as_if_never_interrupted(images, finished, tmp_path, monkeypatch):
     config, result = finished
     config = dataclasses.replace(config, output=str(tmp_path / "out"))
-    root = str(tmp_path / "out" / CHECKPOINTS)
+    root = str(tmp_path / "out" / "checkpoints")
     for step in (4, 8, 12):  # before the first checkpoint, between two, after the last step
         interrupt_at(monkeypatch, step)
         with pytest.raises(Interrupted):
@@ -166,10 +167,34 @@ def test_continues_as_if_never_interrupted(images, finished, tmp_path, monkeypat
         assert tokenizer_store.read_manifest(config.output) is None
     assert checkpoint.complete_steps(root) == [5, 10]
     # The newest is damaged: the one before it serves.
-    weights = tmp_path / "out" / CHECKPOINTS / "step_00000010" / "model.safetensors"
+    weights = tmp_path / "out" / "checkpoints" / "step_00000010" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     assert run(config).fingerprint == result.fingerprint
-    assert not (tmp_path / "out" / CHECKPOINTS).exists()
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_a_run_of_an_earlier_version_goes_on(images, finished, tmp_path, monkeypatch):
+    """It left one record with what it was made from, and checkpoints."""
+    config, result = finished
+    config = dataclasses.replace(config, output=str(tmp_path / "out"))
+    interrupt_at(monkeypatch, 8)
+    with pytest.raises(Interrupted):
+        run(config)
+    for path in Path(config.output).iterdir():
+        if path.name != "checkpoints":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    source = tokenizer_store.read_manifest(result.output)["source"]
+    record = Path(config.output, OLD_RECORD)
+    record.write_text(json.dumps({"source": source, "mlflow_run_id": ""}))
+    with pytest.raises(InputError, match="seed: 0 != 3"):
+        run(dataclasses.replace(config, seed=3))
+    started = []
+    with monkeypatch.context() as patch:
+        start = TrainLog.start
+        patch.setattr(TrainLog, "start", lambda self, at: started.append(at) or start(self, at))
+        assert run(config).fingerprint == result.fingerprint
+    assert started == [5]
+    assert not record.exists()
 
 
 def test_begun_with_other_settings(images, tmp_path, monkeypatch):
@@ -177,7 +202,7 @@ def test_begun_with_other_settings(images, tmp_path, monkeypatch):
     interrupt_at(monkeypatch, 8)
     with pytest.raises(Interrupted):
         run(config)
-    with pytest.raises(InputError, match="seed is 3, was 0"):
+    with pytest.raises(InputError, match="seed: 0 != 3"):
         run(dataclasses.replace(config, seed=3))
     imported = tmp_path / "imported"
     tokenizer_store.save(
@@ -281,7 +306,7 @@ def test_options_that_decide(images, tmp_path):
     deciding = deciding_options(config)
     assert {"seed", "optim.lr", "data.window", "views.min_area", "loss.kl_weight"} <= set(deciding)
     assert not {"images", "output", "data.num_threads", "tracking.uri"} & set(deciding)
-    assert set(deciding) < set(flat_options(config))
+    assert set(deciding) < set(flatten(to_dict(config)))
     json.dumps(deciding)
 
 

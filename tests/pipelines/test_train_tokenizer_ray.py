@@ -1,22 +1,25 @@
 """The same training on two Ray Train workers, and after one of them was killed."""
 
+import functools
 import os
 import signal
 from pathlib import Path
 
 import pytest
-import ray
 import torch
 
 from pipelines import train_tokenizer
 from pipelines.errors import InputError, StageFailed
 from pipelines.tables import tokenizer_store
 from pipelines.train_tokenizer import run
-from pipelines.training.ray_workers import ProgressSink, fit_with_ray
+from pipelines.training.log import TrainLog
+from pipelines.training.run_dir import RunDir
 from tests.pipelines.test_train_tokenizer import replaced, settings
 from tests.pipelines.tokenizer_fixtures import disc, image_table
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+TRAIN_LOOP = train_tokenizer.train_loop
 
 
 @pytest.fixture(scope="module")
@@ -50,36 +53,30 @@ def test_two_workers_compute_what_one_process_does(images, tmp_path, capfd):
     pictures = torch.randint(0, 256, (32, 3, 16, 16), dtype=torch.uint8)
     assert (alone.encode(pictures) == together.encode(pictures)).float().mean() > 0.98
     assert {path.name for path in Path(result.output).iterdir()} == {
-        "tokenizer.safetensors", "config.json", "manifest.json", "training.json",
+        "tokenizer.safetensors", "config.json", "manifest.json",
     }  # fmt: skip
 
 
-class KillingSink(ProgressSink):
-    """Kills its worker with the eighth step of the first attempt."""
+def killing_loop(flag, config, plan, world, log):
+    """`train_loop` whose worker 0 is killed with the eighth step of the first start."""
+    period = TrainLog.period
 
-    def __init__(self, sink, flag):
-        super().__init__(sink.label, unit=sink.unit, board=sink.board)
-        self.flag = flag
-
-    def update(self, done, **fields):
-        super().update(done, **fields)
-        if done == 8 and not Path(self.flag).exists():
-            Path(self.flag).touch()
+    def dying(self, last, *figures):
+        period(self, last, *figures)
+        if last == 7 and self.active and not Path(flag).exists():
+            Path(flag).touch()
             os.kill(os.getpid(), signal.SIGKILL)
+
+    TrainLog.period = dying
+    TRAIN_LOOP(config, plan, world, log)
 
 
 @pytest.mark.long
 def test_a_killed_worker_changes_nothing(images, tmp_path, monkeypatch):
     undisturbed = run(two_workers(settings(images, tmp_path / "undisturbed")))
     flag = str(tmp_path / "killed")
-    worker = train_tokenizer._worker
-
-    def killing(job, progress):
-        first = ray.train.get_context().get_world_rank() == 0
-        worker(job, KillingSink(progress, flag) if first else progress)
-
-    ray.cloudpickle.register_pickle_by_value(__import__(__name__, fromlist=["_"]))
-    monkeypatch.setattr(train_tokenizer, "_worker", killing)
+    killing = functools.partial(killing_loop, flag)
+    monkeypatch.setattr(train_tokenizer, "train_loop", killing)
     disturbed = run(two_workers(settings(images, tmp_path / "disturbed")))
     assert Path(flag).exists()
     assert disturbed.fingerprint == undisturbed.fingerprint
@@ -102,19 +99,17 @@ def test_bad_input_that_only_a_worker_sees_ends_the_run_at_once(images, tmp_path
         run(config)
 
 
-@pytest.mark.long
-def test_workers_that_always_fail(tmp_path):
-    def broken(job, progress):
-        raise RuntimeError(f"no luck with {job}")
+def broken_loop(config, plan, world, log):
+    raise RuntimeError("no luck today")
 
-    with pytest.raises(StageFailed, match="no luck with this"):
-        fit_with_ray(
-            broken,
-            "this",
-            label="test",
-            num_workers=1,
-            use_gpu=False,
-            cpus_per_worker=1,
-            max_failures=1,
-            state_uri=str(tmp_path / "ray"),
-        )
+
+@pytest.mark.long
+def test_workers_that_always_fail(images, tmp_path, monkeypatch):
+    """They are given up before max_failures: at the same step four times."""
+    monkeypatch.setattr(train_tokenizer, "train_loop", broken_loop)
+    config = two_workers(settings(images, tmp_path / "out"))
+    with pytest.raises(StageFailed, match=r"4 starts in a row .* no luck today"):
+        run(config)
+    assert len(RunDir(config.output).attempts()) == 4
+    with pytest.raises(StageFailed, match=r"scaling\.max_failures = 1 times.* no luck today"):
+        run(replaced(config, "scaling", max_failures=1))
