@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+Colour = tuple[int, int, int]
+
 INK, FAINT, PAPER = (32, 36, 42), (118, 126, 136), (255, 255, 255)
 FRAME, MASKED, CONTOUR = (214, 218, 224), (150, 156, 166), (230, 92, 30)
 SERIES = ((38, 92, 180), (230, 92, 30), (40, 140, 90), (140, 80, 170), (120, 120, 120))

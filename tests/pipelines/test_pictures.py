@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot
 from PIL import Image
 
 from pipelines import pictures
@@ -92,6 +93,19 @@ def test_confusion_marks_the_diagonal():
     # Three full cells, less the ink of the figures in them.
     assert count(picture, SERIES[0]) > 3 * 56 * 56 * 0.7
     assert count(picture, SERIES[1]) == 0
+    wrong = pictures.confusion(np.eye(3, dtype=int)[::-1], ["cat", "$10 off", "猫 _ $x"])
+    assert count(wrong, SERIES[1]) > 2 * 56 * 56 * 0.7
+
+
+def test_confusion_of_many_classes_stays_small():
+    picture = pictures.confusion(np.eye(600, dtype=int), [str(i) for i in range(600)])
+    assert max(picture.size) <= 1000
+
+
+def test_plots_are_the_same_each_time_and_leave_no_state():
+    first, second = (pictures.codebook_usage(np.arange(50), title="$") for _ in range(2))
+    assert np.array_equal(np.asarray(first), np.asarray(second))
+    assert not pyplot.get_fignums()
 
 
 def test_curves_skip_what_is_not_finite():
