@@ -60,15 +60,16 @@ def bias_table_rows(grid_size: tuple[int, int]) -> int:
     return (2 * grid_size[0] - 1) * (2 * grid_size[1] - 1) + 3
 
 
-def drop_path_noise(*, seed: int, step: int, num_samples: int, depth: int) -> Tensor:
-    """Uniform draws in [0, 1) that decide drop-path: float32 (num_samples, depth, 2), on the CPU.
+def drop_path_noise(*, seed: int, step: int, num_samples: int, num_branches: int) -> Tensor:
+    """Uniform draws in [0, 1) that decide drop-path: float32 (num_samples, num_branches, 2).
 
-    A pure function of its arguments (Philox). Draw it for the *global* batch of a step and hand
-    each worker and micro-batch its rows: the same samples then keep the same branches however
-    many workers there are, and a resumed run repeats an uninterrupted one.
+    On the CPU; `num_branches` is the number of blocks. A pure function of its arguments (Philox).
+    Draw it for the *global* batch of a step and hand each worker and micro-batch its rows: the
+    same samples then keep the same branches however many workers there are, and a resumed run
+    repeats an uninterrupted one.
     """
     generator = counters.step_generator(seed % 2**64, step)
-    return torch.from_numpy(generator.random((num_samples, depth, 2), dtype=np.float32))
+    return torch.from_numpy(generator.random((num_samples, num_branches, 2), dtype=np.float32))
 
 
 class PatchEmbed(nn.Module):

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from beit.mim import SIZES
 from beit.tokenizers.dalle import DalleTokenizer
@@ -38,6 +37,7 @@ from pipelines.reading import ingest
 from pipelines.training import goodput
 from pipelines.training.data import WorkerData
 from pipelines.training.distributed import clip_gradients, join_world
+from pipelines.training.objective import build_objective, flops_per_image
 
 VOCAB = 8192
 
@@ -50,11 +50,11 @@ class Trainer:
         self.world = join_world(use_gpu=config.scaling.use_gpu, in_ray=False)
         self.precision = pretrain.resolve_precision(config, self.world.device)
         self.data = WorkerData(config, self.world)
-        self.model = pretrain.build_model(config, VOCAB).to(self.world.device)
-        self.optimizer = pretrain.build_optimizer(config, self.model)
-        self.parameters = list(self.model.parameters())
+        self.objective = build_objective(config, VOCAB).to(self.world.device)
+        self.optimizer = pretrain.build_optimizer(config, self.objective.network)
+        self.parameters = list(self.objective.parameters())
         if config.scaling.compile:
-            self.model.compile()
+            self.objective.compile()
         self.tokenizer = None
         if online:
             self.tokenizer = DalleTokenizer(image_size=112, has_decoder=False)
@@ -98,11 +98,14 @@ class Trainer:
                 token_ids = self.tokenizer.encode(host.token_pixels.to(device, non_blocking=True))
             targets = token_ids.to(device)[batch.mask]
         with torch.autocast(device.type, torch.bfloat16, self.precision == "bf16"):
-            logits = self.model(
-                self.data.normalise(batch.pixels), batch.mask, num_masked=batch.num_masked
+            outcome = self.objective(
+                self.data.normalise(batch.pixels),
+                batch.mask,
+                targets,
+                num_masked=batch.num_masked,
+                noise=None,
             )
-            loss = F.cross_entropy(logits.float(), targets)
-        loss.backward()
+        (outcome.sums[0] / batch.num_masked).backward()
         norm = clip_gradients(self.parameters, 3.0)
         self.optimizer.found_inf = (~torch.isfinite(norm)).float()
         self.optimizer.step()
@@ -150,15 +153,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         peak = config.scaling.peak_tflops or goodput.device_peak(device)
         for trainer in trainers.values():
             trainer.stream.close()
-    flops = goodput.flops_per_image(
-        dim=size["dim"],
-        depth=size["depth"],
-        mlp_ratio=4,
-        num_patches=196,
-        patch_size=16,
-        vocab_size=VOCAB,
-        num_masked=config.masking.num_masked,
-    )
+    flops = flops_per_image(config, VOCAB)
     images_per_round = arguments.steps * arguments.batch
     result: dict[str, Any] = {
         "machine": f"{platform.machine()}, {os.cpu_count()} logical cores, "

@@ -11,10 +11,9 @@ import time
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from beit.mim import BeitMIM
+from beit.objectives import Objective
 from beit.optim import parameter_groups
 from beit.schedules import warmup_cosine
 from beit.vit import drop_path_noise
@@ -38,6 +37,7 @@ from pipelines.training.distributed import (
 )
 from pipelines.training.health import HealthMonitor
 from pipelines.training.log import StepMetrics, TrainLog, to_period
+from pipelines.training.objective import build_objective
 from pipelines.training.pretraining import (
     PretrainPlan,
     PretrainResult,
@@ -110,18 +110,21 @@ def train_loop(  # noqa: PLR0912, PLR0915
     if config.scaling.tf32 and world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     data = WorkerData(config, world)
-    model = build_model(config, plan.vocab_size).to(world.device)
-    network = wrap_model(
-        model, world, strategy=config.scaling.strategy, compiled=config.scaling.compile
+    vocabulary = plan.vocabulary
+    vocab_size = None if vocabulary is None else vocabulary.size
+    objective = build_objective(config, vocab_size).to(world.device)
+    model = objective.network  # what is optimised and checkpointed
+    wrapped = wrap_model(
+        objective, world, strategy=config.scaling.strategy, compiled=config.scaling.compile
     )
     optimizer = build_optimizer(config, model)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     monitor = HealthMonitor(
         config.health,
         judged_from=plan.warmup_steps + config.health.grace_steps,
-        unigram_accuracy=plan.unigram_accuracy,
+        unigram_accuracy=None if vocabulary is None else vocabulary.unigram_accuracy,
     )
-    metrics = StepMetrics(config.log_every, plan.vocab_size, world.device)
+    metrics = StepMetrics(config.log_every, objective.metrics, vocab_size, world.device)
     peak_tflops = config.scaling.peak_tflops or goodput.device_peak(world.device)
 
     # --- Resume point: the newest checkpoint that is whole.
@@ -177,24 +180,24 @@ def train_loop(  # noqa: PLR0912, PLR0915
                     seed=config.seed,
                     step=step,
                     num_samples=config.data.global_batch_size,
-                    depth=config.model.depth,
+                    num_branches=objective.num_branches,
                 )
             )
             for part in batch.parts:
                 with (
-                    without_sync(network, last=part is batch.parts[-1]),
+                    without_sync(wrapped, last=part is batch.parts[-1]),
                     torch.autocast(world.device.type, torch.bfloat16, precision == "bf16"),
                 ):
-                    logits = network(
+                    outcome = wrapped(
                         data.normalise(part.pixels),
                         part.mask,
+                        part.targets,
                         num_masked=part.num_masked,
                         noise=noise[part.rows].to(world.device, non_blocking=True),
                     )
-                    loss = F.cross_entropy(logits.float(), part.targets, reduction="sum")
-                    loss = loss / masked.clamp(min=1)
-                loss.backward()  # type: ignore[no-untyped-call]
-                metrics.add(loss.detach(), logits.detach(), part.targets)
+                    loss = outcome.sums[0] / masked.clamp(min=1)
+                loss.backward()
+                metrics.add(loss.detach(), outcome, part.num_masked)
 
             # Clip and step. An update with a gradient that is not finite is left out on the
             # device itself, so nothing has to be waited for and no weight is ever lost to it.
@@ -222,12 +225,9 @@ def train_loop(  # noqa: PLR0912, PLR0915
             wait_share = world.largest(wait / elapsed if elapsed > 0 else 0.0)
             images_per_second = (step - period_start) * config.data.global_batch_size / elapsed
             tracked = {
-                "loss": values["loss"],
-                "mim_accuracy": values["mim_accuracy"],
-                "unigram_accuracy": plan.unigram_accuracy,
+                **{name: values[name] for name in metrics.names},
                 "lr": lr,
                 "grad_norm": values["grad_norms"][-1],
-                "predicted_perplexity": values["predicted_perplexity"],
                 "images_per_second": images_per_second,
                 "data_wait_share": wait_share,
                 "mfu": goodput.model_flops_utilisation(
@@ -237,10 +237,12 @@ def train_loop(  # noqa: PLR0912, PLR0915
             }
             shown = {
                 "loss": f"{values['loss']:.3f}",
-                "accuracy": f"{values['mim_accuracy']:.3f}",
                 "img/s": f"{images_per_second:.0f}",
                 "wait": f"{wait_share:.0%}",
             }
+            if vocabulary is not None:
+                tracked["unigram_accuracy"] = vocabulary.unigram_accuracy
+                shown["accuracy"] = f"{values['mim_accuracy']:.3f}"
             log.period(step - 1, {**values, **tracked, "first_step": period_start}, tracked, shown)
 
             # Health: the same findings on every worker, for all see the same sums. The first
@@ -287,15 +289,15 @@ def train_loop(  # noqa: PLR0912, PLR0915
             # Probe and pictures.
             with books.spend("evaluation"):
                 if at_probe:
-                    run_probe(config, model, data, world, log, step)
+                    run_probe(config, objective, data, world, log, step)
                 if at_pictures:
-                    log_pictures(config, model, data, batch, world, log, step)
+                    log_pictures(config, objective, data, batch, world, log, step)
 
         # --- The end: weights, and nothing left in flight.
         with books.spend("checkpoint"):
             weights, _ = snapshot(model, optimizer, keep=world.rank == 0)
             if world.rank == 0:
-                write_weights(config, plan, run_dir, model, weights)
+                write_weights(config, plan, run_dir, objective, weights)
             saver.wait()
         world.barrier()
 
@@ -307,28 +309,7 @@ def resolve_precision(config: PretrainConfig, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" else "float32"
 
 
-def build_model(config: PretrainConfig, vocab_size: int) -> BeitMIM:
-    """The network with initial weights that follow from the seed alone."""
-    m = config.model
-    model = BeitMIM(
-        image_size=m.image_size,
-        patch_size=m.patch_size,
-        dim=m.dim,
-        depth=m.depth,
-        num_heads=m.num_heads,
-        vocab_size=vocab_size,
-        mlp_ratio=m.mlp_ratio,
-        absolute_positions=m.absolute_positions,
-        relative_positions=m.relative_positions,
-        layer_scale_init=m.layer_scale_init,
-        drop_path=m.drop_path,
-    )
-    model.init_weights(torch.Generator().manual_seed(config.seed))
-    model.activation_checkpointing = config.scaling.activation_checkpointing
-    return model
-
-
-def build_optimizer(config: PretrainConfig, model: BeitMIM) -> torch.optim.AdamW:
+def build_optimizer(config: PretrainConfig, model: nn.Module) -> torch.optim.AdamW:
     """Fused AdamW with the groups of the official code."""
     optim = config.optim
     return torch.optim.AdamW(
@@ -343,7 +324,7 @@ def build_optimizer(config: PretrainConfig, model: BeitMIM) -> torch.optim.AdamW
 def resume(
     log: TrainLog,
     world: World,
-    model: BeitMIM,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     monitor: HealthMonitor,
 ) -> int | None:
@@ -378,15 +359,13 @@ def write_weights(
     config: PretrainConfig,
     plan: PretrainPlan,
     run_dir: RunDir,
-    model: BeitMIM,
+    objective: Objective,
     weights: dict[str, Tensor],
 ) -> None:
-    """`weights/`: the network as later stages load it."""
-    plain = BeitMIM(**model.config())
-    plain.load_state_dict(weights)
+    """`weights/`: the encoder as later stages load it."""
     with tempfile.TemporaryDirectory() as directory:
         save_weights(
-            plain,
+            objective.export(weights),
             directory,
             extra={
                 "pixel_mean": list(config.data.mean),

@@ -37,8 +37,8 @@ class MicroBatch:
     """uint8 (B, 3, H, W)."""
     mask: Tensor
     """bool (B, N)."""
-    targets: Tensor
-    """int64 (num_masked,): tokens of the masked patches, row-major."""
+    targets: Tensor | None
+    """int64 (num_masked,): tokens of the masked patches, row-major; None without token tables."""
     num_masked: int
     """Known on the host, so that nobody waits for the device to count."""
     rows: slice
@@ -213,24 +213,23 @@ class WorkerData:
             views=torch.zeros(0, dtype=torch.int64),
             pixels=torch.zeros(1, 3, side, side, dtype=torch.uint8),
             mask=torch.zeros(1, patches, dtype=torch.bool),
-            token_ids=torch.zeros(1, patches, dtype=torch.int64),
+            token_ids=torch.zeros(1, patches, dtype=torch.int64) if self.tables.tokens else None,
         )
 
     def _on_device(self, batch: Batch) -> StepBatch:
-        assert batch.token_ids is not None
         count = len(batch.pixels)
         pieces = min(self.config.scaling.accumulate_steps, count)
         edges = [count * i // pieces for i in range(pieces + 1)]
         parts = []
         for start, stop in itertools.pairwise(edges):
             mask = batch.mask[start:stop]
-            targets = batch.token_ids[start:stop][mask]
+            targets = None if batch.token_ids is None else batch.token_ids[start:stop][mask]
             parts.append(
                 MicroBatch(
                     pixels=self._move(batch.pixels[start:stop]),
                     mask=self._move(mask),
-                    targets=self._move(targets),
-                    num_masked=len(targets),
+                    targets=None if targets is None else self._move(targets),
+                    num_masked=int(mask.sum()),
                     rows=slice(start, stop),
                 )
             )

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from beit.vit import Block
+
 # Moments of AdamW, and its own step count, as they are named in optimizer.state.
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -94,10 +96,11 @@ def wrap_model(model: nn.Module, world: World, *, strategy: str, compiled: bool)
     """The model as training calls it: DDP, FSDP2, or itself; compiled first if asked for.
 
     Gradients are summed over workers, not averaged: the loss is already a share of the global
-    mean. With FSDP2 the parameters of `model` itself become sharded.
+    mean. With FSDP2 the parameters of `model.network` become sharded.
     """
     if strategy == "fsdp":
-        return _shard(model, world, compiled=compiled)
+        _shard(model.get_submodule("network"), world, compiled=compiled)
+        return model
     if compiled:
         model.compile()
     if not world.grouped:
@@ -137,22 +140,21 @@ def _sum_in_rank_order(size: int, bucket: GradBucket) -> torch.futures.Future[Te
     )
 
 
-def _shard(model: nn.Module, world: World, *, compiled: bool) -> nn.Module:
+def _shard(network: nn.Module, world: World, *, compiled: bool) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(world.device.type, (world.size,))
-    for block in cast("Sequence[nn.Module]", model.get_submodule("blocks")):
+    for block in [module for module in network.modules() if isinstance(module, Block)]:
         if compiled:
             block.compile()
         fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    register_fsdp_forward_method(model, "features")
-    for module in model.modules():
+    fully_shard(network, mesh=mesh)
+    register_fsdp_forward_method(network, "features")
+    for module in network.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
-    return model
 
 
 def without_sync(model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
@@ -161,8 +163,9 @@ def without_sync(model: nn.Module, *, last: bool) -> AbstractContextManager[None
 
     if isinstance(model, nn.parallel.DistributedDataParallel) and not last:
         return cast("AbstractContextManager[None]", model.no_sync())
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(last, recurse=False)
     return contextlib.nullcontext()
 
 

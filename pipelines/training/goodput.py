@@ -202,38 +202,6 @@ def bottleneck(seconds: dict[str, float], *, floor: float = 0.05) -> str:
     return worst if total > 0 and others[worst] / total >= floor else "compute"
 
 
-def flops_per_image(
-    *,
-    dim: int,
-    depth: int,
-    mlp_ratio: float,
-    num_patches: int,
-    patch_size: int,
-    vocab_size: int,
-    num_masked: float,
-    whole_last_block: bool = False,
-) -> float:
-    """Floating-point operations of one image's forward and backward pass, 2 per multiply-add.
-
-    Matrix products only, recomputation not counted. With T = num_patches + 1 tokens a block takes
-    T * dim^2 * (8 + 4 * mlp_ratio) + 4 * T^2 * dim, the patch embedding 2 * num_patches * dim *
-    3 * patch_size^2, the head 2 * num_masked * dim * vocab_size; the backward pass costs twice the
-    forward pass, less the gradient with respect to pixels. `BeitMIM` evaluates the last block at
-    masked patches only (projection and MLP), which is counted as such, so that MFU is not
-    flattered; `whole_last_block` counts it in full: 107.98e9 for BEiT-Base with 75 masked
-    patches and 8192 tokens.
-    """
-    tokens = num_patches + 1
-    block = tokens * dim**2 * (8 + 4 * mlp_ratio) + 4 * tokens**2 * dim
-    last = block
-    if not whole_last_block:
-        last = 6 * tokens * dim**2 + 4 * tokens**2 * dim
-        last += num_masked * dim**2 * (2 + 4 * mlp_ratio)
-    embedding = 2 * num_patches * dim * 3 * patch_size**2
-    head = 2 * num_masked * dim * vocab_size
-    return 3 * ((depth - 1) * block + last + embedding + head) - embedding
-
-
 def model_flops_utilisation(
     images_per_second: float, flops: float, workers: int, peak_tflops: float
 ) -> float:

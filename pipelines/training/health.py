@@ -49,10 +49,10 @@ class Period:
     first_step: int
     losses: Sequence[float]
     grad_norms: Sequence[float]
-    accuracy: float
-    """Share of masked patches whose most likely token is the right one."""
-    predicted_perplexity: float
-    """exp(entropy) of the predicted tokens."""
+    accuracy: float | None
+    """Share of masked patches whose most likely token is the right one; None without tokens."""
+    predicted_perplexity: float | None
+    """exp(entropy) of the predicted tokens; None without tokens."""
     data_wait_share: float
     """Largest share of wall-clock that a worker waited for data."""
 
@@ -61,10 +61,13 @@ class HealthMonitor:
     """Judges one period of metrics after the other.
 
     `judged_from` is the step from which collapse and accuracy are judged: warm-up plus grace.
-    `unigram_accuracy` is what always guessing the most frequent token would reach.
+    `unigram_accuracy` is what always guessing the most frequent token would reach; None where
+    nothing predicts tokens, and then neither is judged.
     """
 
-    def __init__(self, config: HealthConfig, *, judged_from: int, unigram_accuracy: float) -> None:
+    def __init__(
+        self, config: HealthConfig, *, judged_from: int, unigram_accuracy: float | None
+    ) -> None:
         self.config = config
         self.judged_from = judged_from
         self.unigram_accuracy = unigram_accuracy
@@ -133,7 +136,7 @@ class HealthMonitor:
 
     def _collapse(self, period: Period, step: int) -> list[Finding]:
         perplexity, limit = period.predicted_perplexity, self.config.min_perplexity
-        if self.config.code_collapse == "off" or perplexity >= limit:
+        if self.config.code_collapse == "off" or perplexity is None or perplexity >= limit:
             return []
         return [
             Finding(
@@ -149,17 +152,20 @@ class HealthMonitor:
         ]
 
     def _floor(self, period: Period, step: int) -> list[Finding]:
-        if self.config.accuracy_floor == "off" or period.accuracy > self.unigram_accuracy:
+        accuracy, floor = period.accuracy, self.unigram_accuracy
+        if self.config.accuracy_floor == "off" or accuracy is None or floor is None:
+            return []
+        if accuracy > floor:
             return []
         return [
             Finding(
                 kind="accuracy_floor",
                 action=self.config.accuracy_floor,
                 step=step,
-                value=period.accuracy,
-                limit=self.unigram_accuracy,
-                message=f"step {step}: masked-token accuracy {period.accuracy:.4f} is no better "
-                f"than always guessing the most frequent token ({self.unigram_accuracy:.4f}); the "
+                value=accuracy,
+                limit=floor,
+                message=f"step {step}: masked-token accuracy {accuracy:.4f} is no better "
+                f"than always guessing the most frequent token ({floor:.4f}); the "
                 "model has learned nothing from its context yet.",
             )
         ]

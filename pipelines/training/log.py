@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from beit.objectives import Outcome
 from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.progress import Progress
@@ -38,22 +39,38 @@ class StepMetrics:
     """Sums of the steps of one logging period, kept on the device.
 
     A step's loss is this worker's share of the global mean, so that shares add up to it.
+    `metrics` are those of the objective; `vocab_size` is None where nothing predicts tokens.
     """
 
-    def __init__(self, capacity: int, vocab_size: int, device: torch.device) -> None:
-        self.shares = torch.zeros(capacity, 3, device=device)  # loss, correct, masked
+    def __init__(
+        self,
+        capacity: int,
+        metrics: tuple[str, ...],
+        vocab_size: int | None,
+        device: torch.device,
+    ) -> None:
+        self.metrics = metrics
+        # Share of the loss, the other sums, masked patches.
+        self.shares = torch.zeros(capacity, len(metrics) + 1, device=device)
         self.norms = torch.zeros(capacity, device=device)
-        self.predicted = torch.zeros(vocab_size, dtype=torch.int64, device=device)
+        self.predicted: Tensor | None = None
+        if vocab_size is not None:
+            self.predicted = torch.zeros(vocab_size, dtype=torch.int64, device=device)
         self.samples: list[int] = []
         self.steps = 0
 
-    def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
-        """Adds a micro-batch of the current step: loss share (), logits (M, V), targets (M,)."""
-        guesses = logits.argmax(dim=-1)
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Figures of a period that are worth a curve."""
+        return self.metrics if self.predicted is None else (*self.metrics, "predicted_perplexity")
+
+    def add(self, loss: Tensor, outcome: Outcome, num_masked: int) -> None:
+        """Adds a micro-batch of the current step: its share () of the loss, and its sums."""
         self.shares[self.steps, 0] += loss
-        self.shares[self.steps, 1] += (guesses == targets).sum()
-        self.shares[self.steps, 2] += len(targets)
-        self.predicted.index_add_(0, guesses, torch.ones_like(guesses))
+        self.shares[self.steps, 1:-1] += outcome.sums[1:].detach()
+        self.shares[self.steps, -1] += num_masked
+        if self.predicted is not None and outcome.codes is not None:
+            self.predicted.index_add_(0, outcome.codes, torch.ones_like(outcome.codes))
 
     def close_step(self, norm: Tensor, row_ids: NDArray[np.int64]) -> None:
         """Ends the step: its gradient norm, and the rows this worker took."""
@@ -66,23 +83,25 @@ class StepMetrics:
         count = self.steps
         samples = torch.tensor(self.samples, dtype=torch.int64, device=world.device)
         shares = world.sum(self.shares[:count].clone()).tolist()
-        predicted = world.sum(self.predicted.clone()).double()
         hashes = world.sum(samples).tolist()
-        share = predicted / predicted.sum().clamp(min=1)
-        entropy = float(-(share * share.clamp(min=1e-30).log()).sum())
         losses = [row[0] for row in shares]
-        masked = sum(row[2] for row in shares)
+        masked = sum(row[-1] for row in shares)
         values = {
             "losses": losses,
             "grad_norms": self.norms[:count].tolist(),
             "loss": sum(losses) / count,
-            "mim_accuracy": sum(row[1] for row in shares) / max(masked, 1),
             "masked_patches": masked,
-            "predicted_perplexity": math.exp(entropy),
             "samples": [f"{value % 2**64:016x}" for value in hashes],
         }
+        for column, name in enumerate(self.metrics[1:], start=1):
+            values[name] = sum(row[column] for row in shares) / max(masked, 1)
+        if self.predicted is not None:
+            predicted = world.sum(self.predicted.clone()).double()
+            share = predicted / predicted.sum().clamp(min=1)
+            entropy = float(-(share * share.clamp(min=1e-30).log()).sum())
+            values["predicted_perplexity"] = math.exp(entropy)
+            self.predicted.zero_()
         self.shares.zero_()
-        self.predicted.zero_()
         self.samples, self.steps = [], 0
         return values
 
@@ -253,8 +272,8 @@ def to_period(first_step: int, values: Mapping[str, Any], data_wait_share: float
         first_step=first_step,
         losses=values["losses"],
         grad_norms=values["grad_norms"],
-        accuracy=values["mim_accuracy"],
-        predicted_perplexity=values["predicted_perplexity"],
+        accuracy=values.get("mim_accuracy"),
+        predicted_perplexity=values.get("predicted_perplexity"),
         data_wait_share=data_wait_share,
     )
 

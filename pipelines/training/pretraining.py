@@ -15,12 +15,23 @@ from pipelines.reading.ingest import TrainingTables
 from pipelines.tables import tokenizer_store
 from pipelines.tracking import Dataset
 from pipelines.training.data import largest_divisor, make_order
-from pipelines.training.goodput import flops_per_image
+from pipelines.training.objective import flops_per_image
 from pipelines.training.probing import probe_rows
 from pipelines.training.run_dir import RunDir
 
 FLOOR_ROWS = 4096  # rows of the token table that the unigram floor is estimated from
 FLOOR_SLICES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """The tokens that a run predicts."""
+
+    size: int
+    unigram_accuracy: float
+    """Masked-token accuracy of always guessing the most frequent token."""
+    unigram_entropy: float
+    """Loss of a model that knows the tokens' frequencies and nothing else, in nats."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,19 +41,19 @@ class PretrainPlan:
     total_steps: int
     warmup_steps: int
     steps_per_epoch: int
-    vocab_size: int
-    unigram_accuracy: float
-    """Masked-token accuracy of always guessing the most frequent token."""
-    unigram_entropy: float
-    """Loss of a model that knows the tokens' frequencies and nothing else, in nats."""
+    vocabulary: Vocabulary | None
+    """None without token tables."""
     flops_per_image: float
     fingerprints: Mapping[str, Any]
 
     @property
     def figures(self) -> dict[str, float]:
         """What report.json repeats."""
-        names = ("unigram_accuracy", "unigram_entropy", "flops_per_image")
-        return {name: getattr(self, name) for name in names}
+        figures = {"flops_per_image": self.flops_per_image}
+        if self.vocabulary is not None:
+            figures["unigram_accuracy"] = self.vocabulary.unigram_accuracy
+            figures["unigram_entropy"] = self.vocabulary.unigram_entropy
+        return figures
 
 
 def with_absolute_uris(config: PretrainConfig) -> PretrainConfig:
@@ -75,26 +86,22 @@ def make_plan(config: PretrainConfig, data: TrainingTables) -> PretrainPlan:
             f"optim.warmup_steps / warmup_epochs = {warmup} steps, but the run has {total}: "
             "shorten the warm-up (--optim.warmup_steps) or lengthen the run"
         )
-    assert data.vocab_size is not None
-    accuracy, entropy = unigram_floor(data)
     return PretrainPlan(
         total_steps=total,
         warmup_steps=warmup,
         steps_per_epoch=order.steps_per_epoch,
-        vocab_size=data.vocab_size,
-        unigram_accuracy=accuracy,
-        unigram_entropy=entropy,
-        flops_per_image=flops_per_image(
-            dim=config.model.dim,
-            depth=config.model.depth,
-            mlp_ratio=config.model.mlp_ratio,
-            num_patches=config.model.num_patches,
-            patch_size=config.model.patch_size,
-            vocab_size=data.vocab_size,
-            num_masked=config.masking.num_masked,
-        ),
+        vocabulary=vocabulary_of(data),
+        flops_per_image=flops_per_image(config, data.vocab_size),
         fingerprints={**data.fingerprints(), "order": storage.fingerprint(order.to_dict())},
     )
+
+
+def vocabulary_of(data: TrainingTables) -> Vocabulary | None:
+    """What the token tables hold; None without any."""
+    if data.vocab_size is None:
+        return None
+    accuracy, entropy = unigram_floor(data)
+    return Vocabulary(size=data.vocab_size, unigram_accuracy=accuracy, unigram_entropy=entropy)
 
 
 def unigram_floor(data: TrainingTables) -> tuple[float, float]:
@@ -128,10 +135,15 @@ def check_tokenizer(config: PretrainConfig, data: TrainingTables) -> None:
     """Pictures must be drawn by the tokenizer of the tokens.
 
     Raises:
-        InputError: it is another one, or none.
+        InputError: it is another one, or none, or there are no tokens.
     """
     if not config.tokenizer:
         return
+    if not data.tokens:
+        raise InputError(
+            f"tokenizer = {config.tokenizer!r}: this run has no token tables whose tokens it "
+            "could show; leave it empty"
+        )
     manifest = tokenizer_store.read_manifest(config.tokenizer)
     found = (
         manifest["fingerprint"]
@@ -182,10 +194,10 @@ def input_datasets(config: PretrainConfig, data: TrainingTables) -> list[Dataset
         Dataset(name="token_table", uri=table.uri, digest=table.fingerprint, context="training")
         for table in data.tokens
     ]
-    return [
-        *inputs,
-        Dataset(name="tokenizer", uri=config.tokenizer, digest=str(prints["tokenizer"])),
-    ]
+    if data.tokens:
+        digest = str(prints["tokenizer"])
+        inputs.append(Dataset(name="tokenizer", uri=config.tokenizer, digest=digest))
+    return inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,8 +212,9 @@ class PretrainResult:
     """Steps that were done before this call; equal to `steps` if there was nothing left to do."""
     loss: float
     """Of the last logging period, as all figures here."""
-    mim_accuracy: float
-    unigram_accuracy: float
+    mim_accuracy: float | None
+    """None, as the next, where nothing predicts tokens."""
+    unigram_accuracy: float | None
     images_per_second: float
     data_wait_share: float
     mfu: float
@@ -212,9 +225,14 @@ class PretrainResult:
         """One line for a person."""
         books = self.report["goodput"]
         done = "were done already" if self.resumed_from == self.steps else "done"
+        accuracy = ""
+        if self.mim_accuracy is not None and self.unigram_accuracy is not None:
+            accuracy = (
+                f"masked-token accuracy {self.mim_accuracy:.3f} "
+                f"(floor {self.unigram_accuracy:.3f}), "
+            )
         return (
-            f"pretrain: {self.steps} steps {done}; loss {self.loss:.3f}, masked-token accuracy "
-            f"{self.mim_accuracy:.3f} (floor {self.unigram_accuracy:.3f}), "
+            f"pretrain: {self.steps} steps {done}; loss {self.loss:.3f}, {accuracy}"
             f"{self.images_per_second:.0f} images/s, {self.data_wait_share:.0%} data wait, "
             f"MFU {self.mfu:.1%}; look first at {books['bottleneck']}; run: {self.run_uri}"
         )
@@ -237,8 +255,8 @@ def result_of(
         steps=report["steps"],
         resumed_from=resumed_from,
         loss=figure("loss"),
-        mim_accuracy=figure("mim_accuracy"),
-        unigram_accuracy=plan.unigram_accuracy,
+        mim_accuracy=figure("mim_accuracy") if plan.vocabulary else None,
+        unigram_accuracy=plan.vocabulary.unigram_accuracy if plan.vocabulary else None,
         images_per_second=figure("images_per_second"),
         data_wait_share=figure("data_wait_share"),
         mfu=figure("mfu"),

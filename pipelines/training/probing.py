@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from beit.mim import BeitMIM
+from beit.objectives import Objective
 from beit.tokenizers.base import ImageTokenizer
 from pipelines import pictures
 from pipelines.config.pretrain import PretrainConfig
@@ -31,7 +32,12 @@ PICTURES = 8
 
 
 def run_probe(
-    config: PretrainConfig, model: BeitMIM, data: WorkerData, world: World, log: TrainLog, step: int
+    config: PretrainConfig,
+    objective: Objective,
+    data: WorkerData,
+    world: World,
+    log: TrainLog,
+    step: int,
 ) -> None:
     """kNN and linear accuracy of mean patch features on a labelled table, recorded as an event.
 
@@ -54,13 +60,13 @@ def run_probe(
         num_threads=data.num_threads,
     )
     chunks = []
-    model.eval()
+    objective.eval()
     with torch.no_grad():
         for batch in batches:
             pixels = torch.from_numpy(batch).to(world.device, memory_format=torch.channels_last)
-            tokens = model.features(data.normalise(pixels), layer=layer)
+            tokens = objective.features(data.normalise(pixels), layer=layer)
             chunks.append(tokens[:, 1:].float().mean(dim=1))
-    model.train()
+    objective.train()
     gathered = torch.cat(world.gather(torch.cat(chunks)))[: len(rows)]
     if log.active:
         x = gathered.cpu().numpy()
@@ -98,7 +104,7 @@ def probe_rows(
 
 def log_pictures(
     config: PretrainConfig,
-    model: BeitMIM,
+    objective: Objective,
     data: WorkerData,
     batch: StepBatch,
     world: World,
@@ -107,10 +113,12 @@ def log_pictures(
 ) -> None:
     """Masked input, true and predicted tokens of a few images of the current batch, to MLflow.
 
-    With a tokenizer its decoder shows the tokens; without, they are shown as maps of colours.
+    With a tokenizer its decoder shows the tokens; without, they are shown as maps of colours. An
+    objective that predicts no tokens has no such pictures.
     """
-    host = batch.host
-    assert host.token_ids is not None
+    host, model = batch.host, objective.network
+    if host.token_ids is None or not isinstance(model, BeitMIM):
+        return
     pixels, mask = host.pixels[:PICTURES], host.mask[:PICTURES]
     true = host.token_ids[:PICTURES]
     model.eval()

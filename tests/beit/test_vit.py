@@ -178,18 +178,18 @@ def test_drop_path_rates_rise_linearly_and_act_in_training_only():
 
 def test_drop_path_keeps_the_expectation():
     model = BeitMIM(**{**SMALL, "drop_path": 0.3})
-    noise = drop_path_noise(seed=1, step=2, num_samples=20_000, depth=3)
+    noise = drop_path_noise(seed=1, step=2, num_samples=20_000, num_branches=3)
     survival = 1 - model.blocks[2].drop_path
     keep = torch.floor(noise[:, 2] + survival) / survival
     assert keep.mean().item() == pytest.approx(1, abs=0.01)
 
 
 def test_drop_path_noise_is_a_function_of_seed_and_step_and_splits_over_workers():
-    whole = drop_path_noise(seed=4, step=7, num_samples=12, depth=3)
-    assert torch.equal(whole, drop_path_noise(seed=4, step=7, num_samples=12, depth=3))
-    assert not torch.equal(whole, drop_path_noise(seed=4, step=8, num_samples=12, depth=3))
-    assert not torch.equal(whole, drop_path_noise(seed=5, step=7, num_samples=12, depth=3))
-    golden = drop_path_noise(seed=3, step=7, num_samples=12, depth=3).numpy().tobytes()
+    whole = drop_path_noise(seed=4, step=7, num_samples=12, num_branches=3)
+    assert torch.equal(whole, drop_path_noise(seed=4, step=7, num_samples=12, num_branches=3))
+    assert not torch.equal(whole, drop_path_noise(seed=4, step=8, num_samples=12, num_branches=3))
+    assert not torch.equal(whole, drop_path_noise(seed=5, step=7, num_samples=12, num_branches=3))
+    golden = drop_path_noise(seed=3, step=7, num_samples=12, num_branches=3).numpy().tobytes()
     assert hashlib.blake2b(golden, digest_size=8).hexdigest() == "06392e2654d3c954"
     model = randomised(BeitMIM(**{**SMALL, "drop_path": 0.5}))
     pixels, mask = batch(model, size=12)
@@ -205,7 +205,7 @@ def test_drop_path_noise_is_a_function_of_seed_and_step_and_splits_over_workers(
 def test_activation_checkpointing_changes_neither_outputs_nor_gradients(config):
     model = randomised(BeitMIM(**{**config, "drop_path": 0.3}))
     pixels, mask = batch(model)
-    noise = drop_path_noise(seed=0, step=0, num_samples=3, depth=3)
+    noise = drop_path_noise(seed=0, step=0, num_samples=3, num_branches=3)
     results = []
     for flag in (False, True):
         model.activation_checkpointing = flag
@@ -223,7 +223,7 @@ def check_compiled(backend: str, counts_known: tuple[bool, ...]) -> None:
     compiled = torch.compile(model, backend=backend)
     for seed in (1, 2):  # two ragged counts of masked patches
         pixels, mask = batch(model, seed=seed)
-        noise = drop_path_noise(seed=0, step=seed, num_samples=3, depth=2)
+        noise = drop_path_noise(seed=0, step=seed, num_samples=3, num_branches=2)
         for count in [int(mask.sum()) if known else None for known in counts_known]:
             results = []
             for module in (model, compiled):

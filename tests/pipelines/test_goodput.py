@@ -6,7 +6,6 @@ from pipelines.training.goodput import (
     Books,
     account,
     bottleneck,
-    flops_per_image,
     known_peak,
     model_flops_utilisation,
 )
@@ -99,59 +98,6 @@ def test_the_bottleneck_is_the_largest_loss(name):
 
 def test_nothing_large_beside_compute_means_compute():
     assert bottleneck(dict.fromkeys(CATEGORIES, 0.5) | {"compute": 100.0}) == "compute"
-
-
-@pytest.mark.parametrize(
-    ("dim", "depth", "expected"), [(768, 12, 107.978305536e9), (1024, 24, 372.788723712e9)]
-)
-def test_flops_are_those_counted_on_the_real_networks(dim, depth, expected):
-    # Counted by torch's FlopCounterMode on instantiated BEiT-Base and -Large.
-    flops = flops_per_image(
-        dim=dim,
-        depth=depth,
-        mlp_ratio=4,
-        num_patches=196,
-        patch_size=16,
-        vocab_size=8192,
-        num_masked=75,
-        whole_last_block=True,
-    )
-    assert flops == pytest.approx(expected, rel=1e-9)
-
-
-def test_flops_match_what_our_network_executes():
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from beit.mim import BeitMIM
-
-    model = BeitMIM(
-        image_size=32,
-        patch_size=8,
-        dim=64,
-        depth=3,
-        num_heads=4,
-        vocab_size=100,
-        absolute_positions=True,
-        relative_positions="none",
-        layer_scale_init=None,
-    )
-    mask = torch.zeros(2, 16, dtype=torch.bool)
-    mask[:, :6] = True
-    with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(2, 3, 32, 32), mask, num_masked=12).sum().backward()
-    flops = flops_per_image(
-        dim=64,
-        depth=3,
-        mlp_ratio=4,
-        num_patches=16,
-        patch_size=8,
-        vocab_size=100,
-        num_masked=6,
-    )
-    # The counter does not know the fused attention kernel of the CPU: 4 * T^2 * dim a block.
-    attention = 3 * 3 * 4 * 17**2 * 64
-    assert counter.get_total_flops() / 2 == flops - attention
 
 
 def test_mfu_is_the_stated_formula():

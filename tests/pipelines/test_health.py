@@ -19,6 +19,19 @@ def monitor(judged_from=0, **config):
     return HealthMonitor(HealthConfig(**config), judged_from=judged_from, unigram_accuracy=0.1)
 
 
+def test_without_tokens_neither_collapse_nor_floor_is_judged():
+    watch = HealthMonitor(
+        HealthConfig(exploding_gradient="stop", gradient_ratio=10.0, accuracy_floor="stop"),
+        judged_from=0,
+        unigram_accuracy=None,
+    )
+    nothing = {"accuracy": None, "predicted_perplexity": None}
+    assert watch.check(period(0, (4.0,) * 20, (2.0,) * 20, **nothing)) == []
+    assert kinds(watch.check(period(20, (4.0,), (21.0,), **nothing))) == [
+        ("exploding_gradient", "stop", 20)
+    ]
+
+
 def kinds(findings):
     return [(finding.kind, finding.action, finding.step) for finding in findings]
 

@@ -1,0 +1,125 @@
+"""Pretraining objectives: what is predicted of what is hidden, and the sums that a step adds up.
+
+One loop trains them all: it hands an objective pixels, mask and targets, minimises the first of
+the sums it gets back, and knows no more of it than `Objective` says. To add one, write another
+class like `Beit` and name it where a configuration is turned into an objective.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from beit import flops
+from beit.mim import BeitMIM
+
+
+class Outcome(NamedTuple):
+    """What a micro-batch adds to its step; everything on the device."""
+
+    sums: Tensor
+    """float32 (K,), over masked patches: `Objective.metrics`. The first one is minimised."""
+    codes: Tensor | None
+    """int64 (M,): most likely token of each masked patch; None where nothing predicts tokens."""
+
+
+class Objective(nn.Module):
+    """What the loop asks of a method. A module, since DDP and compile wrap it whole.
+
+    Its parameters are those of `network`, which is called by its `forward`: FSDP gathers them
+    there.
+    """
+
+    #: Names of the sums, "loss" first. Divided by the masked patches they are what is reported.
+    metrics: ClassVar[tuple[str, ...]]
+    #: What is optimised and checkpointed, whole.
+    network: nn.Module
+
+    @property
+    def num_branches(self) -> int:
+        """Blocks with drop-path: the loop draws noise (B, num_branches, 2)."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        pixels: Tensor,
+        mask: Tensor,
+        targets: Tensor | None,
+        *,
+        num_masked: int,
+        noise: Tensor | None,
+    ) -> Outcome:
+        """Sums over the masked patches of a micro-batch.
+
+        pixels (B, 3, H, W) normalised; mask (B, N) bool, True = masked; targets int64
+        (num_masked,), tokens of the masked patches, None without a token table; num_masked is
+        `mask.sum()`, known on the host; noise as `num_branches` says.
+        """
+        raise NotImplementedError
+
+    def features(self, pixels: Tensor, *, layer: int) -> Tensor:
+        """Tokens (B, 1+N, dim) of whole images after block `layer` (from 1), cls first."""
+        raise NotImplementedError
+
+    def export(self, weights: Mapping[str, Tensor]) -> BeitMIM:
+        """The encoder to probe, fine-tune and publish: no decoder, no auxiliary head.
+
+        `weights` is the state of `network`, whole and on the CPU; a sharded network has none.
+        """
+        raise NotImplementedError
+
+    def flops_per_image(self, num_masked: float) -> float:
+        """Floating-point operations of one image's forward and backward pass."""
+        raise NotImplementedError
+
+
+class Beit(Objective):
+    """BEiT: cross-entropy of the visual tokens of masked patches."""
+
+    metrics = ("loss", "mim_accuracy")
+    network: BeitMIM
+
+    def __init__(self, network: BeitMIM) -> None:
+        super().__init__()
+        self.network = network
+
+    @property
+    def num_branches(self) -> int:
+        return self.network.depth
+
+    def forward(
+        self,
+        pixels: Tensor,
+        mask: Tensor,
+        targets: Tensor | None,
+        *,
+        num_masked: int,
+        noise: Tensor | None,
+    ) -> Outcome:
+        assert targets is not None
+        logits = self.network(pixels, mask, num_masked=num_masked, noise=noise)
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+        codes = logits.detach().argmax(dim=-1)
+        correct = (codes == targets).sum(dtype=torch.float32)
+        return Outcome(torch.stack((loss, correct)), codes)
+
+    def features(self, pixels: Tensor, *, layer: int) -> Tensor:
+        return self.network.features(pixels, layer=layer)
+
+    def export(self, weights: Mapping[str, Tensor]) -> BeitMIM:
+        plain = BeitMIM(**self.network.config())
+        plain.load_state_dict(weights)
+        return plain
+
+    def flops_per_image(self, num_masked: float) -> float:
+        """The last block is evaluated at masked patches only, and counted so: MFU must not be
+        flattered."""
+        n = self.network
+        tokens = n.num_patches + 1
+        embedding = flops.patch_embedding(n.num_patches, n.patch_size, n.dim)
+        blocks = (n.depth - 1) * flops.block(tokens, n.dim, n.mlp_ratio)
+        last = flops.block(tokens, n.dim, n.mlp_ratio, rows=num_masked)
+        head = flops.linear(num_masked, n.dim, n.vocab_size)
+        return flops.with_backward(embedding + blocks + last + head, embedding)
