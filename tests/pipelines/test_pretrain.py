@@ -436,13 +436,13 @@ class TestStarvation:
     def test_decoding_that_is_too_slow_is_named(self, tables, tmp_path, monkeypatch):
         from pipelines.reading import decoding
 
-        real = decoding.decode_array
+        real = decoding.render_encoded
 
         def slow(*args, **options):
             time.sleep(0.04)
             return real(*args, **options)
 
-        monkeypatch.setattr(decoding, "decode_array", slow)
+        monkeypatch.setattr(decoding, "render_encoded", slow)
         with pytest.raises(StageFailed, match=r"waiting for data.*Cause: decoding.*num_threads"):
             pretrain.run(self.config(tables, tmp_path))
 
