@@ -9,7 +9,7 @@ import pytest
 from pipelines import audit, storage
 from pipelines.config.audit import AuditConfig
 from pipelines.errors import InputError, StageFailed
-from pipelines.tables import tokenizer_store
+from pipelines.tables import image_table, tokenizer_store
 from pipelines.tables.image_table import ImageTable
 from pipelines.tables.token_files import Identity, TokenFile, encode_file, file_name
 from pipelines.tables.token_table import TokenTable, build_manifest
@@ -90,6 +90,22 @@ def test_sound_tables_pass(sound):
     assert (result.kind, result.num_files, result.samples) == ("image_table", 3, 120)
     assert audit.run(of_tokens(sound, share=0.4)).num_files == 1
     assert audit.run(of_tokens(sound, images="", tokenizer="")).samples == 0
+
+
+def test_each_row_group_of_the_images_is_read_once(sound, monkeypatch):
+    """However many rows of it are looked at again."""
+    reads, real = [], image_table.read_row_groups
+
+    def read(uri, part, indices, columns=None):
+        reads.extend((part.name, index) for index in indices)
+        return real(uri, part, indices, columns)
+
+    monkeypatch.setattr(image_table, "read_row_groups", read)
+    groups = ImageTable.open(str(sound / "images")).row_groups
+    for config in (AuditConfig(table=str(sound / "images")), of_tokens(sound, samples=200)):
+        reads.clear()
+        assert audit.run(config).samples >= 120 > len(groups)
+        assert len(reads) == len(set(reads)) <= len(groups)
 
 
 def rewrite(root, change, *, honest_manifest):
