@@ -103,6 +103,12 @@ def image_digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
+def recognised(head: bytes) -> bool:
+    """Whether a file that begins like this is in one of the accepted formats, sound or not."""
+    accepts = (Image.OPEN[name][1] for name in FORMATS)
+    return any(bool(accept(head[:16])) for accept in accepts if accept is not None)
+
+
 def decode_image(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
     """Decode to an upright image of mode RGB.
 

@@ -34,7 +34,14 @@ from pipelines.preparation.plan import (
     unit_name,
     work_uri,
 )
-from pipelines.preparation.report import Ledger, PrepareResult, reasons, record, start_tracking
+from pipelines.preparation.report import (
+    Ledger,
+    PrepareResult,
+    reasons,
+    record,
+    remedy,
+    start_tracking,
+)
 from pipelines.preparation.unit import (
     PART_NAME,
     Receipt,
@@ -45,7 +52,7 @@ from pipelines.preparation.unit import (
     rejected_table_columns,
 )
 from pipelines.tables.image_files import REJECTED_SCHEMA, Part
-from pipelines.tables.image_table import MANIFEST, REJECTED, ImageTable, commit_manifest
+from pipelines.tables.image_table import IGNORED, MANIFEST, REJECTED, ImageTable, commit_manifest
 
 # Ray keeps something for every block of a dataset; so many units are handed to it at a time.
 UNITS_PER_DATASET = 2_000
@@ -246,27 +253,35 @@ def _quiet_ray_data() -> Iterator[None]:
 
 
 def _commit(config: PrepareConfig, output: str, plan: Plan) -> PrepareResult:
-    """Writes `rejected.parquet` and the manifest from all receipts, in the order of units."""
+    """Writes what was rejected or ignored, and the manifest, from all receipts in order."""
     parts: list[Part] = []
     counts: Counter[str] = Counter()
+    ignored: Counter[str] = Counter()
     labels: Counter[int] = Counter()
     num_items = 0
-    sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(sink, REJECTED_SCHEMA, compression="ZSTD") as writer:
+    sinks = [pa.BufferOutputStream() for _ in range(2)]
+    with _writer(sinks[0]) as rejected_file, _writer(sinks[1]) as ignored_file:
         for receipt in _all_receipts(output, plan):
             parts.extend(receipt.parts)
             counts.update(reason for _, reason, _ in receipt.rejected)
             num_items += receipt.items
             labels.update(receipt.labels)
-            if receipt.rejected:
-                columns = rejected_table_columns(receipt.rejected)
-                writer.write_table(pa.table(columns, REJECTED_SCHEMA))
+            ignored.update(reason for _, reason, _ in receipt.ignored)
+            for writer, rows in (
+                (rejected_file, receipt.rejected),
+                (ignored_file, receipt.ignored),
+            ):
+                if rows:
+                    writer.write_table(pa.table(rejected_table_columns(rows), REJECTED_SCHEMA))
     if not parts:
         raise StageFailed(
             f"{config.source}: no usable image among {num_items} items"
             + (f" ({reasons(counts)})" if counts else "")
+            + (f"; ignored: {reasons(ignored)}" if ignored else "")
+            + remedy(counts + ignored)
         )
-    storage.write_bytes(storage.join(output, REJECTED), sink.getvalue())
+    for name, sink in zip((REJECTED, IGNORED), sinks, strict=True):
+        storage.write_bytes(storage.join(output, name), sink.getvalue())
     _delete_other_parts(output, {part.name for part in parts})
     class_names = _class_names(plan, max(labels, default=-1))
     manifest = commit_manifest(
@@ -277,9 +292,14 @@ def _commit(config: PrepareConfig, output: str, plan: Plan) -> PrepareResult:
         source=plan.source,
         options=plan.options,
         rejected=dict(sorted(counts.items())),
+        ignored=dict(sorted(ignored.items())),
         num_items=num_items,
     )
     return PrepareResult.of(output, manifest, already_done=False)
+
+
+def _writer(sink: pa.BufferOutputStream) -> pq.ParquetWriter:
+    return pq.ParquetWriter(sink, REJECTED_SCHEMA, compression="ZSTD")
 
 
 def _all_receipts(output: str, plan: Plan) -> Iterator[Receipt]:
@@ -309,7 +329,7 @@ def _clear(output: str) -> None:
     """
     with suppress(OSError):
         if storage.is_local(output):
-            for name in ("part-*", MANIFEST, REJECTED):
+            for name in ("part-*", MANIFEST, REJECTED, IGNORED):
                 for left in Path(output).glob(f".{name}.*.tmp"):
                     left.unlink(missing_ok=True)
         storage.delete_prefix(work_uri(output))

@@ -12,7 +12,7 @@ from pipelines import storage
 from pipelines.config.audit import AuditConfig
 from pipelines.errors import InputError, StageFailed
 from pipelines.progress import Progress
-from pipelines.tables.image_table import REJECTED, ImageTable
+from pipelines.tables.image_table import IGNORED, REJECTED, ImageTable
 
 MAX_FINDINGS = 20
 
@@ -97,7 +97,7 @@ def check_files(
             total += found[0] if found else 0
             progress.update(done)
     progress.close()
-    known = {*names, REJECTED}
+    known = {*names, REJECTED, IGNORED}
     for info in storage.list_files(uri, ".parquet", recursive=False):
         if info.path not in known:
             findings.add(f"{info.path}: not in the manifest")

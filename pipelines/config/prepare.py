@@ -12,6 +12,9 @@ Format = Literal["auto", "folder", "webdataset", "parquet"]
 Labels = Literal["auto", "folder", "field", "none"]
 
 
+_PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*%")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
     """Images of any source to an image table."""
@@ -56,9 +59,9 @@ class PrepareConfig:
     """Larger encoded images are rejected unread."""
     decode_timeout: float = 60
     """Seconds after which decoding one image is given up."""
-    max_rejected: float = 0.05
-    """Rejected items tolerated: a share (of items, and of bytes lost with whole files) if below 1,
-    a number of items otherwise."""
+    max_rejected: int | float | str = 0.05
+    """Rejected items tolerated: a share of them (and of the bytes lost with whole files), as 5% or
+    0.05, or a number of items, as 5."""
 
     part_mb: float = 256
     """Megabytes of images a part holds at least; also the unit of work and of loss."""
@@ -83,7 +86,7 @@ class PrepareConfig:
         )
         self._require(0 < self.max_image_mb <= 1900, "max_image_mb", "give at most 1900")
         self._require(self.decode_timeout > 0, "decode_timeout", "give seconds above 0")
-        self._require(self.max_rejected >= 0, "max_rejected", "give a share or a number")
+        self._require_tolerance()
         self._require(0 < self.part_mb <= 1024, "part_mb", "give at most 1024")
         self._require(0 < self.row_group_mb <= 128, "row_group_mb", "give at most 128")
         self._require(self.num_tasks >= 0, "num_tasks", "give 0 or a number of tasks")
@@ -98,8 +101,33 @@ class PrepareConfig:
             not (self.group_pattern and self.group_field), "group_field", "group_pattern is set too"
         )
 
+    def _require_tolerance(self) -> None:
+        limit = self.max_rejected
+        if isinstance(limit, str):
+            percent = _PERCENT.fullmatch(limit.strip())
+            valid = percent is not None and float(percent.group(1)) <= 100
+        else:
+            # 1.0 looks like all items and like one; 2.0 can only be two.
+            share, count = 0 <= limit < 1, limit >= 1 and limit == int(limit)
+            valid = share or (count and not (isinstance(limit, float) and limit == 1))
+        remedy = "give a share as 5% or 0.05 (all items: 100%), or a number of items as 5 (one: 1)"
+        self._require(valid and not isinstance(limit, bool), "max_rejected", remedy)
+
     def _require(self, condition: bool, name: str, remedy: str) -> None:
         require(condition, name, getattr(self, name), remedy)
+
+
+def tolerated_share(max_rejected: float | str) -> float | None:
+    """The share of items that may be rejected; None if `max_rejected` is a number of them."""
+    if isinstance(max_rejected, str):
+        return float(max_rejected.strip().removesuffix("%")) / 100
+    return max_rejected if max_rejected < 1 else None
+
+
+def tolerated(max_rejected: float | str, num_items: float) -> float:
+    """How many of so many items may be rejected."""
+    share = tolerated_share(max_rejected)
+    return float(max_rejected) if share is None else share * num_items
 
 
 # What may differ when an interrupted prepare goes on; everything else decides what the table

@@ -7,22 +7,16 @@ single one in a million is rejected when its turn comes.
 import io
 
 from pipelines import storage
-from pipelines.config.prepare import PrepareConfig
+from pipelines.config.prepare import PrepareConfig, tolerated
 from pipelines.errors import InputError
 from pipelines.preparation.readers import Item, Reader
-from pipelines.preparation.samples import sample_of
+from pipelines.preparation.samples import UNCLEAR, sample_of
 from pipelines.preparation.sources import Source
 from pipelines.preparation.tars import as_text, tar_members
 from pipelines.preparation.walking import Entry
 
 HEAD_BYTES = 8 * 2**20
 NUM_NAMES = 6
-_REMEDY = {
-    "unclear_image": "name the extension of the images with --image_field (jpg, or rgb.png), or "
-    "give --image_field '*.png' if each is an image of its own",
-    "unclear_label": "name the rest of the label's name behind the sample's with --label_field "
-    "(label.cls), give every image a label of its own name, or set --labels none",
-}
 
 
 def check_first_samples(config: PrepareConfig, source: Source, reader: Reader) -> None:
@@ -31,8 +25,8 @@ def check_first_samples(config: PrepareConfig, source: Source, reader: Reader) -
     Raises:
         InputError: naming the first of them, its members and what to give.
     """
-    entry = next(source.entries())
-    if entry.reason:
+    entry = next((entry for entry in source.entries() if not entry.ignored), None)
+    if entry is None or entry.reason:
         return
     try:
         head = storage.retry(lambda: _head(storage.join(source.root, entry.path)))
@@ -45,9 +39,8 @@ def check_first_samples(config: PrepareConfig, source: Source, reader: Reader) -
         last = sample_of(members[-1].name)
         members = [member for member in members if sample_of(member.name) != last]
     items = list(reader.member_items(entry, file, members))
-    unclear = [item for item in items if item.reason in _REMEDY]
-    limit = config.max_rejected
-    if len(unclear) <= (limit * len(items) if limit < 1 else limit):
+    unclear = [item for item in items if item.reason in UNCLEAR]
+    if len(unclear) <= tolerated(config.max_rejected, len(items)):
         return
     names = [as_text(member.name) for member in members]
     raise InputError(_question(entry, unclear[0], names))
@@ -61,7 +54,7 @@ def _question(entry: Entry, item: Item, names: list[str]) -> str:
     return (
         f"source: {entry.path} has one sample {sample!r} (files with the same name up to the first "
         f"dot) of {', '.join(inside[:NUM_NAMES])}{more}, and their names do not tell {what}; "
-        f"{_REMEDY[item.reason]}"
+        f"{UNCLEAR[item.reason]}"
     )
 
 

@@ -21,6 +21,8 @@ class Glob:
         names = pattern.split("/")
         crossing = [position for position, name in enumerate(names) if "**" in name]
         self.unbounded = bool(crossing)
+        self.exact = False
+        """It is one file that the user has named."""
         self.path = _Matcher(pattern)
         self.directories = [_Matcher(name) for name in names[: (crossing or [-1])[0]]]
 
@@ -38,7 +40,9 @@ class Glob:
 
 def exactly(name: str) -> Glob:
     """The glob of one file, whatever characters its name has."""
-    return Glob("".join(f"[{char}]" if char in "*?[{" else char for char in name))
+    glob = Glob("".join(f"[{char}]" if char in "*?[{" else char for char in name))
+    glob.exact = True
+    return glob
 
 
 class _Matcher:

@@ -52,7 +52,7 @@ def holds_images(kind: pa.DataType) -> bool:
 def read_footers(
     root: str, entries: Iterable[Entry], *, texts_of: str = "", reader: str = ""
 ) -> Iterator[tuple[Entry, Footer | str]]:
-    """Every file in order, with its footer, or with the reason to reject it.
+    """Every file in order, with its footer, or with the reason to ignore or reject it.
 
     Args:
         texts_of: A column of texts, to be read as well.
@@ -64,9 +64,9 @@ def read_footers(
     rest = iter(entries)
 
     def read(some: list[Entry]) -> list[tuple[Entry, Footer | str]]:
-        paths = [entry.path for entry in some if not entry.reason]
+        paths = [entry.path for entry in some if not (entry.ignored or entry.reason)]
         answers = _answers(root, paths, texts_of, reader or f"{__name__}:{answer.__name__}")
-        return [(entry, entry.reason or next(answers)) for entry in some]
+        return [(entry, entry.ignored or entry.reason or next(answers)) for entry in some]
 
     chunks = iter(lambda: list(islice(rest, FILES_PER_CHILD)), [])
     for chunk in mapped_ahead(read, chunks, num_threads=CHILDREN):

@@ -12,7 +12,7 @@ from pipelines.errors import InputError
 from pipelines.preparation.labels import ClassNames
 from pipelines.preparation.parquet_footers import Footer, holds_images, read_footers
 from pipelines.preparation.readers import Reader
-from pipelines.preparation.sources import MAX_CONTAINER_BYTES, Source
+from pipelines.preparation.sources import MAX_CONTAINER_BYTES, Source, check_fetched
 from pipelines.preparation.walking import Entry
 
 DEFAULT_LABEL = "label"
@@ -30,12 +30,13 @@ class ParquetPlan:
         """
         self.config, self.source = config, source
         self.num_items = 0
-        """Rows (and unreadable files) that `entries` passed so far."""
+        """Rows (and unreadable or ignored files) that `entries` passed so far."""
         label = "" if config.labels == "none" else config.label_field or DEFAULT_LABEL
         self.footers = read_footers(source.root, source.entries(), texts_of=label)
         self.seen: list[tuple[Entry, Footer | str]] = []
         for entry, footer in self.footers:
             self.seen.append((entry, footer))
+            check_fetched(entry, source)
             if isinstance(footer, Footer):
                 self.columns = _columns(config, source, entry, footer.schema)
                 self.classes = ClassNames(self.columns["label_field"])
@@ -62,7 +63,8 @@ class ParquetPlan:
         for entry, footer in chain(self.seen, self.footers):
             if isinstance(footer, str):
                 self.num_items += 1
-                yield dataclasses.replace(entry, reason=footer)
+                check_fetched(entry, self.source)
+                yield entry if entry.ignored else dataclasses.replace(entry, reason=footer)
                 continue
             self.num_items += sum(footer.rows)
             for field in ("image_field", "label_field", "group_field", "key_field"):

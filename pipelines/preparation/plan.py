@@ -23,7 +23,7 @@ from pipelines.preparation.parquet_source import ParquetPlan
 from pipelines.preparation.readers import Reader
 from pipelines.preparation.sources import (
     Source,
-    check_container_sizes,
+    check_tars,
     class_folders,
     cut,
     look_like_parts,
@@ -144,7 +144,7 @@ def make_plan(config: PrepareConfig, output: str) -> Plan:
         parquet = ParquetPlan(config, source)
         entries = parquet.entries()
     elif source.format == "webdataset":
-        entries = check_container_sizes(source.entries(), source)
+        entries = check_tars(source.entries(), source)
         labels = "none" if config.labels == "none" else "field"
         reader = dataclasses.replace(
             reader,
@@ -224,7 +224,7 @@ class _Counter:
     def count(self, entries: Iterable[Entry]) -> Iterator[Entry]:
         for entry in entries:
             self.items += 1
-            self.bytes += entry.size
+            self.bytes += 0 if entry.ignored else entry.size
             yield entry
 
 

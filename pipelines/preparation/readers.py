@@ -16,10 +16,12 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
+from beit.images import recognised
 from pipelines import storage
 from pipelines.preparation import sample_images
 from pipelines.preparation.ahead import mapped_ahead
 from pipelines.preparation.failures import file_failure
+from pipelines.preparation.file_names import claims_picture, is_hidden, is_no_sample
 from pipelines.preparation.labels import (
     described_names,
     folder_class,
@@ -28,11 +30,13 @@ from pipelines.preparation.labels import (
 )
 from pipelines.preparation.parquet_rows import batches, value
 from pipelines.preparation.samples import UnclearSample, images_of, labels_of, sample_of
-from pipelines.preparation.sources import Format
+from pipelines.preparation.sources import OTHER_FILE, Format
 from pipelines.preparation.tars import as_text, member_bytes, tar_members
-from pipelines.preparation.walking import Entry
+from pipelines.preparation.walking import HIDDEN, Entry
 
 READ_THREADS = 8
+HEAD_BYTES = 64
+NO_PICTURE, OTHER_IMAGE = "not_an_image", "other_image"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,10 @@ class Item:
     group: str | None = None
     reason: str = ""
     """Why there is no image; empty: there may be one in `data`."""
+    ignored: bool = False
+    """It lies beside the data, and `reason` says what it is."""
+    claims: bool = True
+    """Its name says that it is a picture; if not, it is ignored unless `data` is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +65,7 @@ class _Candidate:
     sample: list[tarfile.TarInfo]
     """All members of its sample."""
     reason: str = ""
+    ignored: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +117,16 @@ class Reader:
         folder = folder_class(entry.path, self.label_level) if self.labels == "folder" else None
         if folder is not None:
             label = self.classes.get(folder)
-        item = Item(key=entry.path, size=entry.size, label=label, reason=entry.reason)
-        if item.reason or self._too_large(entry.size):
-            return replace(item, reason=item.reason or "too_large")
+        claims = self.format == "sample" or claims_picture(entry.path)
+        item = Item(
+            key=entry.path, size=entry.size, label=label, reason=entry.reason, claims=claims
+        )
+        if entry.ignored:
+            return replace(item, reason=entry.ignored, ignored=True)
+        if item.reason:
+            return item
+        if self._too_large(entry.size):
+            return self._large_file(entry, item)
         if self.format == "sample":
             data = sample_images.read_image(entry.path)
             return replace(item, data=data, group=sample_images.group_of(entry.path))
@@ -119,6 +135,17 @@ class Reader:
         except OSError as error:
             return replace(item, reason=self._failure(error, entry))
         return replace(item, data=data, size=len(data))
+
+    def _large_file(self, entry: Entry, item: Item) -> Item:
+        """A film or an archive among pictures is none of them."""
+        try:
+            with storage.open_input(storage.join(self.root, entry.path)) as file:
+                picture = item.claims or recognised(file.read(HEAD_BYTES))
+        except OSError as error:
+            return replace(item, reason=self._failure(error, entry))
+        if picture:
+            return replace(item, reason="too_large")
+        return replace(item, reason=NO_PICTURE, ignored=True)
 
     def _failure(self, error: Exception, entry: Entry, *, damaged: str = "unreadable") -> str:
         uri = storage.join(self.root, entry.path)
@@ -130,8 +157,8 @@ class Reader:
     # WebDataset
 
     def _read_tar(self, entry: Entry) -> Iterator[Item]:
-        if entry.reason:
-            yield Item(key=entry.path, size=entry.size, reason=entry.reason)
+        if entry.ignored or entry.reason:
+            yield _whole(entry)
             return
         try:
             with self._open_tar(entry.path) as file:
@@ -159,12 +186,17 @@ class Reader:
     ) -> Iterator[Item]:
         """Items of the tar `entry`, which is open as `file`, sorted by key."""
         samples: dict[str, list[tarfile.TarInfo]] = {}
+        found: list[_Candidate] = []
         for member in members:
-            samples.setdefault(sample_of(member.name), []).append(member)
-        found = [one for name, sample in samples.items() for one in self._images(name, sample)]
+            if is_hidden(member.name):
+                found.append(_Candidate(member.name, member, [], HIDDEN, ignored=True))
+            else:
+                samples.setdefault(sample_of(member.name), []).append(member)
+        for name, sample in samples.items():
+            found += self._images(name, sample)
         keyed = [(as_text(f"{entry.path}/{image.name}"), image) for image in found]
         for key, image in sorted(keyed, key=lambda one: one[0]):
-            item = Item(key=key, size=image.member.size)
+            item = Item(key=key, size=image.member.size, ignored=image.ignored)
             try:
                 yield self._tar_item(file, item, image)
             except OSError as error:
@@ -181,8 +213,15 @@ class Reader:
                 if member.name in unclear.names
             ]
         if not images:
-            return [_Candidate(name, sample[0], sample, "no_image")]
-        return [_Candidate(member.name, member, sample) for member in images]
+            beside = all(is_no_sample(member.name) for member in sample)
+            reason = OTHER_FILE if beside else "no_image"
+            return [_Candidate(name, sample[0], sample, reason, ignored=beside)]
+        chosen = {member.name for member in images}
+        others = [one for one in sample if one.name not in chosen and claims_picture(one.name)]
+        return [
+            *(_Candidate(member.name, member, sample) for member in images),
+            *(_Candidate(one.name, one, [], OTHER_IMAGE, ignored=True) for one in others),
+        ]
 
     def _tar_item(self, file: BinaryIO, item: Item, image: "_Candidate") -> Item:
         member = image.member
@@ -217,8 +256,8 @@ class Reader:
     # Parquet
 
     def _read_parquet(self, entry: Entry) -> Iterator[Item]:
-        if entry.reason and not entry.rows:
-            yield Item(key=entry.path, size=entry.size, reason=entry.reason)
+        if entry.ignored or (entry.reason and not entry.rows):
+            yield _whole(entry)
         elif entry.reason:
             yield from _lost_rows(entry, entry.row, entry.reason)
         elif self.key_field:
@@ -281,6 +320,12 @@ class Reader:
         if number >= len(names):
             raise ValueError(value)
         return self.classes[names[number]]
+
+
+def _whole(entry: Entry) -> Item:
+    """A container that is one item, since it is not opened."""
+    reason, ignored = entry.ignored or entry.reason, bool(entry.ignored)
+    return Item(key=entry.path, size=entry.size, reason=reason, ignored=ignored)
 
 
 def _lost_rows(entry: Entry, first: int, reason: str) -> Iterator[Item]:

@@ -11,9 +11,11 @@ from PIL import Image
 
 from beit.images import decode_image
 from pipelines import pictures, storage, tracking
-from pipelines.config.prepare import PrepareConfig
+from pipelines.config.prepare import PrepareConfig, tolerated, tolerated_share
 from pipelines.errors import StageFailed
+from pipelines.preparation.file_names import LFS_REMEDY
 from pipelines.preparation.plan import MEGABYTE, Plan
+from pipelines.preparation.samples import UNCLEAR
 from pipelines.progress import Progress
 from pipelines.tables.image_table import REJECTED, ImageTable
 
@@ -36,6 +38,8 @@ class PrepareResult:
     num_parts: int
     rejected: dict[str, int]
     """Rejected items by reason."""
+    ignored: dict[str, int]
+    """Files beside the data by reason."""
     class_names: tuple[str, ...]
     class_counts: tuple[int, ...]
     """Rows of each class; empty where an older manifest does not say."""
@@ -55,6 +59,7 @@ class PrepareResult:
             num_items=manifest["num_items"],
             num_parts=len(manifest["parts"]),
             rejected=manifest["rejected"],
+            ignored=manifest.get("ignored", {}),
             class_names=tuple(manifest["class_names"]),
             class_counts=tuple(manifest.get("class_counts", ())),
             told_by=_told_by(manifest["source"]["format"], manifest["options"]),
@@ -66,8 +71,10 @@ class PrepareResult:
         parts = f"{self.num_parts} part{'' if self.num_parts == 1 else 's'}"
         rejected = sum(self.rejected.values())
         why = f" ({reasons(self.rejected)})" if rejected else ""
+        ignored = sum(self.ignored.values())
+        beside = f"{ignored} ignored ({reasons(self.ignored)}), " if ignored else ""
         return (
-            f"{self.uri}: {self.num_rows} images in {parts}, {rejected} rejected{why}, "
+            f"{self.uri}: {self.num_rows} images in {parts}, {rejected} rejected{why}, {beside}"
             f"{self.classes()}, fingerprint {self.fingerprint}"
         )
 
@@ -105,6 +112,12 @@ def reasons(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in ordered)
 
 
+def remedy(counts: Mapping[str, int]) -> str:
+    """What to do about rejected or ignored items, for those reasons that tell it; on new lines."""
+    known = {"lfs_pointer": LFS_REMEDY, **UNCLEAR}
+    return "".join(f"\n{reason}: {known[reason]}." for reason in known if counts.get(reason))
+
+
 class Ledger:
     """Counts of what is done, for the progress line and for the bound on rejected items."""
 
@@ -116,6 +129,7 @@ class Ledger:
         self.units: set[int] = set()
         self.items = self.source_bytes = self.lost_bytes = 0
         self.rejected: Counter[str] = Counter()
+        self.ignored: Counter[str] = Counter()
         self.examples: list[Sequence[Any]] = []
         for summary in done:
             self.add(summary)
@@ -127,6 +141,7 @@ class Ledger:
         self.source_bytes += summary["source_bytes"]
         self.lost_bytes += summary["lost_bytes"]
         self.rejected.update(summary["rejected"])
+        self.ignored.update(summary["ignored"])
         room = NUM_EXAMPLES - len(self.examples)
         self.examples.extend(summary["examples"][:room])
 
@@ -134,7 +149,7 @@ class Ledger:
     def done(self) -> int:
         """In the unit of the progress line: images, or megabytes where those are not known."""
         if self.plan.num_items is not None:
-            return self.items
+            return self.items + sum(self.ignored.values())
         return self.source_bytes // MEGABYTE
 
     def progress(self) -> Progress:
@@ -147,7 +162,10 @@ class Ledger:
     def show(self, progress: Progress) -> None:
         """Updates the progress line."""
         units = f"{len(self.units)}/{len(self.plan.listings)}"
-        progress.update(self.done, rejected=sum(self.rejected.values()), units=units)
+        counts = {"rejected": sum(self.rejected.values())}
+        if self.ignored:
+            counts["ignored"] = sum(self.ignored.values())
+        progress.update(self.done, **counts, units=units)
 
     def check(self, *, final: bool) -> None:
         """Raises StageFailed if more was rejected than is tolerated.
@@ -156,8 +174,8 @@ class Ledger:
         stands for many. How many items tars hold is estimated from those that were read.
         """
         limit, rejected = self.config.max_rejected, sum(self.rejected.values())
-        allowed = self._allowed(final)
-        lost_too_much = limit < 1 and self.lost_bytes > limit * self.plan.num_bytes
+        allowed, share = self._allowed(final), tolerated_share(limit)
+        lost_too_much = share is not None and self.lost_bytes > share * self.plan.num_bytes
         if rejected <= allowed and not lost_too_much:
             return
         examples = "\n".join(
@@ -168,22 +186,22 @@ class Ledger:
         raise StageFailed(
             f"{rejected} of {self.items} items are no usable images, max_rejected = {limit}"
             f"{tolerated}. By reason: {reasons(self.rejected)}. "
-            f"{lost if self.lost_bytes else ''}\nFor example:\n{examples}\n"
+            f"{lost if self.lost_bytes else ''}\nFor example:\n{examples}"
+            f"{remedy(self.rejected + self.ignored)}\n"
             "Raise max_rejected: the same command then goes on from here. Or clean the source, or "
             "choose files by a glob, and give another output."
         )
 
     def _allowed(self, final: bool) -> float:
         limit = self.config.max_rejected
-        if limit >= 1:
-            return limit
-        if final:
-            return limit * self.items
+        if tolerated_share(limit) is None or final:
+            return tolerated(limit, self.items)
         if self.plan.num_items is not None:
-            return limit * self.plan.num_items
+            return tolerated(limit, self.plan.num_items)
         if len(self.units) < ESTIMATE_UNITS or not self.source_bytes:
             return float("inf")
-        return ESTIMATE_MARGIN * limit * self.items * self.plan.num_bytes / self.source_bytes
+        estimate = self.items * self.plan.num_bytes / self.source_bytes
+        return ESTIMATE_MARGIN * tolerated(limit, estimate)
 
 
 def start_tracking(config: PrepareConfig, run_file: str) -> tracking.Run:
@@ -207,11 +225,13 @@ def record(run: tracking.Run, result: PrepareResult, source_bytes: int) -> None:
         "images": result.num_rows,
         "items": result.num_items,
         "rejected": sum(result.rejected.values()),
+        "ignored": sum(result.ignored.values()),
         "classes": len(result.class_names),
         "parts": result.num_parts,
         "source_mb": source_bytes / MEGABYTE,
     }
     counts |= {f"rejected/{reason}": count for reason, count in result.rejected.items()}
+    counts |= {f"ignored/{reason}": count for reason, count in result.ignored.items()}
     run.log_metrics(counts)
     run.set_output(tracking.Dataset(name="image_table", uri=result.uri, digest=result.fingerprint))
     run.set_note(f"Image table `{result.uri}`\n\n{result.summary()}")

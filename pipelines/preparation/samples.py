@@ -11,10 +11,15 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from itertools import chain
 
-IMAGE_SUFFIXES = (
-    ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm",
-    ".jp2", ".avif", ".heic", ".img",
-)  # fmt: skip
+from pipelines.preparation.file_names import IMAGE_SUFFIXES
+
+UNCLEAR = {
+    "unclear_image": "name the extension of the images with --image_field (jpg, or rgb.png), or "
+    "give --image_field '*.png' if each is an image of its own",
+    "unclear_label": "name the rest of the label's name behind the sample's with --label_field "
+    "(label.cls), give every image a label of its own name, or set --labels none",
+}
+"""What to do about samples that can be read in two ways, by reason."""
 
 
 class UnclearSample(ValueError):  # noqa: N818 - a verdict on the sample, named for the reader

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
@@ -12,18 +12,22 @@ from pyarrow import fs as pafs
 from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.preparation import sample_images
+from pipelines.preparation.file_names import (
+    LFS_REMEDY,
+    MAX_POINTER_BYTES,
+    PACKED,
+    SIDE_FILES,
+    claims_picture,
+    is_pointer,
+    is_side_name,
+)
 from pipelines.preparation.globs import WILD, WILD_REMOTE, Glob, exactly
 from pipelines.preparation.labels import MAX_CLASSES, folder_class
 from pipelines.preparation.walking import Entry, Listings, walk
 
 Format = Literal["folder", "webdataset", "parquet", "sample"]
 SUFFIXES: dict[str, str] = {"webdataset": ".tar", "parquet": ".parquet"}
-PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
-# Files beside the data of a WebDataset or Parquet directory that say nothing about its format.
-SIDE_FILES = (
-    ".json", ".jsonl", ".txt", ".md", ".rst", ".html", ".idx", ".yaml", ".yml", ".csv", ".tsv",
-    ".crc", ".md5", ".sha256", ".py", ".log", "license", "readme",
-)  # fmt: skip
+OTHER_FILE = "other_file"
 PEEK = 1000
 # A tar from an object store, or a Parquet file sorted by its keys, is held in memory.
 MAX_CONTAINER_BYTES = 4 * 2**30
@@ -33,8 +37,6 @@ _PART = re.compile(
     r"(?P<test>test(?:ing)?|eval(?:uation)?|hold[-_ ]?out)|(?P<rest>extra|unlabell?ed))"
     r"(?:[-_. ]?(?:[0-9]+|[a-z]|set|data|images?|split))?"
 )
-# Folders that archivers and network disks put beside those of the user.
-NO_CLASSES = ("__MACOSX", "@eaDir")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ class Source:
     listings: Listings
 
     def entries(self) -> Iterator[Entry]:
-        """The source's files in key order.
+        """The source's files in key order, also those beside its data (`Entry.ignored`).
 
         Raises:
             InputError: there are compressed tars among containers.
@@ -61,22 +63,24 @@ class Source:
             return (Entry(path=key, size=size) for key, size in listed)
         suffix = SUFFIXES.get(self.format, "")
         files = walk(self.listings, may_hold=self.glob.may_hold, container_suffix=suffix)
-        return (entry for entry in files if self._is_meant(entry.path, suffix))
+        return (self._judged(entry, suffix) for entry in files if self.glob.matches(entry.path))
 
-    def _is_meant(self, path: str, suffix: str) -> bool:
-        if not self.glob.matches(path):
-            return False
-        if suffix and path.lower().endswith(PACKED) and not is_hidden(path):
+    def _judged(self, entry: Entry, suffix: str) -> Entry:
+        if self.glob.exact:  # whatever its name, the user has given it
+            return replace(entry, ignored="")
+        if entry.ignored or entry.path.lower().endswith(suffix):
+            return entry
+        if entry.path.lower().endswith(PACKED):
             raise InputError(
-                f"source = {self.uri!r}: {path} is compressed and cannot be read beside "
+                f"source = {self.uri!r}: {entry.path} is compressed and cannot be read beside "
                 f"*{suffix}; unpack it to .tar, or choose files by a glob"
             )
-        return path.lower().endswith(suffix)
+        return replace(entry, ignored=OTHER_FILE)
 
 
-def is_hidden(path: str) -> bool:
+def _is_own(path: str) -> bool:
     """Whether a file or one of its directories is a program's own (`.git`, `_metadata`)."""
-    return any(name.startswith((".", "_")) for name in path.split("/"))
+    return any(name.startswith("_") or is_side_name(name) for name in path.split("/"))
 
 
 def open_source(uri: str, wanted: str = "auto") -> Source:
@@ -106,6 +110,11 @@ def open_source(uri: str, wanted: str = "auto") -> Source:
         head = list(islice(files, PEEK))
     if not head:
         raise InputError(f"source = {uri!r}: no files there; check the path, or quote the glob")
+    if not glob.exact and all(entry.ignored for entry in head):
+        raise InputError(
+            f"source = {uri!r}: only files there that belong to programs ({head[0].path}); give "
+            "the hidden directory itself if it is meant"
+        )
     told = _format(uri, wanted, [entry.path for entry in head])
     suffix = SUFFIXES.get(told, "")
     if not any(entry.path.lower().endswith((suffix, *PACKED)) for entry in chain(head, files)):
@@ -114,8 +123,8 @@ def open_source(uri: str, wanted: str = "auto") -> Source:
 
 
 def _visible(listings: Listings, glob: Glob) -> Iterator[Entry]:
-    files = walk(listings, may_hold=lambda path: not is_hidden(path) and glob.may_hold(path))
-    return (entry for entry in files if not is_hidden(entry.path) and glob.matches(entry.path))
+    files = walk(listings, may_hold=lambda path: not _is_own(path) and glob.may_hold(path))
+    return (entry for entry in files if not _is_own(entry.path) and glob.matches(entry.path))
 
 
 def _format(uri: str, wanted: str, names: list[str]) -> Format:
@@ -168,12 +177,12 @@ def _split_glob(uri: str) -> tuple[str, Glob]:
 
 
 def cut(entries: Iterable[Entry], unit_bytes: int, *, max_entries: int) -> Iterator[list[Entry]]:
-    """Entries in order, cut where a unit has at least `unit_bytes` (or `max_entries`)."""
+    """Entries in order, cut where a unit has at least `unit_bytes` to read (or `max_entries`)."""
     unit: list[Entry] = []
     size = 0
     for entry in entries:
         unit.append(entry)
-        size += entry.size
+        size += 0 if entry.ignored else entry.size
         if size >= unit_bytes or len(unit) >= max_entries:
             yield unit
             unit, size = [], 0
@@ -181,19 +190,32 @@ def cut(entries: Iterable[Entry], unit_bytes: int, *, max_entries: int) -> Itera
         yield unit
 
 
-def check_container_sizes(entries: Iterable[Entry], source: Source) -> Iterator[Entry]:
+def check_tars(entries: Iterable[Entry], source: Source) -> Iterator[Entry]:
     """Passes tars on; refuses those that a worker could not hold.
 
     Raises:
-        InputError: a remote tar is too large.
+        InputError: a remote tar is too large, or one was not fetched by Git LFS.
     """
     for entry in entries:
+        check_fetched(entry, source)
         if entry.size > MAX_CONTAINER_BYTES and not storage.is_local(source.root):
             raise InputError(
                 f"source: {entry.path} has {entry.size} bytes, more than {MAX_CONTAINER_BYTES}; "
                 "cut it into smaller tars (WebDataset advises 1 GB), or copy it to a local disk"
             )
         yield entry
+
+
+def check_fetched(entry: Entry, source: Source) -> None:
+    """Raises InputError for a container of which only a pointer of Git LFS is there."""
+    if entry.size > MAX_POINTER_BYTES or entry.reason or entry.ignored:
+        return
+    try:
+        data = storage.read_bytes(storage.join(source.root, entry.path))
+    except OSError:  # for its reader to judge
+        return
+    if is_pointer(data):
+        raise InputError(f"source: {entry.path} and others may be {LFS_REMEDY}")
 
 
 def class_folders(entries: Iterable[Entry], seen: set[str], level: int = 1) -> Iterator[Entry]:
@@ -204,7 +226,9 @@ def class_folders(entries: Iterable[Entry], seen: set[str], level: int = 1) -> I
     """
     for entry in entries:
         folder = folder_class(entry.path, level)
-        if folder is not None and not folder.startswith(".") and folder not in NO_CLASSES:
+        # A folder of notes is no class.
+        text = entry.path.lower().endswith(SIDE_FILES) and not claims_picture(entry.path)
+        if folder is not None and not entry.ignored and not text:
             seen.add(folder)
             if len(seen) > MAX_CLASSES:
                 raise InputError(

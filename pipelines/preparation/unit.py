@@ -17,6 +17,7 @@ from pipelines import storage
 from pipelines.errors import StageFailed
 from pipelines.preparation.child import run_child
 from pipelines.preparation.decode_process import Decoded, DecodeProcess, Rules
+from pipelines.preparation.file_names import is_pointer
 from pipelines.preparation.plan import read_listing, work_uri
 from pipelines.preparation.readers import Item, Reader, rehearse
 from pipelines.preparation.sources import SUFFIXES
@@ -61,6 +62,8 @@ class Receipt:
     parts: tuple[Part, ...]
     rejected: tuple[tuple[str, str, int], ...]
     """Key, reason and size of every item that is no row."""
+    ignored: tuple[tuple[str, str, int], ...]
+    """The same of what lies beside the data, and is no item."""
     labels: dict[int, int]
     """Rows of each class that has any."""
     lost_bytes: int
@@ -75,8 +78,12 @@ class Receipt:
     def from_dict(cls, record: dict[str, Any]) -> "Receipt":
         labels = {int(label): count for label, count in record["labels"].items()}
         parts = tuple(Part.from_dict(part) for part in record["parts"])
-        rejected = tuple((key, reason, size) for key, reason, size in record["rejected"])
-        return cls(**{**record, "parts": parts, "rejected": rejected, "labels": labels})
+        rejected, ignored = (
+            tuple((key, reason, size) for key, reason, size in record[name])
+            for name in ("rejected", "ignored")
+        )
+        fields = {"parts": parts, "rejected": rejected, "ignored": ignored, "labels": labels}
+        return cls(**{**record, **fields})
 
     @property
     def rows(self) -> int:
@@ -92,6 +99,7 @@ class Receipt:
             "lost_bytes": self.lost_bytes,
             "rows": self.rows,
             "rejected": dict(Counter(reason for _, reason, _ in self.rejected)),
+            "ignored": dict(Counter(reason for _, reason, _ in self.ignored)),
             "examples": [list(row) for row in self.rejected[:NUM_EXAMPLES]],
         }
 
@@ -137,9 +145,10 @@ def process_unit(task: UnitTask, unit: int, listing: str) -> dict[str, Any]:
     receipt = Receipt(
         listing=listing,
         items=build.items,
-        source_bytes=sum(entry.size for entry in entries),
+        source_bytes=sum(entry.size for entry in entries if not entry.ignored),
         parts=parts,
         rejected=tuple(sorted(build.rejected)),
+        ignored=tuple(sorted(build.ignored)),
         labels=dict(build.labels),
         lost_bytes=sum(size for key, _, size in build.rejected if key in containers),
     )
@@ -170,7 +179,10 @@ def _without_killers(task: UnitTask, unit: int, entries: list[Entry]) -> list[En
     container = task.reader.format in SUFFIXES
     return [
         entry
-        if entry.reason or not container or survives(task.reader, entry, task.rehearsal)
+        if entry.ignored
+        or entry.reason
+        or not container
+        or survives(task.reader, entry, task.rehearsal)
         else dataclasses.replace(entry, reason="reader_crash")
         for entry in entries
     ]
@@ -192,21 +204,31 @@ class _Build:
         self.labels: Counter[int] = Counter()
         self.last_key: str | None = None
         self.rejected: list[tuple[str, str, int]] = []
+        self.ignored: list[tuple[str, str, int]] = []
         self.parts: list[Part] = []
         self.writer: PartWriter | None = None
 
     def add(self, item: Item) -> None:
-        """Takes an item to the part or to the rejected ones; nothing else can happen to it."""
-        self.items += 1
+        """Takes an item to the part, the rejected or the ignored ones; nothing else can happen."""
+        if item.ignored:
+            self.ignored.append((item.key, item.reason, item.size))
+            return
         repeated = item.key == self.last_key
         self.last_key = item.key
         reason = "duplicate_key" if repeated else item.reason
         if not reason:
             verdict = self.decoder.examine(item.data)
             if isinstance(verdict, Decoded):
+                self.items += 1
                 self._write(item, verdict)
                 return
             reason = verdict.reason
+            if is_pointer(item.data):
+                reason = "lfs_pointer"
+        if not item.claims and reason in ("not_an_image", "empty", "lfs_pointer"):
+            self.ignored.append((item.key, reason, item.size))
+            return
+        self.items += 1
         self.rejected.append((item.key, reason, item.size))
 
     def _write(self, item: Item, image: Decoded) -> None:

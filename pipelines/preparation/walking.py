@@ -16,8 +16,10 @@ from pyarrow import fs as pafs
 from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.preparation.ahead import futures_ahead
+from pipelines.preparation.file_names import is_side_name
 
 LIST_THREADS = 16
+HIDDEN = "hidden"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +40,8 @@ class Entry:
     """Rows in the row groups (Parquet)."""
     reason: str = ""
     """Why it cannot even be opened."""
+    ignored: str = ""
+    """Why it is listed and not opened: it is not of the user's data."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +87,8 @@ def walk(
     """All files, sorted by path; directories are listed a few ahead.
 
     Files with `container_suffix` (tars, Parquet) are sorted as the keys of what they hold are.
-    Directories that `may_hold` denies are not listed.
+    Directories that `may_hold` denies are not listed. Those of programs (`.git`) are entries that
+    are ignored as a whole: they may be large, or nobody's to read (`.Trashes` on a Mac's disk).
 
     Memory grows with the largest directory, not with the number of files. What is no regular
     file, or has a name that is no text, comes with a reason.
@@ -98,15 +103,21 @@ def walk(
                 (one for one in listing.result() if not one.is_dir or may_hold(above + one.name)),
                 key=lambda one: one.position(container_suffix),
             )
-            names = (_checked(above, one) for one in listed if one.is_dir)
+            names = (_checked(above, one) for one in listed if _is_walked(one))
             ahead = futures_ahead(pool, listings, names)
             for one in listed:
-                if one.is_dir:
+                if _is_walked(one):
                     yield from visit(f"{above}{one.name}/", next(ahead))
                 else:
-                    yield Entry(path=above + one.name, size=one.size, reason=one.reason)
+                    path = above + one.name + "/" * one.is_dir
+                    ignored = HIDDEN if is_side_name(one.name) else ""
+                    yield Entry(path=path, size=one.size, reason=one.reason, ignored=ignored)
 
         yield from visit("", pool.submit(listings, ""))
+
+
+def _is_walked(one: Listed) -> bool:
+    return one.is_dir and not is_side_name(one.name)
 
 
 def _checked(above: str, directory: Listed) -> str:

@@ -1,7 +1,8 @@
 """The image table: the one form in which every later stage meets images.
 
-A directory of `part-*.parquet`, `rejected.parquet` and, written last, `manifest.json`. Rows are
-sorted by `key` through all parts, so a row's position is its identity (row id).
+A directory of `part-*.parquet`, `rejected.parquet`, `ignored.parquet` and, written last,
+`manifest.json`. Rows are sorted by `key` through all parts, so a row's position is its identity
+(row id).
 """
 
 import hashlib
@@ -21,6 +22,7 @@ SCHEMA_VERSION = 1
 KIND = "image_table"
 MANIFEST = "manifest.json"
 REJECTED = "rejected.parquet"
+IGNORED = "ignored.parquet"
 
 
 def commit_manifest(
@@ -32,6 +34,7 @@ def commit_manifest(
     options: Mapping[str, Any],
     rejected: Mapping[str, int],
     num_items: int,
+    ignored: Mapping[str, int] | None = None,
     class_counts: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Writes `manifest.json`, which makes the table exist, and returns it.
@@ -40,6 +43,7 @@ def commit_manifest(
         parts: In row order.
         rejected: Number of rejected items by reason (they are listed in `rejected.parquet`).
         num_items: Items the source held: rows + rejected.
+        ignored: Number of files beside the data by reason (they are listed in `ignored.parquet`).
         class_counts: Rows of each class, where they are known.
     """
     manifest = {
@@ -55,6 +59,7 @@ def commit_manifest(
         "options": dict(options),
         "parts": [part.to_dict() for part in parts],
         "rejected": dict(rejected),
+        "ignored": dict(ignored or {}),
         "pyarrow": pa.__version__,
     }
     storage.write_json(storage.join(uri, MANIFEST), manifest)

@@ -39,6 +39,7 @@ def named(source: Path, **fields) -> dict[str, str | None]:
         item.key: item.reason
         or (None if item.label is None else names[item.label] if names else str(item.label))
         for item in items(plan, config)
+        if not item.ignored
     }
 
 

@@ -91,7 +91,8 @@ def test_a_folder_becomes_a_table(folder: Path, tmp_path: Path) -> None:
     assert manifest["source"] == {"uri": str(folder), "format": "folder"}
     assert manifest["num_items"] == 36 and manifest["options"]["part_mb"] == 0.01
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == sorted(["manifest.json", "rejected.parquet", *(p.name for p in table.parts)])
+    others = ["manifest.json", "rejected.parquet", "ignored.parquet"]
+    assert names == sorted([*others, *(part.name for part in table.parts)])
 
 
 def test_done_is_done(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -255,7 +256,7 @@ def test_an_image_that_kills_its_decoder_is_quarantined(tmp_path: Path) -> None:
 def test_a_source_without_images_is_no_table(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "notes.txt").write_text("nothing to see")
-    with pytest.raises(StageFailed, match="no usable image among 1 items"):
+    with pytest.raises(StageFailed, match="no usable image among 0 items; ignored: 1 not_an"):
         prepare.run(config_of(tmp_path / "source", tmp_path / "out", max_rejected=5))
 
 

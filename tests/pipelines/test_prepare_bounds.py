@@ -3,7 +3,7 @@
 import pytest
 
 from pipelines.config.prepare import PrepareConfig
-from pipelines.errors import StageFailed
+from pipelines.errors import InputError, StageFailed
 from pipelines.preparation.plan import Plan
 from pipelines.preparation.readers import Reader
 from pipelines.preparation.report import Ledger, PrepareResult
@@ -24,6 +24,7 @@ def ledger(done: int, *, rejected=0, lost_bytes=0, known=False, max_rejected=0.0
     )
     config = PrepareConfig(source="a", output="b", max_rejected=max_rejected)
     counts = {"source_bytes": BYTES, "lost_bytes": lost_bytes, "rejected": {"empty": rejected}}
+    counts["ignored"] = {"hidden": 1000}
     units = ({"unit": unit, "items": ITEMS, "examples": [], **counts} for unit in range(done))
     return Ledger(config, plan, units)
 
@@ -36,11 +37,16 @@ def ledger(done: int, *, rejected=0, lost_bytes=0, known=False, max_rejected=0.0
         (11, {"rejected": 10}, True),
         (99, {"rejected": 1}, False),
         (11, {"rejected": 10, "max_rejected": 0.5}, False),
+        (11, {"rejected": 10, "max_rejected": "5%"}, True),
+        (11, {"rejected": 10, "max_rejected": "50 %"}, False),
+        (99, {"rejected": 10, "lost_bytes": 1000, "max_rejected": "100%"}, False),
         (2, {"rejected": 10, "max_rejected": 0.001}, False),
         (3, {"rejected": 10, "max_rejected": 0.001}, True),
         (6, {"rejected": 10, "known": True}, True),
         (5, {"rejected": 10, "known": True}, False),
         (6, {"rejected": 10, "max_rejected": 59}, True),
+        (6, {"rejected": 10, "max_rejected": 59.0}, True),
+        (6, {"rejected": 10, "max_rejected": 60}, False),
         # One item each, but the bytes of many.
         (6, {"rejected": 1, "lost_bytes": 800}, False),
         (7, {"rejected": 1, "lost_bytes": 800}, True),
@@ -55,6 +61,13 @@ def test_a_stage_stops_when_it_is_clear(done: int, fields: dict, stops: bool) ->
     with pytest.raises(StageFailed, match="the same command then goes on") as failure:
         book.check(final=False)
     assert ("bytes lie in files" in str(failure.value)) == ("lost_bytes" in fields)
+
+
+@pytest.mark.parametrize("limit", [1.0, 1.5, -1, True, "1.0", "5", "101%", "five%", "", "%"])
+def test_a_share_and_a_number_do_not_look_alike(limit) -> None:
+    message = r"max_rejected = .*: give a share as 5% or 0\.05 \(all items: 100%\), or a number"
+    with pytest.raises(InputError, match=message):
+        PrepareConfig(source="a", output="b", max_rejected=limit)
 
 
 def test_at_the_end_nothing_is_estimated() -> None:
@@ -100,3 +113,6 @@ def test_classes_are_told_with_what_made_them(source_format, options, names, cou
     } | ({} if counts is None else {"class_counts": counts})  # fmt: skip
     result = PrepareResult.of("out", manifest, already_done=False)
     assert result.summary() == f"out: 1700 images in 1 part, 0 rejected, {told}, fingerprint f"
+    manifest["ignored"] = {"hidden": 2, "not_an_image": 3}
+    said = PrepareResult.of("out", manifest, already_done=False).summary()
+    assert "0 rejected, 5 ignored (3 not_an_image, 2 hidden), " in said

@@ -107,10 +107,11 @@ def test_a_refused_tar_is_one_item(tmp_path: Path, monkeypatch, number: int, rea
                     list(reader.items([Entry(path="a.tar", size=5)]))
 
 
-def test_a_member_without_a_name_is_an_image_too(tmp_path: Path) -> None:
+def test_a_member_without_a_name_is_hidden(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(tar_bytes([(".jpg", encoded(1))]))
     reader = Reader(root=str(tmp_path), format="webdataset", labels="none", max_image_bytes=10**6)
-    assert outcomes(list(reader.items([Entry(path="a.tar", size=5)]))) == {"a.tar/.jpg": ""}
+    [item] = reader.items([Entry(path="a.tar", size=5)])
+    assert (item.key, item.reason, item.ignored) == ("a.tar/.jpg", "hidden", True)
 
 
 # What is the file's fault

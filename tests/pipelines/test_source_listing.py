@@ -10,7 +10,7 @@ from pipelines.config.prepare import PrepareConfig
 from pipelines.errors import InputError
 from pipelines.preparation import sources, walking
 from pipelines.preparation.globs import exactly
-from pipelines.preparation.plan import make_plan
+from pipelines.preparation.plan import make_plan, read_listing
 from pipelines.preparation.sources import class_folders, open_source
 from pipelines.preparation.walking import Entry, Listings, walk
 from tests.pipelines.image_sources import write_folder
@@ -56,7 +56,8 @@ def test_mixtures_are_for_the_user_to_decide(tmp_path, names, message):
     source = touch(tmp_path, *names)
     with pytest.raises(InputError, match=message):
         open_source(source)
-    assert len(list(open_source(source, "folder").entries())) == 2
+    entries = list(open_source(source, "folder").entries())
+    assert [entry.ignored for entry in entries] == ["", ""]
 
 
 def test_what_only_a_program_put_there_is_no_class(tmp_path):
@@ -65,9 +66,9 @@ def test_what_only_a_program_put_there_is_no_class(tmp_path):
     config = PrepareConfig(source=str(tmp_path / "in"), output=str(tmp_path / "out"))
     plan = make_plan(config, config.output)
     assert plan.reader.class_names == ("_odd", "ant", "bee", "cat")
-    assert plan.num_items == 20
-    labels = {item.key: item.label for item in plan.reader.items([Entry(path=".git/HEAD", size=1)])}
-    assert labels == {".git/HEAD": None}
+    entries = read_listing(config.output, 0, plan.listings[0])
+    ignored = [entry.path for entry in entries if entry.ignored]
+    assert ignored == [".git/", "@eaDir/", "__MACOSX/"] and len(entries) == 20
 
 
 def test_folders_without_end_are_no_classes(monkeypatch):
@@ -82,14 +83,14 @@ def test_folders_without_end_are_no_classes(monkeypatch):
     ("pattern", "listed"),
     [
         ("*.tar", {"."}),
-        ("*/x/*.tar", {".", "a", "a/x", "b", "b/x", "lost+found"}),
+        ("*/x/*.tar", {".", "a", "a/x", "b", "b/x", "other"}),
         ("a/**/*.tar", {"a", "a/x", "a/y", "a/x/deep"}),
         ("[ab]/?/*.tar", {".", "a", "a/x", "a/y", "b", "b/x"}),
     ],
 )
 def test_a_glob_lists_no_directory_that_cannot_match(tmp_path, monkeypatch, pattern, listed):
     names = ["0.tar", "a/1.tar", "a/x/2.tar", "a/y/3.tar", "a/x/deep/4.tar", "b/x/5.tar"]
-    root = touch(tmp_path, *names, "lost+found/6.tar")
+    root = touch(tmp_path, *names, "other/6.tar")
     seen = set()
     list_dir = walking._list_local
 

@@ -141,8 +141,9 @@ def test_formats_are_told_by_names(tmp_path: Path) -> None:
     assert open_source(str(tmp_path / "tars"), "folder").format == "folder"
     assert open_source(str(tmp_path / "tars" / "*.tar")).format == "webdataset"
     assert open_source(str(tmp_path / "tars" / "shard-000.tar")).format == "webdataset"
-    listed = [entry.path for entry in open_source(str(tmp_path / "tars")).entries()]
-    assert listed == ["shard-000.tar", "shard-001.tar", "shard-002.tar"]
+    listed = [(one.path, one.ignored) for one in open_source(str(tmp_path / "tars")).entries()]
+    tars = [(f"shard-{number:03d}.tar", "") for number in range(3)]
+    assert listed == [*tars, ("sizes.json", "other_file")]
     one = open_source(str(tmp_path / "tree" / "bee" / "001.jpg"))
     assert [entry.path for entry in one.entries()] == ["001.jpg"]
     chosen = open_source(str(tmp_path / "tree" / "*" / "00[12].jpg"))
@@ -240,12 +241,13 @@ def test_every_member_of_a_tar_is_accounted_for(tmp_path: Path) -> None:
     (tmp_path / "odd.tar").write_bytes(tar_bytes(members))
     items = read(open_source(str(tmp_path)), labels="field")
     assert [(item.key, item.reason) for item in items] == [
-        ("odd.tar/README", "no_image"),
+        ("odd.tar/README", "other_file"),
         ("odd.tar/a.jpg", ""),
         ("odd.tar/b.jpg", ""),
         ("odd.tar/b.jpg", ""),
         ("odd.tar/lonely", "no_image"),
         ("odd.tar/two.jpg", ""),
+        ("odd.tar/two.seg.png", "other_image"),
         ("odd.tar/x/c.jpg", "bad_label"),
     ]
     assert [item.data for item in items if item.key.endswith("b.jpg")] == [good, encoded(2)]
