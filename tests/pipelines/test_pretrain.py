@@ -16,9 +16,8 @@ from pipelines.config.checks import changed_fields, to_dict
 from pipelines.config.pretrain import MAY_CHANGE, PretrainConfig
 from pipelines.errors import InputError, StageFailed
 from pipelines.reading import ingest
-from pipelines.training import checkpoint, driver, pretraining
+from pipelines.training import checkpoint, pretraining
 from pipelines.training import data as train_data
-from pipelines.training.goodput import Attempt
 from pipelines.training.log import sample_hash
 from pipelines.training.run_dir import MetricsFile, RunDir, Skips
 from tests.chaos.world import make_tokenizer
@@ -474,30 +473,6 @@ class TestAwayStore:
         result = pretrain.run(small_config(tables, tmp_path / "run"))
         assert weight_bytes(result.run_uri) == weight_bytes(finished[1].run_uri)
         assert "cannot be written now: the store is away" in caplog.text
-
-
-class TestHopeless:
-    def test_growing_is_no_failure_and_dying_is(self, tmp_path):
-        run = RunDir(str(tmp_path))
-
-        def starts(*workers):
-            for number, count in enumerate(workers, 1):
-                run.write_attempt(
-                    Attempt(
-                        number=number,
-                        launched_at=1.0,
-                        entered_at=float(number),
-                        start_step=0,
-                        next_step=0,
-                        workers=count,
-                    )
-                )
-
-        starts(1, 2, 3, 4)
-        assert driver.hopeless(run, 1.0, workers=5) == ""
-        starts(2, 2, 2, 2)
-        assert "4 starts in a row" in driver.hopeless(run, 1.0, workers=2)
-        assert driver.hopeless(run, 2.0, workers=2) == ""
 
 
 class TestProbes:
