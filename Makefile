@@ -18,7 +18,7 @@ UV_SETTINGS = UV_FIND_LINKS="$(LINKS)" $(if $(LINKS),,UV_TORCH_BACKEND=$(TORCH))
 PEERS := timm==1.0.31 torchvision==0.29.2
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo ui test test-long lint format clean
+.PHONY: help run demo ui test tests-with-ray tests-without-ray test-long lint format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -48,8 +48,26 @@ ui: $(BIN)/.run  ## the MLflow pages of everything run here
 	@MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server \
 	  --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port $(PORT) --workers 1
 
-test: $(BIN)/.dev lint  ## lint, types, import rules and tests
-	$(UV_SETTINGS) $(BIN)/python -m pytest -m "not long" $(ARGS)
+# Tests that start Ray wait half of the time: lint and the other tests run beside them, and what
+# those print comes at the end. With ARGS, for some of the tests, all run in one go.
+PYTEST = $(UV_SETTINGS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+BESIDE := .pytest_cache/beside.log
+
+test: $(BIN)/.dev  ## lint, types, import rules and tests
+ifdef ARGS
+	@$(MAKE) lint
+	$(PYTEST) -m "not long" $(ARGS)
+else
+	@mkdir -p $(dir $(BESIDE)) && rm -f $(BESIDE)
+	@$(MAKE) --no-print-directory -j2 tests-with-ray tests-without-ray; code=$$?; \
+	cat $(BESIDE) 2>/dev/null; exit $$code
+endif
+
+tests-with-ray:
+	$(PYTEST) -m "not long and ray"
+
+tests-without-ray: lint
+	$(PYTEST) -m "not long and not ray" > $(BESIDE) 2>&1
 
 test-long: $(BIN)/.dev  ## the tests that take minutes each: lost nodes, killed drivers, failing stores
 	$(BIN)/python -m pytest -m long $(ARGS)

@@ -22,6 +22,14 @@ os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
 REPOSITORY = Path(__file__).parent.parent
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whoever takes Ray is among the tests that `make test` runs one after the other."""
+    for item in items:
+        if {"ray_turn", "ray_cluster"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("ray")
+
+
 @pytest.fixture(scope="session")
 def ray_turn() -> Iterator[None]:
     """One session of tests at a time starts Ray on this machine: two starve each other."""
