@@ -1,42 +1,144 @@
-"""`beit STAGE ...`: one console script for every entrypoint of this package."""
+"""`beit STAGE ...`: one console script for every stage; `python -m jobs STAGE` is the same."""
 
-import importlib
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pydoc import locate
+from typing import Any
+
+from jobs.command import parse, shipped_recipes, stage_main
+from pipelines.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What stands behind a command."""
+
+    purpose: str
+    config: str
+    """Class of its configuration, by dotted name: nothing is imported for the other stages."""
+    module: str
+    """Module whose `run(config)` does it."""
+    ray: str = "always"
+    """always, never, or `workers`: only where training workers or decode tasks are asked for."""
+
+
+def _stage(purpose: str, config: str, **where: str) -> Stage:
+    module, _, _ = config.partition(":")
+    where.setdefault("module", f"pipelines.{module}")
+    return Stage(purpose=purpose, config=f"pipelines.config.{config.replace(':', '.')}", **where)
+
 
 STAGES = {
-    "quickstart": ("quickstart", "the whole chain on a small real sample, or on your own folder"),
-    "prepare": ("prepare", "images (folder, WebDataset, Parquet) to an image table"),
-    "train-tokenizer": ("train_tokenizer", "image table to a trained discrete VAE"),
-    "import-tokenizer": ("import_tokenizer", "DALL-E or FLAVA weights to a tokenizer"),
-    "tokenize": ("tokenize_images", "image table and tokenizer to a token table"),
-    "pretrain": ("pretrain", "image table and token tables to a pretrained BEiT"),
-    "evaluate": ("evaluate", "kNN and linear probe beside random initialisation and pixels"),
-    "export": ("export", "a run's weights to Hugging Face, timm, unilm or ONNX"),
-    "audit": ("audit", "re-reads and re-hashes a table; exit 1 names what is wrong"),
-    "plan": ("plan", "what a tokenize or pretrain would cost; touches nothing"),
+    "pipeline": Stage(
+        purpose="the whole chain in one go; what is done already is skipped",
+        config="jobs.pipeline.PipelineConfig",
+        module="jobs.pipeline",
+    ),
+    "prepare": _stage(
+        "images (folder, WebDataset, Parquet) to an image table", "prepare:PrepareConfig"
+    ),
+    "train-tokenizer": _stage(
+        "image table to a trained discrete VAE",
+        "train_tokenizer:TrainTokenizerConfig",
+        ray="workers",
+    ),
+    "import-tokenizer": _stage(
+        "DALL-E or FLAVA weights to a tokenizer",
+        "import_tokenizer:ImportTokenizerConfig",
+        ray="never",
+    ),
+    "tokenize": _stage(
+        "image table and tokenizer to a token table", "tokenize_images:TokenizeConfig"
+    ),
+    "pretrain": _stage(
+        "image table and token tables to a pretrained BEiT",
+        "pretrain:PretrainConfig",
+        ray="workers",
+    ),
+    "evaluate": _stage(
+        "kNN and linear probe beside random initialisation and pixels",
+        "evaluate:EvaluateConfig",
+        ray="never",
+    ),
+    "export": _stage(
+        "a run's weights to Hugging Face, timm, unilm or ONNX", "export:ExportConfig", ray="never"
+    ),
+    "audit": _stage(
+        "re-reads and re-hashes a table; exit 1 names what is wrong",
+        "audit:AuditConfig",
+        ray="never",
+    ),
+    "plan": _stage(
+        "what a tokenize or pretrain would cost; touches nothing", "plan:PlanConfig", ray="never"
+    ),
+}
+OTHERS = {
+    "quickstart": "`pipeline` on a small real sample, or on your own folder",
+    "submit": "any of these as a job on a Ray cluster; status, logs, stop, list",
+    "recipes": "the configurations that ship, by the name that --config takes",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Hands over to the stage's entrypoint and returns its exit code."""
+    """Runs a stage, or what stands beside the stages, and returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0 if arguments else 2
-    stage, *rest = arguments
-    if stage not in STAGES:
-        print(f"error: unknown stage {stage!r}\n\n{_usage()}", file=sys.stderr)
+    name, *rest = arguments
+    if name == "submit":
+        from jobs import submit
+
+        return submit.main(rest)
+    if name == "recipes":
+        print(_recipes())
+        return 0
+    if name == "quickstart":
+        name, rest = "pipeline", rest if "--config" in rest else ["--config", "quickstart", *rest]
+    if name not in STAGES:
+        print(f"error: unknown stage {name!r}\n\n{_usage()}", file=sys.stderr)
         return 2
-    code: int = importlib.import_module(f"jobs.{STAGES[stage][0]}").main(rest)
-    return code
+    stage = STAGES[name]
+    flags = stage_flags(name, rest)
+    return stage_main(name, config_class(name), stage.module, flags, ray=stage.ray)
+
+
+def config_class(name: str) -> type:
+    """The class of a stage's configuration. Raises InputError for another name."""
+    if name not in STAGES:
+        raise InputError(f"{name!r} is no stage; choose {', '.join(STAGES)}")
+    found = locate(STAGES[name].config)
+    assert isinstance(found, type)
+    return found
+
+
+def stage_flags(name: str, flags: Sequence[str]) -> list[str]:
+    """The flags with what may stand without one: the table of `audit`."""
+    bare = name == "audit" and flags and not flags[0].startswith("-")
+    return ["--table", *flags] if bare else list(flags)
+
+
+def parse_stage(name: str, flags: Sequence[str]) -> Any:
+    """The configuration of a stage from its flags, as its own command reads them."""
+    return parse(config_class(name), stage_flags(name, flags), stage=name)
+
+
+def _recipes() -> str:
+    recipes = shipped_recipes()
+    width = max(map(len, recipes)) + 2
+    return "\n".join(
+        f"{name:<{width}}{path.read_text().splitlines()[0].lstrip('# ')}"
+        for name, path in recipes.items()
+    )
 
 
 def _usage() -> str:
-    lines = [f"  {stage:<18}{purpose}" for stage, (_, purpose) in STAGES.items()]
+    purposes = {name: stage.purpose for name, stage in STAGES.items()} | OTHERS
+    lines = [f"  {name:<18}{purpose}" for name, purpose in purposes.items()]
     return "\n".join(
         [
-            "usage: beit STAGE [--config RECIPE.yaml] [--dotted.field VALUE ...]",
+            "usage: beit STAGE [--config RECIPE] [--dotted.field VALUE ...]",
             "",
             "BEiT pretraining on Ray. Stages, in the order they are run:",
             *lines,

@@ -8,13 +8,19 @@ import contextlib
 import dataclasses
 import importlib
 import os
+import secrets
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
+from jobs.submission.access import NO_CLUSTER, SUBMISSION_ID, require_cluster, token_file, use_token
+from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError, StageFailed
+from pipelines.redaction import redacted
 
 Config = TypeVar("Config")
 
@@ -54,7 +60,7 @@ def parse(config_class: type[Config], argv: Sequence[str] | None, *, stage: str)
         config: Config = auto_cli(
             config_class,
             as_positional=False,
-            args=_bracket_lists(config_class, arguments),
+            args=_named_recipes(_bracket_lists(config_class, arguments)),
             prog=f"beit {stage}",
             allow_abbrev=False,
         )
@@ -82,44 +88,134 @@ def _bracket_lists(config_class: type, arguments: list[str]) -> list[str]:
     return bracketed
 
 
+def shipped_recipes() -> dict[str, Path]:
+    """Recipes of the package by name, wherever it is installed."""
+    return {path.stem: path for path in sorted(Path(__file__).with_name("configs").glob("*.yaml"))}
+
+
+def _named_recipes(arguments: list[str]) -> list[str]:
+    """Lets `--config` take a shipped recipe's name, or its path in a checkout that is not here."""
+    joined = [f"--config={a}" if before == "--config" else a
+              for before, a in zip(["", *arguments], arguments, strict=False)
+              if a != "--config"]  # fmt: skip
+    return [
+        _named(argument) if argument.startswith("--config=") else argument for argument in joined
+    ]
+
+
+def _named(argument: str) -> str:
+    given = Path(argument.removeprefix("--config="))
+    known = shipped_recipes().get(given.name.removesuffix(".yaml"))
+    return argument if known is None or given.is_file() else f"--config={known}"
+
+
 def stage_main(
-    stage: str,
-    config_class: type[Config],
-    module: str,
-    argv: Sequence[str] | None = None,
-    *,
-    needs_ray: bool | Callable[[Config], bool] = True,
+    stage: str, config_class: type[Config], module: str, argv: Sequence[str], *, ray: str
 ) -> int:
-    """Runs `module.run(config)` for the given flags and returns the exit code."""
+    """Runs `module.run(config)` for the given flags and returns the exit code.
+
+    `ray` says when Ray is needed: always, never, or `workers`.
+    """
+    configs: list[Any] = []
 
     def run() -> None:
-        config = parse(config_class, argv, stage=stage)
+        config = with_tracking_environment(parse(config_class, argv, stage=stage))
+        configs.append(config)
         prepare_environment()
-        if needs_ray(config) if callable(needs_ray) else needs_ray:
+        if ray == "always" or (ray == "workers" and _asks_for_workers(config)):
             connect_to_ray()
         result = importlib.import_module(module).run(config)
         summary = getattr(result, "summary", None)
         if summary is not None:
             print(summary())
 
-    return exit_code(run)
+    with terminated_as_interrupted():
+        return exit_code(run, output=lambda: getattr(configs[0], "output", "") if configs else "")
 
 
-def exit_code(action: Callable[[], None]) -> int:
-    """Runs `action`; expected failures become one message on stderr and a code."""
+def _asks_for_workers(config: Any) -> bool:
+    return config.scaling.num_workers != 0 or getattr(config.data, "executor", "") == "ray_tasks"
+
+
+def with_tracking_environment(config: Config) -> Config:
+    """MLflow's own variables count where a stage's flag is not given, and that is said."""
+    variables = {"uri": "MLFLOW_TRACKING_URI", "experiment": "MLFLOW_EXPERIMENT_NAME"}
+    given = {field: os.environ[name] for field, name in variables.items() if os.environ.get(name)}
+    said: set[str] = set()
+
+    def changed(section: Any) -> Any:
+        if isinstance(section, TrackingConfig):
+            default = TrackingConfig()
+            new: dict[str, Any] = {
+                f: v for f, v in given.items() if getattr(section, f) == getattr(default, f)
+            }
+            said.update(new if section.enabled else ())
+            return dataclasses.replace(section, **new)
+        fields = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
+        parts = {n: changed(part) for n, part in fields.items() if dataclasses.is_dataclass(part)}
+        return dataclasses.replace(section, **parts)
+
+    updated: Config = changed(config) if given else config
+    for field in sorted(said):
+        print(
+            f"tracking.{field}: {redacted(given[field])} (from {variables[field]})", file=sys.stderr
+        )
+    return updated
+
+
+@contextlib.contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM ends a stage as Ctrl-C does: ledgers are written, and the run is KILLED in MLflow.
+
+    It is what `beit submit stop`, `kubectl delete`, `scancel` and a drained node send.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt("Asked to end (SIGTERM).")
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def exit_code(action: Callable[[], None], *, output: Callable[[], str] = str) -> int:
+    """Runs `action`; expected failures become one message on stderr and a code.
+
+    In a submitted job the outcome is the log's last line, and stands beside the output as
+    `OUTPUT.result.json`: schedulers lose exit codes, and logs go with their cluster.
+    """
+    code, cause = 0, ""
     try:
         action()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        code, cause = 2, f"error: {error}"
     except StageFailed as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return 1
+        code, cause = 1, f"failed: {error}"
     except KeyboardInterrupt as interrupt:
-        print(f"interrupted. {interrupt}".rstrip(), file=sys.stderr)
+        code, cause = 130, f"interrupted. {interrupt}".rstrip()
+    if cause:
+        print(redacted(cause), file=sys.stderr)
+    if code == 130:
         print("Run the same command again to go on from what is done.", file=sys.stderr)
-        return 130
-    return 0
+    if os.environ.get(SUBMISSION_ID):
+        _leave_outcome(code, redacted(cause), output())
+    return code
+
+
+def _leave_outcome(code: int, cause: str, output: str) -> None:
+    from pipelines import storage
+
+    record = {"submission_id": os.environ[SUBMISSION_ID], "exit_code": code, "cause": cause}
+    if output:
+        with contextlib.suppress(OSError, InputError):  # the log says it, too
+            storage.write_json(storage.beside(output, ".result.json"), record)
+    sys.stderr.flush()
+    print(f"beit: exit code {code}" + (f": {' '.join(cause.split())}" if cause else ""), flush=True)
 
 
 def prepare_environment() -> None:
@@ -135,19 +231,47 @@ def connect_to_ray() -> None:
 
     A local Ray counts at least four CPUs, so that two training workers leave room for the tasks
     that feed them also on a small machine.
+
+    Raises:
+        InputError: RAY_ADDRESS names no Ray cluster that answers.
     """
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address:
+        require_cluster(address)
+        use_token()
+    else:
+        _own_token()
     import ray
 
     if ray.is_initialized():
         return
     verbose = os.environ.get("BEIT_VERBOSE", "") not in ("", "0")
     quiet: dict[str, Any] = {} if verbose else {"log_to_driver": False, "logging_level": "ERROR"}
-    with contextlib.nullcontext() if verbose else _muted_stderr():
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(address="auto", **quiet)
-        else:
-            cpus = max(4, os.cpu_count() or 1)
-            ray.init(address="local", num_cpus=cpus, include_dashboard=verbose, **quiet)
+    try:
+        with contextlib.nullcontext() if verbose else _muted_stderr():
+            if address:
+                ray.init(address="auto", **quiet)
+            else:
+                cpus = max(4, os.cpu_count() or 1)
+                ray.init(address="local", num_cpus=cpus, include_dashboard=verbose, **quiet)
+    except Exception as error:  # Ray says most of what goes wrong with the plain class
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if address:
+            raise InputError(f"RAY_ADDRESS = {address!r}: {reason}; {NO_CLUSTER}") from error
+        raise StageFailed(
+            f"Ray did not start on this machine: {reason}. BEIT_VERBOSE=1 shows its own log"
+        ) from error
+
+
+def _own_token() -> None:
+    """A token of this run alone, for the Ray that starts here.
+
+    Ray would write one to ~/.ray/auth_token, and every `ray start --head` after that would ask for
+    it.
+    """
+    known = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    if not any(os.environ.get(name) for name in known) and not token_file().is_file():
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 
 @contextlib.contextmanager

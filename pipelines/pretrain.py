@@ -23,6 +23,7 @@ from pipelines.config.checks import to_dict
 from pipelines.config.pretrain import MAY_CHANGE, PretrainConfig, run_uri
 from pipelines.errors import StageFailed
 from pipelines.evaluation.features import weights_fingerprint
+from pipelines.redaction import redacted_values
 from pipelines.tracking import Dataset
 from pipelines.training import driver, goodput
 from pipelines.training.checkpoint import Checkpoint, Saver, resume_point
@@ -74,7 +75,7 @@ def run(config: PretrainConfig) -> PretrainResult:
     check_probe(config)
 
     # The run directory: new, this run's, or another's.
-    run_dir.begin(to_dict(config), plan.fingerprints, may_change=MAY_CHANGE)
+    run_dir.begin(redacted_values(to_dict(config)), plan.fingerprints, may_change=MAY_CHANGE)
     before = driver.newest_step(run_dir)
     finished = run_dir.finished_report()
     if before == plan.total_steps and finished is not None:
@@ -342,7 +343,7 @@ def checkpoint_state(
 ) -> dict[str, Any]:
     """What a checkpoint says beside tensors."""
     return {
-        "config": to_dict(config),
+        "config": redacted_values(to_dict(config)),
         "fingerprints": dict(plan.fingerprints),
         "health": monitor.state(),
         "skips": skips.entries,

@@ -68,6 +68,12 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([base.rstrip("/"), *names]) + question + query
 
 
+def beside(uri: str, suffix: str) -> str:
+    """The URI of a file beside a directory: its name with `suffix`."""
+    base, question, query = (uri, "", "") if is_local(uri) else uri.partition("?")
+    return base.rstrip("/") + suffix + question + query
+
+
 def absolute(uri: str) -> str:
     """A local path made absolute, so that worker processes with another directory find it."""
     if not is_local(uri):

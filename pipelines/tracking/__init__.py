@@ -23,6 +23,7 @@ from PIL import Image
 
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError
+from pipelines.redaction import redacted
 from pipelines.tracking import store as tracking_store
 from pipelines.tracking.metric_logger import MetricLogger, quiet_mlflow
 
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 INPUT_TAG, OUTPUT_TAG, STAGE_TAG = "beit.input.", "beit.output.", "beit.stage"
-NOTE_TAG, ERROR_TAG = "mlflow.note.content", "beit.error"
+NOTE_TAG, ERROR_TAG = "mlflow.note.content", tracking_store.ERROR_TAG
 TABLES = ("image_table", "token_table")
 MAX_PARAMS_PER_BATCH, MAX_PARAM_LENGTH, MAX_TAG_LENGTH, MAX_DIGEST_LENGTH = 100, 6000, 8000, 36
 
@@ -125,18 +126,19 @@ class MlflowRun(Run):
         self._experiment_id = str(client.get_run(run_id).info.experiment_id)
         self._logger = MetricLogger(tracking_uri, run_id, system_metrics=system_metrics)
         self._finished = False
+        shown = redacted(tracking_uri)
         if tracking_uri.startswith("http"):
             # Without this switch MLflow opens its view for language-model traces.
             self.url = (
-                f"{tracking_uri.rstrip('/')}/#/experiments/{self._experiment_id}/runs/{run_id}"
+                f"{shown.rstrip('/')}/#/experiments/{self._experiment_id}/runs/{run_id}"
                 "?workflowType=machine_learning"
             )
             self.where = f"MLflow run: {self.url}"
         else:
             self.url = ""
             self.where = (
-                f"MLflow run {run_id[:8]} in {tracking_uri}: `make ui` shows it "
-                f"(mlflow ui --backend-store-uri {tracking_uri})"
+                f"MLflow run {run_id[:8]} in {shown}: `make ui` shows it "
+                f"(mlflow ui --backend-store-uri {shown})"
             )
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
@@ -160,7 +162,9 @@ class MlflowRun(Run):
         from mlflow.entities import RunTag
 
         with self._guard("tags"):
-            values = [RunTag(name, value[:MAX_TAG_LENGTH]) for name, value in tags.items()]
+            values = [
+                RunTag(name, redacted(value)[:MAX_TAG_LENGTH]) for name, value in tags.items()
+            ]
             self._client.log_batch(self.run_id, tags=values)
 
     def set_note(self, text: str) -> None:
@@ -193,9 +197,8 @@ class MlflowRun(Run):
         try:
             yield
         except Exception as error:
-            log.warning(
-                "tracking: %s could not be stored in %s: %s", what, self.tracking_uri, error
-            )
+            store, reason = redacted(self.tracking_uri), redacted(str(error))
+            log.warning("tracking: %s could not be stored in %s: %s", what, store, reason)
 
 
 def start_run(
@@ -229,13 +232,9 @@ def start_run(
     if not config.enabled:
         return disabled()
     tracking_uri = tracking_store.absolute_tracking_uri(config.uri)
-    if tracking_uri.startswith("http"):
-        tracking_store.require_server(tracking_uri)
-    from mlflow import MlflowClient
-
     quiet_mlflow()
+    client = tracking_store.connect(tracking_uri)
     try:
-        client = MlflowClient(tracking_uri)
         run_id = tracking_store.reopened(client, resume_run_id) if resume_run_id else ""
         if not run_id:
             experiment_id = tracking_store.experiment_id(client, config, tracking_uri)
@@ -245,8 +244,8 @@ def start_run(
         raise
     except Exception as error:
         raise InputError(
-            f"tracking.uri: {tracking_uri!r} cannot be used ({error}); name a running MLflow "
-            "server or a writable sqlite:///file.db, or pass --tracking.enabled false"
+            f"tracking.uri: no run could be made in {redacted(tracking_uri)!r} "
+            f"({redacted(str(error))}); or pass --tracking.enabled false"
         ) from error
     run = MlflowRun(client, tracking_uri, run_id, system_metrics=system_metrics)
     all_tags = {**_context_tags(stage), STAGE_TAG: stage, **(tags or {}), **_input_tags(inputs)}
@@ -277,7 +276,7 @@ def _log_params(client: "MlflowClient", run_id: str, params: Mapping[str, object
     from mlflow.entities import Param, RunTag
 
     known = client.get_run(run_id).data.params
-    values = {name: str(value)[:MAX_PARAM_LENGTH] for name, value in params.items()}
+    values = {name: redacted(str(value))[:MAX_PARAM_LENGTH] for name, value in params.items()}
     new = [Param(name, value) for name, value in values.items() if name not in known]
     for start in range(0, len(new), MAX_PARAMS_PER_BATCH):
         client.log_batch(run_id, params=new[start : start + MAX_PARAMS_PER_BATCH])

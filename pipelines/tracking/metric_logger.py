@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from pipelines.redaction import redacted
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
@@ -61,7 +63,7 @@ class MetricLogger:
     Without a `run_id` nothing is done, so that callers need no case for tracking switched off.
 
     Args:
-        tracking_uri: MLflow tracking URI, without credentials.
+        tracking_uri: MLflow tracking URI.
         run_id: the run, made by the driver.
         system_metrics: also record processor, memory, network, disk and GPU use of this machine.
         capacity: how many calls of `log` may wait for the server.
@@ -79,6 +81,7 @@ class MetricLogger:
         flush_every: float = 2.0,
     ) -> None:
         self.tracking_uri, self.run_id = tracking_uri, run_id
+        self.shown = redacted(tracking_uri)
         self.dropped = 0
         self._capacity, self._flush_every = capacity, flush_every
         self._entries: list[_Entry] = []
@@ -141,7 +144,7 @@ class MetricLogger:
             left = len(self._entries) + len(self._sending) + len(self._pictures)
         if left:
             self.dropped += left
-            log.warning("tracking: %s did not answer; %d records lost", self.tracking_uri, left)
+            log.warning("tracking: %s did not answer; %d records lost", self.shown, left)
         self._thread = None
 
     def _thin_out(self) -> None:
@@ -173,15 +176,17 @@ class MetricLogger:
                 pause = 0.0
                 if self._away:
                     self._away = False
-                    log.warning("tracking: %s is back", self.tracking_uri)
+                    log.warning("tracking: %s is back", self.shown)
             except Exception as error:
                 pause = min(MAX_PAUSE, max(1.0, 2 * pause))
                 if not self._away:
                     self._away = True
                     log.warning(
                         "tracking: %s does not take metrics (%s); training goes on, values wait",
-                        self.tracking_uri,
-                        str(error).splitlines()[0][:200] if str(error) else type(error).__name__,
+                        self.shown,
+                        redacted(str(error)).splitlines()[0][:200]
+                        if str(error)
+                        else type(error).__name__,
                     )
             if closing:
                 if not (self._entries or self._sending or self._pictures):

@@ -1,11 +1,12 @@
 """Which MLflow store a run goes to: its URI, its experiment, and where files are kept."""
 
 import contextlib
+import fcntl
 import logging
 import re
 import time
-import urllib.error
-import urllib.request
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -13,11 +14,14 @@ from urllib.parse import urlsplit
 from pipelines import storage
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError
+from pipelines.redaction import redacted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 log = logging.getLogger(__name__)
+
+ERROR_TAG = "beit.error"
 
 
 def absolute_tracking_uri(uri: str) -> str:
@@ -34,28 +38,71 @@ def absolute_tracking_uri(uri: str) -> str:
     if scheme.partition("+")[0] in ("http", "https", "postgresql", "mysql", "mssql", "databricks"):
         return uri
     raise InputError(
-        f"tracking.uri: {uri!r} is no MLflow tracking URI; use http://server:5000, "
-        f"sqlite:///{uri.rstrip('/') or '.'}/mlflow.db or leave it empty"
+        f"tracking.uri: {redacted(uri)!r} is no MLflow tracking URI; use http://server:5000, "
+        f"sqlite:///{redacted(uri).rstrip('/') or '.'}/mlflow.db or leave it empty"
     )
 
 
-def require_server(uri: str) -> None:
-    """Waits a moment for the server. Raises InputError when nobody answers."""
-    # MLflow itself would try for minutes before it says that nobody is there.
+def connect(tracking_uri: str) -> "MlflowClient":
+    """A client of a store that has answered, asked by MLflow itself: its settings for TLS, tokens
+    and basic authentication hold.
+
+    Raises:
+        InputError: nobody answers, or the answer is a refusal.
+    """
+    if tracking_uri.startswith("http"):
+        _require_answer(tracking_uri)
+    from mlflow import MlflowClient
+
+    try:
+        with _alone_with_file(tracking_uri):
+            client = MlflowClient(tracking_uri)
+            client.search_experiments(max_results=1)
+    except Exception as error:
+        reason = redacted(" ".join(str(error).split()))[:500]
+        raise InputError(
+            f"tracking.uri: {redacted(tracking_uri)!r} cannot be used ({reason}); name a running "
+            "MLflow server or a writable sqlite:///file.db, or pass --tracking.enabled false"
+        ) from error
+    return client
+
+
+def _require_answer(uri: str) -> None:
+    """Waits a moment for the server: MLflow itself would try for minutes. Raises InputError.
+
+    Only asks whether somebody is there; whether it can be trusted, and what it thinks of us, is
+    between it and MLflow.
+    """
+    import requests
+
     for attempt in range(3):
         try:
-            with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10):
-                return
-        except urllib.error.HTTPError:
-            return  # somebody is there; what it thinks of us, MLflow will say
-        except (OSError, ValueError) as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the certificate, which MLflow will check
+                requests.get(f"{uri.rstrip('/')}/health", timeout=10, verify=False)
+        except requests.RequestException as error:
             if attempt == 2:
                 raise InputError(
-                    f"tracking.uri: no answer from {uri} ({error}); start the MLflow server, or "
-                    "leave tracking.uri empty for a local SQLite file, or pass "
-                    "--tracking.enabled false"
+                    f"tracking.uri: no answer from {redacted(uri)} ({type(error).__name__}); start "
+                    "the MLflow server, or leave tracking.uri empty for a local SQLite file, or "
+                    "pass --tracking.enabled false"
                 ) from error
             time.sleep(0.5 * (attempt + 1))
+        else:
+            return
+
+
+@contextlib.contextmanager
+def _alone_with_file(tracking_uri: str) -> Iterator[None]:
+    """One process at a time, for a SQLite file: MLflow makes its tables when it first opens one,
+    and of two that do so at once both fail."""
+    if not tracking_uri.startswith("sqlite:///"):
+        yield
+        return
+    path = Path(tracking_uri.removeprefix("sqlite:///"))
+    with path.with_name(f".{path.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def experiment_id(client: "MlflowClient", config: TrackingConfig, tracking_uri: str) -> str:
@@ -67,7 +114,8 @@ def experiment_id(client: "MlflowClient", config: TrackingConfig, tracking_uri: 
         if experiment is not None:
             if experiment.lifecycle_stage != "active":
                 raise InputError(
-                    f"tracking.experiment: {config.experiment!r} is deleted in {tracking_uri}; "
+                    f"tracking.experiment: {config.experiment!r} is deleted in "
+                    f"{redacted(tracking_uri)}; "
                     "restore it (mlflow experiments restore) or choose another name"
                 )
             return str(experiment.experiment_id)
@@ -111,4 +159,6 @@ def reopened(client: "MlflowClient", run_id: str) -> str:
         log.warning("tracking: run %s was deleted; a new one is made", run_id)
         return ""
     client.update_run(run_id, status="RUNNING")
+    if ERROR_TAG in run.data.tags:  # of the failure that this start leaves behind
+        client.delete_tag(run_id, ERROR_TAG)
     return run_id

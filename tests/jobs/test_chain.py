@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import cli, quickstart
+from jobs import cli, pipeline
 from jobs.command import parse
 from pipelines.preparation.sample_images import list_images, read_image
 from pipelines.tables.image_table import ImageTable
@@ -39,11 +39,11 @@ SMALLER = [
 @pytest.mark.parametrize("name", ["quickstart", "demo"])
 def test_the_recipes_of_the_chain_parse(name: str) -> None:
     config = parse(
-        quickstart.QuickstartConfig,
+        pipeline.PipelineConfig,
         ["--config", str(CONFIGS / f"{name}.yaml"), "--output", "here"],
         stage="quickstart",
     )
-    chain = {stage: stage_config for stage, _, stage_config in quickstart.stages(config)}
+    chain = {stage: stage_config for stage, _, stage_config in pipeline.stages(config)}
     assert list(chain) == ["prepare", "train-tokenizer", "tokenize", "pretrain", "evaluate"]
     assert chain["pretrain"].tokens == ["here/tokens"] == [chain["tokenize"].output]
     assert chain["pretrain"].scaling.num_workers == 2

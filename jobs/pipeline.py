@@ -1,18 +1,16 @@
-"""`beit quickstart`: the whole chain, stage by stage, with one Ray and one tracking store.
+"""`beit pipeline`: the whole chain, stage by stage, with one Ray and one tracking store.
 
 Every stage is the one its own command runs; it resumes, or says that it is done already. So a
-quickstart that was interrupted goes on where it stopped when the same command is given again.
+chain that was interrupted goes on where it stopped when the same command is given again.
 """
 
 import dataclasses
 import importlib
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.command import connect_to_ray, exit_code, parse, prepare_environment
 from pipelines.config.evaluate import EvaluateConfig
 from pipelines.config.prepare import PrepareConfig
 from pipelines.config.pretrain import PretrainConfig
@@ -21,7 +19,7 @@ from pipelines.config.train_tokenizer import TrainTokenizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuickstartConfig:
+class PipelineConfig:
     """The five stages of the chain; their inputs and outputs are places below `output`."""
 
     output: str
@@ -38,7 +36,7 @@ class QuickstartConfig:
     """Frozen features beside random initialisation and raw pixels."""
 
 
-def stages(config: QuickstartConfig) -> Iterator[tuple[str, str, Any]]:
+def stages(config: PipelineConfig) -> Iterator[tuple[str, str, Any]]:
     """(what it does, module, configuration) of every stage, in the order they run."""
     at = {name: f"{config.output}/{name}" for name in ("images", "tokenizer", "tokens", "run")}
     replace = dataclasses.replace
@@ -69,33 +67,40 @@ def stages(config: QuickstartConfig) -> Iterator[tuple[str, str, Any]]:
     yield "evaluate", "evaluate", replace(config.evaluate, run=at["run"], images=at["images"])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the chain and returns the exit code of its first stage that failed, else 0."""
+@dataclass(frozen=True, kw_only=True)
+class PipelineResult:
+    """What the stages said."""
 
-    def run() -> None:
-        config = parse(QuickstartConfig, argv, stage="quickstart")
-        prepare_environment()
-        start = time.monotonic()
-        connect_to_ray()
-        summaries = []
-        chain = list(stages(config))
-        for number, (stage, module, stage_config) in enumerate(chain, start=1):
-            print(f"\n[{number}/{len(chain)}] {stage}", flush=True)
-            stage_start = time.monotonic()
-            result = importlib.import_module(f"pipelines.{module}").run(stage_config)
-            seconds = time.monotonic() - stage_start
-            summaries.append(
-                (stage, seconds, str(result.summary() if hasattr(result, "summary") else result))
-            )
-            print(f"      {summaries[-1][2]}  ({seconds:.0f} s)", flush=True)
-        print(f"\nDone in {(time.monotonic() - start) / 60:.1f} minutes; everything is below")
-        print(f"{config.output}/.\n")
-        for stage, seconds, summary in summaries:
-            print(f"  {stage:<16}{seconds:5.0f} s  {summary}")
-        print("\nLook at it:  make ui    (runs, curves, pictures, lineage in MLflow)")
+    output: str
+    seconds: float
+    stages: tuple[tuple[str, float, str], ...]
+    """Name, seconds and summary of each."""
 
-    return exit_code(run)
+    def summary(self) -> str:
+        """What the command prints at the end."""
+        lines = [f"  {name:<16}{seconds:5.0f} s  {said}" for name, seconds, said in self.stages]
+        return "\n".join(
+            [
+                f"\nDone in {self.seconds / 60:.1f} minutes; everything is below",
+                f"{self.output}/.\n",
+                *lines,
+                "\nLook at it:  make ui    (runs, curves, pictures, lineage in MLflow)",
+            ]
+        )
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def run(config: PipelineConfig) -> PipelineResult:
+    """Runs the chain. Raises what its first failing stage raises."""
+    start = time.monotonic()
+    done: list[tuple[str, float, str]] = []
+    chain = list(stages(config))
+    for number, (stage, module, stage_config) in enumerate(chain, start=1):
+        print(f"\n[{number}/{len(chain)}] {stage}", flush=True)
+        began = time.monotonic()
+        result = importlib.import_module(f"pipelines.{module}").run(stage_config)
+        said = str(result.summary() if hasattr(result, "summary") else result)
+        done.append((stage, time.monotonic() - began, said))
+        print(f"      {said}  ({done[-1][1]:.0f} s)", flush=True)
+    return PipelineResult(
+        output=config.output, seconds=time.monotonic() - start, stages=tuple(done)
+    )

@@ -1,0 +1,1 @@
+"""Parts of `beit submit`: what is sent, to which cluster, and how its log is followed."""

@@ -1,0 +1,323 @@
+"""`beit submit STAGE ... -- STAGE FLAGS`: a stage as a job on a Ray cluster, over its Jobs API.
+
+The flags are checked here, sent as one file of configuration beside the code, and run there by
+`python -m jobs`. The submission id follows from the stage, its output and the attempt, so that
+submitting what already runs attaches to it. `submit status|logs|stop|list` look at jobs.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from jobs.command import ENVIRONMENT, exit_code
+from jobs.submission.access import SUBMISSION_ID, find_address, use_token
+from pipelines import storage
+from pipelines.errors import InputError, StageFailed
+from pipelines.redaction import redacted
+
+ACTIONS = ("status", "logs", "stop", "list")
+# Ray kills a stopped job's driver after so long; until then it saves what it has.
+STOP_SECONDS = 60
+SECOND_INTERRUPT_SECONDS = 3.0
+USAGE = """beit submit STAGE [--address http://head:8265] [options] -- STAGE FLAGS
+       beit submit status|logs|stop ID    beit submit list"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """A stage as it is sent."""
+
+    stage: str
+    prefix: str
+    """Of the submission id; the attempt's number follows."""
+    config_text: str
+    metadata: Mapping[str, str]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Submits, or acts on a job; returns the job's own exit code where it is followed."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    own, flags = _split(arguments)
+    parser = _parser()
+    options = parser.parse_args(own)
+    codes: list[int] = []
+
+    def act() -> None:
+        if options.what in ACTIONS:
+            if flags:
+                raise InputError(f"submit {options.what}: takes no flags of a stage")
+            codes.append(_act(options))
+        else:
+            codes.append(_submit(options, flags))
+
+    return exit_code(act) or (codes[0] if codes else 0)
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    if "--" not in arguments:
+        return arguments, []
+    cut = arguments.index("--")
+    return arguments[:cut], arguments[cut + 1 :]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="beit submit", usage=USAGE, description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("what", help="a stage, as in `beit STAGE`, or status, logs, stop, list")
+    parser.add_argument("id", nargs="?", default="", help="submission id, of status, logs, stop")
+    parser.add_argument("--address", default="", help="dashboard; else RAY_API_SERVER_ADDRESS")
+    parser.add_argument(
+        "--env", action="append", default=[], metavar="NAME",
+        help="variable of this shell that the job's processes get too; by name, may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--include", action="append", default=[], metavar="PATH",
+        help="file or directory sent beside the code; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--code", choices=("checkout", "image"), default="checkout",
+        help="send this code, or use what is installed in the cluster's image",
+    )  # fmt: skip
+    parser.add_argument("--detach", action="store_true", help="do not follow the log")
+    parser.add_argument("--dry_run", action="store_true", help="check and show; submit nothing")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    return parser
+
+
+def _submit(options: argparse.Namespace, flags: Sequence[str]) -> int:
+    from jobs.submission.package import write_package
+
+    job = describe(options.what, flags)
+    environment = job_environment(options.env)
+    # Where flags read the terminal's log: the packing is refused before anything is sent.
+    with tempfile.TemporaryDirectory(prefix="beit-submit-") as folder:
+        size = write_package(
+            Path(folder), config_text=job.config_text, with_code=options.code == "checkout",
+            include=options.include,
+        )  # fmt: skip
+        address, token_place = find_address(options.address), use_token()
+        from jobs.submission import cluster
+
+        client = cluster.connect(address, token_place)
+        ended, alive = cluster.newest_attempt(client, job.prefix)
+        if options.dry_run:
+            _say(options, f"would submit {job.prefix}-{ended + 1} ({size / 1024:.0f} kB)")
+            print(json.dumps(dict(job.metadata), indent=1))
+            return 0
+        if alive is not None:
+            submission_id = str(alive.submission_id)
+            _say(
+                options, f"{submission_id} is {alive.status.value.lower()} already: attached to it"
+            )
+        else:
+            submission_id = f"{job.prefix}-{ended + 1}"
+            cluster.submit(
+                client,
+                entrypoint=f"python -m jobs {job.stage} --config job.yaml",
+                submission_id=submission_id,
+                runtime_env={
+                    "working_dir": folder,
+                    "env_vars": {**environment, SUBMISSION_ID: submission_id},
+                },
+                metadata=dict(job.metadata),
+            )
+            _say(options, f"submitted {submission_id} ({size / 1024:.0f} kB)")
+    _say(options, f"dashboard: {address}/#/jobs/{submission_id}")
+    if token_place:
+        _say(options, f"token: from {token_place}")
+    if options.detach:
+        _say(options, f"follow it: beit submit logs {submission_id} --address {address}")
+        return _report(options, client, submission_id, code=0)
+    return _follow(options, client, submission_id)
+
+
+def describe(stage: str, flags: Sequence[str]) -> Submission:
+    """The stage with these flags, checked, as it would be sent.
+
+    Raises:
+        InputError: no such stage, a value that does not fit, or an output that the nodes of a
+            cluster do not share.
+    """
+    import dataclasses
+
+    import yaml
+
+    from jobs.cli import parse_stage
+
+    config = parse_stage(stage, flags)
+    values = dataclasses.asdict(config)
+    for name, value in _uris(values):
+        if storage.is_local(value) and not Path(value.removeprefix("file://")).is_absolute():
+            raise InputError(
+                f"{name} = {value!r}: on a cluster a relative path is a folder of one node that "
+                "goes with the job; give s3://... or an absolute path that all nodes share"
+            )
+    place = str(values.get("output") or values.get("run") or json.dumps(values, sort_keys=True))
+    return Submission(
+        stage=stage,
+        prefix=f"beit-{stage}-{storage.fingerprint([stage, place])[:8]}",
+        config_text=yaml.safe_dump(_plain(values), sort_keys=False, allow_unicode=True),
+        metadata={
+            "beit.stage": stage,
+            "beit.output": redacted(place) if values.get("output") or values.get("run") else "",
+            "beit.config": storage.fingerprint(_plain(values)),
+            "beit.code": code_version(),
+            "beit.tracking": redacted(str(values.get("tracking", {}).get("uri", ""))),
+        },
+    )
+
+
+def _uris(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    names = ("images", "tokens", "tokenizer", "output", "source", "run", "teacher")
+    found: list[tuple[str, str]] = []
+    for name in names:
+        value = values.get(name)
+        found += [(name, item) for item in (value if isinstance(value, list) else [value]) if item]
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """Tuples become lists, as YAML and JSON have them."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def job_environment(names: Sequence[str]) -> dict[str, str]:
+    """Variables of the job's processes: what every command sets here, and those that are named.
+
+    Raises:
+        InputError: a named variable is not set in this shell.
+    """
+    environment = {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
+    environment["RAY_JOB_STOP_WAIT_TIME_S"] = str(STOP_SECONDS)
+    for name in names:
+        if name not in os.environ:
+            raise InputError(f"--env {name}: not set in this shell")
+        environment[name] = os.environ[name]
+    return environment
+
+
+def code_version() -> str:
+    """Commit of the checkout (`-dirty` with changes), or the installed package's version."""
+    from jobs.submission.package import checkout
+
+    asked = subprocess.run(
+        ["git", "-C", str(checkout()), "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return asked.stdout.strip() if asked.returncode == 0 else version("beit-ray")
+
+
+def _follow(options: argparse.Namespace, client: Any, submission_id: str) -> int:
+    """Follows to the end. Ctrl-C lets the job run on; a second one stops it."""
+    from jobs.submission.cluster import ClusterAwayError
+    from jobs.submission.follow import follow, job_exit_code
+
+    stream = sys.stderr if options.json else sys.stdout
+    while True:
+        try:
+            details = follow(client, submission_id, stream=stream)
+            break
+        except ClusterAwayError as error:
+            raise StageFailed(
+                f"{submission_id}: the cluster is away ({error}); the job may run on. When it is "
+                f"back: beit submit logs {submission_id}"
+            ) from error
+        except KeyboardInterrupt:
+            if not _stop_wanted(submission_id):
+                return 130
+            client.stop_job(submission_id)
+            print(f"\nstopping {submission_id}; up to {STOP_SECONDS} s to save", file=sys.stderr)
+    code = job_exit_code(details, lambda: client.get_job_logs(submission_id))
+    message = (details.message or "").partition(", last available logs")[0]
+    _say(options, f"{submission_id}: {details.status.value.lower()}, exit code {code}. {message}")
+    return _report(options, client, submission_id, code=code)
+
+
+def _stop_wanted(submission_id: str) -> bool:
+    """Whether a second Ctrl-C follows the first."""
+    try:
+        print(
+            f"\n{submission_id} runs on. Follow it again: beit submit logs {submission_id}\n"
+            f"Ctrl-C once more within {SECOND_INTERRUPT_SECONDS:.0f} s stops the job.",
+            file=sys.stderr,
+        )
+        time.sleep(SECOND_INTERRUPT_SECONDS)
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
+def _act(options: argparse.Namespace) -> int:
+    address, token_place = find_address(options.address), use_token()
+    from jobs.submission import cluster
+
+    client = cluster.connect(address, token_place)
+    if options.what == "list":
+        return _list(options, client)
+    if not options.id:
+        raise InputError(f"submit {options.what}: name the job's submission id")
+    details = cluster.job_info(client, options.id)
+    if options.what == "logs":
+        return _follow(options, client, options.id)
+    if options.what == "stop":
+        stopped = client.stop_job(options.id)
+        _say(options, f"{options.id}: {'stopping' if stopped else details.status.value.lower()}")
+    return _report(options, client, options.id, code=0, aloud=options.what == "status")
+
+
+def _list(options: argparse.Namespace, client: Any) -> int:
+    jobs = [job for job in client.list_jobs() if job.submission_id]
+    records = [_record(job) for job in sorted(jobs, key=lambda job: job.start_time or 0)]
+    if options.json:
+        print(json.dumps(records))
+        return 0
+    for record in records:
+        print("{id:<40}{status:<11}{started:<22}{output}".format(**record))
+    return 0
+
+
+def _record(job: Any) -> dict[str, Any]:
+    began = time.gmtime((job.start_time or 0) / 1000)
+    return {
+        "id": job.submission_id,
+        "status": job.status.value,
+        "started": time.strftime("%Y-%m-%d %H:%M:%SZ", began) if job.start_time else "",
+        "stage": (job.metadata or {}).get("beit.stage", ""),
+        "output": (job.metadata or {}).get("beit.output", ""),
+        "driver_exit_code": job.driver_exit_code,
+    }
+
+
+def _report(
+    options: argparse.Namespace, client: Any, submission_id: str, *, code: int, aloud: bool = False
+) -> int:
+    if options.json:
+        record = _record(client.get_job_info(submission_id))
+        print(json.dumps({**record, "exit_code": code}))
+    elif aloud:
+        details = client.get_job_info(submission_id)
+        print(f"{submission_id}: {details.status.value.lower()}. {details.message or ''}")
+    return code
+
+
+def _say(options: argparse.Namespace, text: str) -> None:
+    print(text, file=sys.stderr if options.json else sys.stdout, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

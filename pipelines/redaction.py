@@ -1,0 +1,29 @@
+"""Secrets stay out of everything that is written: the one place that takes them out."""
+
+import re
+from typing import Any
+
+HIDDEN = "***"
+# scheme://user:password@host: the user's name alone may be a token.
+_USER_INFO = re.compile(r"(?<=://)[^/@\s?#]+@")
+_QUERY = re.compile(
+    r"(?<=[?&])((?:[\w.-]*(?:secret|token|password|passwd|signature|credential|access_key|apikey)"
+    r"[\w.-]*)=)[^&\s#]*",
+    re.IGNORECASE,
+)
+
+
+def redacted(text: str) -> str:
+    """`text` with user info and secret query values of the URIs in it replaced by `***`."""
+    return _QUERY.sub(rf"\1{HIDDEN}", _USER_INFO.sub(f"{HIDDEN}@", text))
+
+
+def redacted_values(value: Any) -> Any:
+    """JSON-like values with every text in them redacted."""
+    if isinstance(value, str):
+        return redacted(value)
+    if isinstance(value, dict):
+        return {name: redacted_values(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted_values(item) for item in value]
+    return value

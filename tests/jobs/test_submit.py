@@ -1,0 +1,174 @@
+"""What a submission carries and what becomes of it, without a cluster."""
+
+import io
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from jobs import submit
+from jobs.cli import main, parse_stage
+from jobs.command import shipped_recipes
+from jobs.submission import package
+from jobs.submission.follow import LogPrinter, job_exit_code
+from pipelines.errors import InputError
+from pipelines.redaction import HIDDEN
+
+PREPARE = ["--source", "s3://raw/photos", "--output", "s3://beit/images"]
+
+
+def test_the_code_is_sent_by_allow_list(tmp_path, monkeypatch):
+    for name in ("beit", "pipelines", "jobs", "work"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.py").write_text("x = 1")
+    results = tmp_path / "jobs/results.bin"
+    with results.open("wb") as file:
+        file.truncate(2 * 2**30)  # sparse: 2 GB of results beside the code
+    monkeypatch.setattr(package, "checkout", lambda: tmp_path)
+    target = tmp_path / "target"
+    target.mkdir()
+    size = package.write_package(target, config_text="a: 1\n", with_code=True, include=[])
+    sent = sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file())
+    assert sent == ["beit/a.py", "job.yaml", "jobs/a.py", "pipelines/a.py"]
+    assert size == 3 * len("x = 1") + len("a: 1\n")
+
+
+def test_too_much_is_refused_by_name_and_nothing_is_copied(tmp_path):
+    big, target = tmp_path / "big", tmp_path / "target"
+    big.mkdir()
+    target.mkdir()
+    for number in range(7):
+        with (big / f"{number}.bin").open("wb") as file:
+            file.truncate((20 + number) * 2**20)
+    with pytest.raises(InputError, match=r"6\.bin 26\.0 MiB.*2\.bin 22\.0 MiB") as refused:
+        package.write_package(target, config_text="", with_code=False, include=[str(big)])
+    assert "1.bin" not in str(refused.value)
+    assert list(target.iterdir()) == []
+
+
+def test_this_checkout_is_small(tmp_path):
+    assert package.write_package(tmp_path, config_text="", with_code=True, include=[]) < 2**20
+    assert (tmp_path / "jobs/configs/quickstart.yaml").is_file()
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_the_configuration_that_is_sent_is_the_one_that_was_meant(name, tmp_path):
+    chain = name in ("quickstart", "demo")
+    stage = "pipeline" if chain else "pretrain"
+    flags = ["--config", name, "--output", "/shared/out"]
+    flags += [] if chain else ["--images", "/shared/i", "--tokens", "/shared/t"]
+    sent = tmp_path / "job.yaml"
+    sent.write_text(submit.describe(stage, flags).config_text)
+    assert parse_stage(stage, ["--config", str(sent)]) == parse_stage(stage, flags)
+
+
+def test_the_id_follows_from_stage_and_output():
+    first = submit.describe("prepare", PREPARE)
+    assert submit.describe("prepare", [*PREPARE, "--min_side", "8"]).prefix == first.prefix
+    other = submit.describe("prepare", [*PREPARE[:-1], "s3://beit/others"])
+    assert other.prefix != first.prefix
+
+
+@pytest.mark.parametrize("flag", ["--source", "--output"])
+def test_a_relative_path_is_refused_by_name(flag):
+    with pytest.raises(InputError, match=flag.removeprefix("--")):
+        submit.describe("prepare", [*PREPARE, flag, "here"])
+
+
+def test_no_secret_is_in_metadata():
+    flags = [*PREPARE, "--tracking.uri", "https://anna:geheim@mlflow:5000"]
+    job = submit.describe("prepare", flags)
+    assert "geheim" not in json.dumps(dict(job.metadata))
+    assert HIDDEN in job.metadata["beit.tracking"]
+
+
+def test_variables_go_by_name(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "geheim")
+    environment = submit.job_environment(["MLFLOW_TRACKING_PASSWORD"])
+    assert environment["MLFLOW_TRACKING_PASSWORD"] == "geheim"
+    assert environment["RAY_JOB_STOP_WAIT_TIME_S"] == "60"
+    with pytest.raises(InputError, match="--env NOT_SET_ANYWHERE"):
+        submit.job_environment(["NOT_SET_ANYWHERE"])
+
+
+def test_a_log_handed_over_again_is_printed_once():
+    stream = io.StringIO()
+    printer = LogPrinter(stream)
+    printer.feed("one\n")
+    printer.feed("tw")
+    printer.restart()  # a connection that dropped: the log comes from its beginning
+    printer.feed("one\ntwo\n")
+    printer.restart()
+    printer.feed("on")  # and again, cut off before anything new
+    printer.finish("one\ntwo\nthree\n")
+    assert stream.getvalue() == "one\ntwo\nthree\n"
+
+
+@pytest.mark.parametrize(
+    ("status", "driver", "log", "code"),
+    [
+        ("SUCCEEDED", 0, "", 0),
+        ("FAILED", 2, "", 2),
+        ("FAILED", 1, "", 1),
+        ("STOPPED", None, "", 130),
+        ("FAILED", None, "error: x\nbeit: exit code 2: error: x\n", 2),
+        ("FAILED", -9, "beit: exit code 2: of an earlier attempt\n...\n", 2),
+        ("FAILED", None, "killed", 1),
+    ],
+)
+def test_the_drivers_own_exit_code(status, driver, log, code):
+    details = SimpleNamespace(status=SimpleNamespace(value=status), driver_exit_code=driver)
+    assert job_exit_code(details, lambda: log) == code
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["prepare"], "--address"),
+        (["prepare", "--address", "ray://head:10001"], "--address"),
+        (["prepare", "--address", "http://127.0.0.1:9"], "http://127.0.0.1:9"),
+        (["status", "--address", "http://127.0.0.1:9"], "http://127.0.0.1:9"),
+        (["brew"], "brew"),
+    ],
+)
+def test_one_sentence_instead_of_a_traceback(flags, named, monkeypatch, capsys):
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    stage_flags = ["--", *PREPARE] if flags[0] == "prepare" else []
+    assert main(["submit", *flags, *stage_flags]) == 2
+    said = capsys.readouterr().err
+    assert named in said
+    assert len(said.strip().splitlines()) == 1
+
+
+def test_an_attempt_leaves_its_outcome(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("BEIT_SUBMISSION_ID", "beit-prepare-1")
+    flags = ["--source", str(tmp_path / "none"), "--output", str(tmp_path / "images")]
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    assert main(["prepare", *flags]) == 2
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last.startswith("beit: exit code 2: error: RAY_ADDRESS")
+    record = json.loads(Path(f"{tmp_path}/images.result.json").read_text())
+    assert record["submission_id"] == "beit-prepare-1"
+    assert record["exit_code"] == 2
+
+
+def test_the_tracking_environment_counts_and_is_said(tmp_path, monkeypatch, capsys):
+    from jobs.command import with_tracking_environment
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://anna:geheim@mlflow:5000")
+    config = with_tracking_environment(parse_stage("prepare", PREPARE))
+    assert config.tracking.uri == "http://anna:geheim@mlflow:5000"
+    said = capsys.readouterr().err
+    assert "MLFLOW_TRACKING_URI" in said
+    assert "geheim" not in said
+    own = parse_stage("prepare", [*PREPARE, "--tracking.uri", "http://other:5000"])
+    assert with_tracking_environment(own) == own
+    chain = parse_stage("pipeline", ["--config", "quickstart", "--output", "/o"])
+    updated = with_tracking_environment(chain)
+    assert updated.pretrain.tracking.uri == updated.prepare.tracking.uri == config.tracking.uri
+    assert yaml.safe_load(submit.describe("prepare", PREPARE).config_text)["tracking"]["uri"] == ""
+    assert os.environ["MLFLOW_TRACKING_URI"]
