@@ -1,0 +1,137 @@
+"""The Kubernetes manifests: rendered, against schemas, KubeRay's rules and Ray's own reader."""
+
+import copy
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import kubernetes_validate
+import pytest
+import yaml
+from ray.autoscaler._private.kuberay.autoscaling_config import (
+    _derive_autoscaling_config_from_ray_cr,
+)
+from ray.autoscaler._private.util import validate_config
+
+from jobs.cli import parse_stage
+from tests.infra.kuberay_rules import findings
+
+INFRA = Path(__file__).parents[2] / "infra"
+OVERLAYS = sorted(path.name for path in (INFRA / "kuberay/overlays").iterdir())
+KUBECTL = Path(sys.executable).with_name("kubectl")
+RAY_KINDS = ("RayJob", "RayCluster")
+
+
+def rendered(overlay):
+    asked = subprocess.run(
+        [KUBECTL, "kustomize", INFRA / "kuberay/overlays" / overlay],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return list(yaml.safe_load_all(asked.stdout))
+
+
+def ray_manifest(overlay):
+    return next(m for m in rendered(overlay) if m["kind"] in RAY_KINDS)
+
+
+def cluster_of(manifest):
+    return manifest["spec"].get("rayClusterSpec", manifest["spec"])
+
+
+def check(manifest):
+    return findings(manifest, ray_version=version("ray"))
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_overlay_is_sound(overlay):
+    manifests = rendered(overlay)
+    for manifest in manifests:
+        assert manifest["metadata"].get("namespace", "beit") == "beit"
+        if manifest["kind"] in RAY_KINDS:
+            assert check(manifest) == []
+            groups = [cluster_of(manifest)["headGroupSpec"]]
+            groups += cluster_of(manifest)["workerGroupSpecs"]
+            for group in groups:
+                template = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}}
+                template["template"] = group["template"]
+                kubernetes_validate.validate(template, "1.32", strict=True)
+        else:
+            kubernetes_validate.validate(manifest, "1.32", strict=True)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_rays_autoscaler_reads_what_is_meant(overlay):
+    manifest = ray_manifest(overlay)
+    spec = cluster_of(manifest)
+    as_cluster = {"kind": "RayCluster", "metadata": manifest["metadata"], "spec": spec}
+    as_cluster["metadata"]["namespace"] = "beit"
+    config = _derive_autoscaling_config_from_ray_cr(as_cluster)
+    validate_config(config)
+    for group in spec["workerGroupSpecs"]:
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        seen = config["available_node_types"][group["groupName"]]["resources"]
+        assert seen["CPU"] == int(limits["cpu"])
+        assert seen.get("GPU", 0) == int(limits.get("nvidia.com/gpu", 0))
+
+
+@pytest.mark.parametrize("overlay", ["tokenize", "pretrain", "pipeline"])
+def test_the_entrypoint_is_a_command_that_parses(overlay):
+    program, stage, *flags = shlex.split(ray_manifest(overlay)["spec"]["entrypoint"])
+    assert program == "beit"
+    if stage == "pipeline":  # its recipe is mounted there: the one of `make run` stands in here
+        flags[flags.index("--config") + 1] = "quickstart"
+    assert parse_stage(stage, flags)
+
+
+def _faults():
+    def head(m):
+        return cluster_of(m)["headGroupSpec"]
+
+    def worker(m):
+        return cluster_of(m)["workerGroupSpecs"][0]
+
+    def container(m):
+        return worker(m)["template"]["spec"]["containers"][0]
+
+    return {
+        "a name too long": lambda m: m["metadata"].update(name="b" * 48),
+        "a name with a capital": lambda m: m["metadata"].update(name="Beit"),
+        "an old version": lambda m: cluster_of(m).update(rayVersion="2.9.0"),
+        "a misspelt key": lambda m: m["spec"].update(entryPoint="x"),
+        "a misspelt cluster key": lambda m: cluster_of(m).update(workers=[]),
+        "no entrypoint": lambda m: m["spec"].update(entrypoint=" "),
+        "an unknown mode": lambda m: m["spec"].update(submissionMode="Sidecar"),
+        "the sidecar": lambda m: m["spec"].update(submissionMode="SidecarMode"),
+        "ttl without shutdown": lambda m: m["spec"].update(shutdownAfterJobFinishes=False),
+        "a negative retry": lambda m: m["spec"].update(backoffLimit=-1),
+        "fewer than the least": lambda m: worker(m).update(minReplicas=3),
+        "a negative most": lambda m: worker(m).update(maxReplicas=-1),
+        "no start parameters": lambda m: worker(m).pop("rayStartParams"),
+        "work on the head": lambda m: head(m)["rayStartParams"].clear(),
+        "no token": lambda m: cluster_of(m).pop("authOptions"),
+        "no grace": lambda m: worker(m)["template"]["spec"].update(
+            terminationGracePeriodSeconds=30
+        ),
+        "unequal limits": lambda m: container(m)["resources"]["requests"].update(cpu="1"),
+        "no shared memory": lambda m: container(m).update(volumeMounts=[]),
+        "GPU nodes not tolerated": lambda m: worker(m)["template"]["spec"].update(tolerations=[]),
+        "a GPU under a CPU image": lambda m: container(m).update(image="beit-ray:cpu"),
+        "root": lambda m: container(m).pop("securityContext"),
+        "a secret written down": lambda m: container(m).update(
+            env=[{"name": "AWS_SECRET_ACCESS_KEY", "value": "x"}]
+        ),
+        "a service account token": lambda m: worker(m)["template"]["spec"].pop(
+            "automountServiceAccountToken"
+        ),
+        "two groups of one name": lambda m: cluster_of(m)["workerGroupSpecs"].append(worker(m)),
+    }
+
+
+@pytest.mark.parametrize("fault", _faults())
+def test_a_planted_fault_is_found(fault):
+    manifest = copy.deepcopy(ray_manifest("pretrain"))
+    assert check(manifest) == []
+    _faults()[fault](manifest)
+    assert len(check(manifest)) == 1
