@@ -27,6 +27,7 @@ from pipelines.preparation.ahead import mapped_ahead
 from pipelines.preparation.decode_process import DECODER, Rules
 from pipelines.preparation.plan import (
     MEGABYTE,
+    NO_CLASS_COUNTS,
     Plan,
     check_identity,
     make_plan,
@@ -258,7 +259,7 @@ def _commit(config: PrepareConfig, output: str, plan: Plan) -> PrepareResult:
     counts: Counter[str] = Counter()
     ignored: Counter[str] = Counter()
     labels: Counter[int] = Counter()
-    num_items = 0
+    num_items, max_label = 0, -1
     sinks = [pa.BufferOutputStream() for _ in range(2)]
     with _writer(sinks[0]) as rejected_file, _writer(sinks[1]) as ignored_file:
         for receipt in _all_receipts(output, plan):
@@ -266,6 +267,7 @@ def _commit(config: PrepareConfig, output: str, plan: Plan) -> PrepareResult:
             counts.update(reason for _, reason, _ in receipt.rejected)
             num_items += receipt.items
             labels.update(receipt.labels)
+            max_label = max(max_label, receipt.max_label)
             ignored.update(reason for _, reason, _ in receipt.ignored)
             for writer, rows in (
                 (rejected_file, receipt.rejected),
@@ -280,19 +282,21 @@ def _commit(config: PrepareConfig, output: str, plan: Plan) -> PrepareResult:
             + (f"; ignored: {reasons(ignored)}" if ignored else "")
             + remedy(counts + ignored)
         )
-    for name, sink in zip((REJECTED, IGNORED), sinks, strict=True):
-        storage.write_bytes(storage.join(output, name), sink.getvalue())
+    counted = plan.plan_version > NO_CLASS_COUNTS
+    storage.write_bytes(storage.join(output, REJECTED), sinks[0].getvalue())
+    if counted or ignored:
+        storage.write_bytes(storage.join(output, IGNORED), sinks[1].getvalue())
     _delete_other_parts(output, {part.name for part in parts})
-    class_names = _class_names(plan, max(labels, default=-1))
+    class_names = _class_names(plan, max_label)
     manifest = commit_manifest(
         output,
         parts=parts,
         class_names=class_names,
-        class_counts=[labels[number] for number in range(len(class_names))],
+        class_counts=[labels[number] for number in range(len(class_names))] if counted else None,
         source=plan.source,
         options=plan.options,
         rejected=dict(sorted(counts.items())),
-        ignored=dict(sorted(ignored.items())),
+        ignored=dict(sorted(ignored.items())) if counted or ignored else None,
         num_items=num_items,
     )
     return PrepareResult.of(output, manifest, already_done=False)

@@ -32,6 +32,8 @@ from pipelines.preparation.sources import (
 from pipelines.preparation.walking import Entry
 
 PLAN_VERSION = 3
+# Release 0.1.0 counted neither images of a class nor ignored files; its work is finished likewise.
+NO_CLASS_COUNTS = 2
 WORK = "_work"
 MEGABYTE = 1_000_000
 # Tiny images: a unit of so many takes seconds to minutes; its listing stays small.
@@ -53,10 +55,10 @@ class Plan:
     num_bytes: int
     listings: tuple[str, ...]
     """Hash of the listing of every unit."""
+    plan_version: int = PLAN_VERSION
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "plan_version": PLAN_VERSION,
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
             "reader": dataclasses.asdict(self.reader),
             "listings": list(self.listings),
@@ -64,10 +66,9 @@ class Plan:
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "Plan":
-        fields = {name: value for name, value in record.items() if name != "plan_version"}
         reader = {**record["reader"], "class_names": tuple(record["reader"]["class_names"])}
         listings = tuple(record["listings"])
-        return cls(**{**fields, "reader": Reader(**reader), "listings": listings})
+        return cls(**{**record, "reader": Reader(**reader), "listings": listings})
 
 
 def work_uri(output: str, *parts: str) -> str:
@@ -114,7 +115,7 @@ def read_plan(config: PrepareConfig, output: str) -> Plan | None:
         record = storage.read_json(work_uri(output, "plan.json"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    if record.get("plan_version") != PLAN_VERSION:
+    if record.get("plan_version") not in (NO_CLASS_COUNTS, PLAN_VERSION):
         raise InputError(f"{output}: unfinished work of another version; remove {WORK}/ there")
     plan = Plan.from_dict(record)
     check_identity(config, output, {"source": plan.source["uri"], **plan.options})

@@ -64,8 +64,10 @@ class Receipt:
     """Key, reason and size of every item that is no row."""
     ignored: tuple[tuple[str, str, int], ...]
     """The same of what lies beside the data, and is no item."""
+    max_label: int
+    """-1: no row has a label."""
     labels: dict[int, int]
-    """Rows of each class that has any."""
+    """Rows of each class that has any; receipts of release 0.1.0 do not say."""
     lost_bytes: int
     """Of containers that are rejected as a whole or from some place on."""
 
@@ -76,10 +78,10 @@ class Receipt:
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "Receipt":
-        labels = {int(label): count for label, count in record["labels"].items()}
+        labels = {int(label): count for label, count in record.get("labels", {}).items()}
         parts = tuple(Part.from_dict(part) for part in record["parts"])
         rejected, ignored = (
-            tuple((key, reason, size) for key, reason, size in record[name])
+            tuple((key, reason, size) for key, reason, size in record.get(name, ()))
             for name in ("rejected", "ignored")
         )
         fields = {"parts": parts, "rejected": rejected, "ignored": ignored, "labels": labels}
@@ -149,6 +151,7 @@ def process_unit(task: UnitTask, unit: int, listing: str) -> dict[str, Any]:
         parts=parts,
         rejected=tuple(sorted(build.rejected)),
         ignored=tuple(sorted(build.ignored)),
+        max_label=max(build.labels, default=-1),
         labels=dict(build.labels),
         lost_bytes=sum(size for key, _, size in build.rejected if key in containers),
     )

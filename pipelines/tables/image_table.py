@@ -59,7 +59,7 @@ def commit_manifest(
         "options": dict(options),
         "parts": [part.to_dict() for part in parts],
         "rejected": dict(rejected),
-        "ignored": dict(ignored or {}),
+        **({} if ignored is None else {"ignored": dict(ignored)}),
         "pyarrow": pa.__version__,
     }
     storage.write_json(storage.join(uri, MANIFEST), manifest)
