@@ -10,6 +10,7 @@ transparency of any kind     composited on white (alpha, palette alpha, one tran
 16 bits a channel            the high byte of every sample (not clipped to 255)
 several frames or pages      the first one
 an ICC profile               not applied, broken or not
+long or broken texts         skipped (PNG, where Pillow would refuse the file); orientation is read
 missing or damaged data      refused where Pillow refuses it; nothing is padded with grey
 more than ``max_pixels``     refused from the header, before pixels are allocated
 float or 32-bit samples      refused: they name no white point
@@ -40,6 +41,8 @@ from PIL import (
     UnidentifiedImageError,
     WebPImagePlugin,
 )
+
+from beit.png_texts import without_texts
 
 try:
     import simplejpeg
@@ -121,7 +124,10 @@ def decode_image(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.
     except UnusableImage:
         raise
     except Exception as error:
-        raise _explain(error) from error
+        plain = without_texts(data)
+        if plain is None:
+            raise _explain(error) from error
+    return decode_image(plain, max_pixels=max_pixels)
 
 
 def decode_array(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> np.ndarray:
@@ -138,7 +144,10 @@ def decode_array(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> np.nda
     except UnusableImage:
         raise
     except Exception as error:
-        raise _explain(error) from error
+        plain = without_texts(data)
+        if plain is None:
+            raise _explain(error) from error
+    return decode_array(plain, max_pixels=max_pixels)
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
