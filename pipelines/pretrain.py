@@ -52,6 +52,7 @@ from pipelines.training.pretraining import (
 )
 from pipelines.training.probing import log_pictures, run_probe
 from pipelines.training.run_dir import RunDir, Skips
+from pipelines.training.stopping import StopRequested
 
 STAGE = "pretrain"
 
@@ -283,10 +284,15 @@ def train_loop(  # noqa: PLR0912, PLR0915
             if severe:
                 raise StageFailed(severe.message)
 
-            # Checkpoint.
-            if at_checkpoint:
+            # Checkpoint, also where the run was asked to end: here, on all workers.
+            ending = not at_end and log.end_requested(world)
+            if at_checkpoint or ending:
                 with books.spend("checkpoint"):
                     save(step)
+            if ending:
+                with books.spend("checkpoint"):
+                    saver.wait()
+                raise StopRequested(f"saved at step {step} of {plan.total_steps}")
             # Probe and pictures.
             with books.spend("evaluation"):
                 if at_probe:

@@ -43,6 +43,7 @@ from pipelines.training.distributed import (
 )
 from pipelines.training.log import TrainLog
 from pipelines.training.run_dir import RunDir, refuse_changes
+from pipelines.training.stopping import StopRequested
 from pipelines.training.tokenizer_step import (
     AveragedWeights,
     Period,
@@ -234,6 +235,7 @@ def train_loop(  # noqa: PLR0915
 
             step += 1
 
+            ending = False
             if step % config.log_every == 0 or step == total:
                 elapsed, wait = books.pace()
                 images_done = (step - period_start) * config.data.global_batch_size
@@ -254,7 +256,8 @@ def train_loop(  # noqa: PLR0915
                 _check_health(metrics, step, config)
                 period.clear()
                 period_start = step
-            if step % config.checkpoint.every_steps == 0 or step == total:
+                ending = step < total and log.end_requested(world)
+            if step % config.checkpoint.every_steps == 0 or step == total or ending:
                 with books.spend("checkpoint"):
                     weights, moments = snapshot(tokenizer, optimizer, keep=first)
                     if first:
@@ -263,6 +266,10 @@ def train_loop(  # noqa: PLR0915
                             Checkpoint(step=step, weights=weights, moments=moments, state={})
                         )
                         log.flush()
+            if ending:
+                with books.spend("checkpoint"):
+                    saver.wait()
+                raise StopRequested(f"saved at step {step} of {total}")
 
         # The end: judge the averaged weights and make them the tokenizer.
         with books.spend("checkpoint"):

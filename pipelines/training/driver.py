@@ -22,10 +22,12 @@ from pipelines.training.distributed import World, join_world
 from pipelines.training.goodput import account
 from pipelines.training.log import ProgressThread, TrainLog
 from pipelines.training.run_dir import RunDir
+from pipelines.training.stopping import StopRequested, saved_on_sigterm
 
 # Starts from the same checkpoint, none of which reached the next one, before a run gives up.
 MAX_FRUITLESS_STARTS = 4
 WORKER_FAILED, GAVE_UP = "worker_failed", "gave_up"
+INTERRUPTED = "interrupted"
 
 
 class ScalingSection(Protocol):
@@ -126,6 +128,7 @@ def train(
     Raises:
         InputError: a worker met input that cannot be used.
         StageFailed: the loop stopped the run, or the workers failed too often.
+        KeyboardInterrupt: SIGTERM ended it; what was done is saved.
     """
     launch = Launch(
         stage=stage,
@@ -136,7 +139,10 @@ def train(
     )
     try:
         start_step = newest_step(run)
-        with ProgressThread(run, stage, total_steps=plan.total_steps, start_step=start_step):
+        with (
+            saved_on_sigterm(run, launched_at=launched_at),
+            ProgressThread(run, stage, total_steps=plan.total_steps, start_step=start_step),
+        ):
             if config.scaling.worker_range[1] == 0:
                 world = join_world(use_gpu=config.scaling.use_gpu, in_ray=False)
                 _attempt(loop, config, plan, launch, world)
@@ -150,6 +156,8 @@ def train(
             f"output = {run.uri}: the workers have ended, and nothing that they wrote is there: "
             "nodes see different disks; use a directory that all of them share, or s3://"
         )
+    if report["outcome"] == INTERRUPTED:
+        raise KeyboardInterrupt(f"Asked to end (SIGTERM): {report['message']}.")
     if report["outcome"] != "finished":
         raise StageFailed(report["message"] or f"the run did not finish; see {run.at('events')}")
     tracked.log_artifact_file("report.json", storage.canonical_json(report))
@@ -183,6 +191,8 @@ def _attempt(
             loop(config, plan, world, log)
         except StageFailed as verdict:
             log.end("stopped", str(verdict))
+        except StopRequested as request:
+            log.end(INTERRUPTED, str(request))
         else:
             log.end("finished")
 

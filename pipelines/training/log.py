@@ -177,6 +177,14 @@ class TrainLog:
             self.event("resumed", step=step, workers=workers, message=f"continues at step {step}")
         return begin
 
+    def end_requested(self, world: World) -> bool:
+        """Whether the run was asked to end: the same answer on all workers."""
+        requested = False
+        if self.active:
+            with tolerated():
+                requested = self.run.end_requested()
+        return bool(world.broadcast(requested))
+
     def rewind(self, step: int) -> None:
         """Drops metrics of steps that will be done again."""
         self.attempt = dataclasses.replace(self.attempt, next_step=step)

@@ -127,6 +127,18 @@ class RunDir:
         """Makes skips durable; to be done before the first step that uses them."""
         storage.write_json(self.at("skips.json"), skips.entries)
 
+    def request_end(self) -> None:
+        """Asks the workers to save and end."""
+        storage.write_json(self.at("end_requested.json"), {"time": time.time()})
+
+    def end_requested(self) -> bool:
+        """Whether they were asked to."""
+        return storage.exists(self.at("end_requested.json"))
+
+    def forget_request(self) -> None:
+        """Takes the request of an earlier start back."""
+        storage.delete(self.at("end_requested.json"))
+
     def finished_report(self) -> dict[str, Any] | None:
         """report.json of a run that is done, or None."""
         # A report is written however a launch ends; weights are the last thing a run makes.

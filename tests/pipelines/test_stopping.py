@@ -1,0 +1,117 @@
+"""A run that is asked to end saves what it has, and goes on from there as if nothing had been."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines import pretrain, storage
+from pipelines.config.checks import to_dict
+from pipelines.training.checkpoint import complete_steps
+from pipelines.training.run_dir import RunDir
+from tests.pipelines.pretrain_fixtures import (
+    make_tables,
+    metrics_of,
+    per_step,
+    small_config,
+    weight_bytes,
+)
+
+REPOSITORY = Path(__file__).parents[2]
+LOG_EVERY, STEPS = 4, 160
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    return make_tables(tmp_path_factory.mktemp("tables"))
+
+
+def config_for(tables, output, workers=0):
+    return small_config(
+        tables,
+        output,
+        log_every=LOG_EVERY,
+        optim={"steps": STEPS},
+        checkpoint={"every_steps": 10_000},
+        scaling={"num_workers": workers},
+        tracking={"enabled": True, "uri": f"sqlite:///{output}.db"},
+    )
+
+
+def begin(config, tmp_path):
+    """The command of this configuration, as its user gives it."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(to_dict(config)))
+    return subprocess.Popen(
+        [sys.executable, "-m", "jobs", "pretrain", "--config", str(recipe)],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_metrics(output):
+    for _ in range(2400):
+        if storage.exists(f"{output}/metrics.jsonl") and metrics_of(output):
+            return
+        time.sleep(0.05)
+    raise AssertionError("training has not begun")
+
+
+def runs(output):
+    from mlflow import MlflowClient
+
+    return MlflowClient(f"sqlite:///{output}.db").search_runs(["1"])
+
+
+def check_stopped_and_continued(config, tables, tmp_path):
+    output = config.output
+    command = begin(config, tmp_path)
+    wait_for_metrics(output)
+    command.send_signal(signal.SIGTERM)
+    _, said = command.communicate(timeout=120)
+    assert command.returncode == 130, said
+    [run] = runs(output)
+    assert run.info.status == "KILLED"
+
+    # All that was logged is saved: at most the steps of one log are lost, and here none.
+    saved = max(complete_steps(RunDir(output).checkpoints))
+    assert 0 < saved < STEPS
+    assert saved == metrics_of(output)[-1]["step"] + 1
+    assert f"saved at step {saved}" in said
+
+    result = pretrain.run(config)
+    assert result.resumed_from == saved
+    [run] = runs(output)
+    assert run.info.status == "FINISHED"
+    assert "beit.error" not in run.data.tags
+
+    undisturbed = dataclasses.replace(config, output=str(tmp_path / "undisturbed"))
+    pretrain.run(undisturbed)
+    assert weight_bytes(output) == weight_bytes(undisturbed.output)
+    assert per_step(output) == per_step(undisturbed.output)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(tables, tmp_path):
+    config = config_for(tables, str(tmp_path / "run"))
+    check_stopped_and_continued(config, tables, tmp_path)
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_sigterm_reaches_two_workers_at_the_same_step(ray_cluster, tables, tmp_path):
+    config = config_for(tables, str(tmp_path / "run"), workers=2)
+    check_stopped_and_continued(config, tables, tmp_path)
+
+
+def test_a_request_of_an_earlier_start_is_forgotten(tables, tmp_path):
+    config = small_config(tables, tmp_path / "run")
+    RunDir(config.output).request_end()
+    assert pretrain.run(config).steps == config.optim.steps
