@@ -35,6 +35,7 @@ PLAN_VERSION = 3
 # Release 0.1.0 counted neither images of a class nor ignored files; its work is finished likewise.
 NO_CLASS_COUNTS = 2
 WORK = "_work"
+OUR_FILES = ("part-00000.parquet", "rejected.parquet", "ignored.parquet", "manifest.json")
 MEGABYTE = 1_000_000
 # Tiny images: a unit of so many takes seconds to minutes; its listing stays small.
 MAX_UNIT_ENTRIES = 20_000
@@ -238,7 +239,22 @@ def _unlabelled(source: Source) -> str:
 
 
 def _check_apart(source: Source, output: str) -> None:
-    inside = (storage.join(output) + "/").startswith(source.root.partition("?")[0] + "/")
+    """Refuses an output that the source would list, or in which it might be overwritten.
+
+    Beside a single file, or below a glob that stays outside, it is nobody's input.
+    """
+    root = source.root.partition("?")[0] + "/"
+    place = storage.join(output).partition("?")[0] + "/"
+    if not place.startswith(root):
+        return
+    folders = place[len(root) :].strip("/").split("/")
+    below = ["/".join(folders[: depth + 1]) for depth in range(len(folders))]
+    if below == [""]:
+        # Parquet files may bear the names of parts.
+        own = any(map(source.glob.matches, OUR_FILES)) or source.glob.may_hold(WORK)
+        inside = own or source.format == "parquet"
+    else:
+        inside = all(map(source.glob.may_hold, below))
     if inside:
         raise InputError(
             f"output = {output!r}: lies inside the source {source.root!r}, which would then list "

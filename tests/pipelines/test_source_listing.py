@@ -10,7 +10,7 @@ from pipelines.config.prepare import PrepareConfig
 from pipelines.errors import InputError
 from pipelines.preparation import sources, walking
 from pipelines.preparation.globs import exactly
-from pipelines.preparation.plan import make_plan, read_listing
+from pipelines.preparation.plan import _check_apart, make_plan, read_listing
 from pipelines.preparation.sources import class_folders, open_source
 from pipelines.preparation.walking import Entry, Listings, walk
 from tests.pipelines.image_sources import write_folder
@@ -145,3 +145,39 @@ def test_what_the_first_look_listed_is_not_listed_again(tmp_path, monkeypatch):
     )
     assert len(list(open_source(str(tmp_path)).entries())) == 15
     assert sorted(calls) == ["", "ant", "bee", "cat"]
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "inside"),
+    [
+        ("a.tar", "out", False),
+        ("a.tar", "", False),
+        ("*.tar", "out", False),
+        ("*.tar", "", False),
+        ("a/*.jpg", "a/out", False),
+        ("a/*.jpg", "out", False),
+        ("*/b.jpg", "out", True),
+        ("**/*.jpg", "out", True),
+        ("**/*.jpg", "a/out", True),
+        ("a/**/*.jpg", "out", False),
+        ("a/*", "a", True),
+        ("", "out", True),
+        ("a", "a/b/out", True),
+        ("a", "out", False),
+        ("a", "ab", False),
+        ("x.parquet", "out", False),
+        ("x.parquet", "", True),
+        ("*.parquet", "", True),
+    ],
+)
+def test_an_output_is_refused_where_the_source_could_list_it(tmp_path, source, output, inside):
+    root = touch(tmp_path / "in", "a.tar", "a/1.jpg", "a/b/2.jpg", "c/b.jpg", "x.parquet")
+    told = next((name for name in ("tar", "parquet") if source.endswith(name)), "folder")
+    formats = {"tar": "webdataset"}
+    opened = open_source(f"{root}/{source}".rstrip("/"), formats.get(told, told))
+    place = f"{root}/{output}".rstrip("/")
+    if not inside:
+        _check_apart(opened, place)
+        return
+    with pytest.raises(InputError, match="lies inside the source"):
+        _check_apart(opened, place)
