@@ -23,6 +23,7 @@ from beit.convert import (
     to_timm,
     to_unilm,
 )
+from beit.git_lfs import check_fetched
 from beit.mim import BeitMIM
 from beit.weights import FORMAT, load_weights
 
@@ -214,6 +215,7 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
     path = folder / "config.json"
     if not path.is_file():
         return None
+    check_fetched(path)
     try:
         config = json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -232,6 +234,7 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
 
 def _read_tensors(path: Path) -> Mapping[str, Any]:
     """Tensors of a safetensors or torch file; nothing in it is executed."""
+    check_fetched(path)
     try:
         if path.suffix == ".safetensors":
             tensors: dict[str, Tensor] = load_file(path)

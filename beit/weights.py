@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from beit.git_lfs import check_fetched
 from beit.mim import BeitMIM
 
 WEIGHTS_FILE = "weights.safetensors"
@@ -40,6 +41,7 @@ def read_weights_config(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"{path} does not exist: not a weights folder")
+    check_fetched(path)
     try:
         config = json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -60,6 +62,7 @@ def load_weights(directory: str | Path) -> BeitMIM:
     path = Path(directory) / WEIGHTS_FILE
     if not path.is_file():
         raise ValueError(f"{path} does not exist: the folder has a configuration but no weights")
+    check_fetched(path)
     with torch.device("meta"):
         expected = BeitMIM(**config["model"]).state_dict()
     state = load_file(path)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from beit.git_lfs import check_fetched
 from beit.tokenizers.base import ImageTokenizer, Precision
 from beit.tokenizers.dalle import DalleTokenizer
 from beit.tokenizers.dvae import DvaeTokenizer
@@ -57,6 +58,7 @@ def load_tokenizer(
     for path in (config_path, weights_path):
         if not path.is_file():
             raise ValueError(f"{path} is missing: {directory} holds no tokenizer")
+        check_fetched(path)
     try:
         config = json.loads(config_path.read_text())
         with torch.device("meta"):  # every weight comes from the file

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
+from beit.git_lfs import REMEDY, is_pointer
 from beit.tokenizers.pickle_reader import (
     StoredTensor,
     UnsafePickleError,
@@ -73,6 +74,8 @@ def _what_it_looks_like(data: bytes) -> str:
     start = data[:512].lstrip().lower()
     if not data:
         return "the file is empty"
+    if is_pointer(data):
+        return f"it and others may be {REMEDY}"
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "it is a web page, probably an error message of the server"
     if data[257:262] == b"ustar":

@@ -23,9 +23,6 @@ _SYSTEM = {
     "__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "_delta_log",
     "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
 }  # fmt: skip
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-LFS_REMEDY = "pointers of Git LFS, not the files: run `git lfs pull` where they were cloned"
-MAX_POINTER_BYTES = 1024
 
 
 def is_side_name(name: str) -> bool:
@@ -47,8 +44,3 @@ def is_no_sample(name: str) -> bool:
     """Whether a member of a tar is text about the tar, and no piece of a sample."""
     base = name.rpartition("/")[2].lower()
     return base.endswith(_NO_SAMPLES) or base.startswith(("readme", "license"))
-
-
-def is_pointer(data: bytes) -> bool:
-    """Whether this is what Git LFS leaves in the place of a file that was not fetched."""
-    return len(data) <= MAX_POINTER_BYTES and data.startswith(LFS_POINTER)

@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
+from beit import git_lfs
 from beit.images import decode_image
 from pipelines import pictures, storage, tracking
 from pipelines.config.prepare import PrepareConfig, tolerated, tolerated_share
 from pipelines.errors import StageFailed
-from pipelines.preparation.file_names import LFS_REMEDY
 from pipelines.preparation.plan import MEGABYTE, Plan
 from pipelines.preparation.samples import UNCLEAR
 from pipelines.progress import Progress
@@ -114,7 +114,7 @@ def reasons(counts: Mapping[str, int]) -> str:
 
 def remedy(counts: Mapping[str, int]) -> str:
     """What to do about rejected or ignored items, for those reasons that tell it; on new lines."""
-    known = {"lfs_pointer": LFS_REMEDY, **UNCLEAR}
+    known = {"lfs_pointer": git_lfs.REMEDY, **UNCLEAR}
     return "".join(f"\n{reason}: {known[reason]}." for reason in known if counts.get(reason))
 
 

@@ -9,16 +9,14 @@ from typing import Literal
 
 from pyarrow import fs as pafs
 
+from beit.git_lfs import MAX_POINTER_BYTES, REMEDY, is_pointer
 from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.preparation import sample_images
 from pipelines.preparation.file_names import (
-    LFS_REMEDY,
-    MAX_POINTER_BYTES,
     PACKED,
     SIDE_FILES,
     claims_picture,
-    is_pointer,
     is_side_name,
 )
 from pipelines.preparation.globs import WILD, WILD_REMOTE, Glob, exactly
@@ -215,7 +213,7 @@ def check_fetched(entry: Entry, source: Source) -> None:
     except OSError:  # for its reader to judge
         return
     if is_pointer(data):
-        raise InputError(f"source: {entry.path} and others may be {LFS_REMEDY}")
+        raise InputError(f"source: {entry.path} and others may be {REMEDY}")
 
 
 def class_folders(entries: Iterable[Entry], seen: set[str], level: int = 1) -> Iterator[Entry]:

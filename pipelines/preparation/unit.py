@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from beit.git_lfs import is_pointer
 from pipelines import storage
 from pipelines.errors import StageFailed
 from pipelines.preparation.child import run_child
 from pipelines.preparation.decode_process import Decoded, DecodeProcess, Rules
-from pipelines.preparation.file_names import is_pointer
 from pipelines.preparation.plan import read_listing, work_uri
 from pipelines.preparation.readers import Item, Reader, rehearse
 from pipelines.preparation.sources import SUFFIXES
