@@ -19,7 +19,7 @@ from typing import Any, TypeVar, get_origin
 
 from jobs.submission.access import NO_CLUSTER, SUBMISSION_ID, require_cluster, token_file, use_token
 from pipelines.config.tracking import TrackingConfig
-from pipelines.errors import InputError, StageFailed
+from pipelines.errors import InputError, StageFailed, printable
 from pipelines.redaction import redacted
 
 Config = TypeVar("Config")
@@ -127,7 +127,7 @@ def stage_main(
         result = importlib.import_module(module).run(config)
         summary = getattr(result, "summary", None)
         if summary is not None:
-            print(summary())
+            print(printable(summary(), keep="\n"))
 
     with terminated_as_interrupted():
         return exit_code(run, output=lambda: getattr(configs[0], "output", "") if configs else "")
@@ -199,7 +199,7 @@ def exit_code(action: Callable[[], None], *, output: Callable[[], str] = str) ->
     except KeyboardInterrupt as interrupt:
         code, cause = 130, f"interrupted. {interrupt}".rstrip()
     if cause:
-        print(redacted(cause), file=sys.stderr)
+        print(printable(redacted(cause), keep="\n"), file=sys.stderr)
     if code == 130:
         print("Run the same command again to go on from what is done.", file=sys.stderr)
     if os.environ.get(SUBMISSION_ID):

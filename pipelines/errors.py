@@ -1,4 +1,4 @@
-"""The two failures a stage reports without a traceback."""
+"""The two failures a stage reports without a traceback, and how names are shown."""
 
 
 class InputError(ValueError):
@@ -13,3 +13,13 @@ class StageFailed(RuntimeError):  # noqa: N818 - the stage's verdict, not a prog
 
     Commands exit with 1.
     """
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    """Text for people: control characters and the like, which would steer a terminal, as `\\x1b`.
+
+    Names of files and classes may hold anything. `keep`: characters that stay.
+    """
+    return "".join(
+        char if char.isprintable() or char in keep else ascii(char)[1:-1] for char in text
+    )

@@ -13,7 +13,7 @@ from beit import git_lfs
 from beit.images import decode_image
 from pipelines import pictures, storage, tracking
 from pipelines.config.prepare import PrepareConfig, tolerated, tolerated_share
-from pipelines.errors import StageFailed
+from pipelines.errors import StageFailed, printable
 from pipelines.preparation.plan import MEGABYTE, Plan
 from pipelines.preparation.samples import UNCLEAR
 from pipelines.progress import Progress
@@ -84,7 +84,7 @@ class PrepareResult:
             return "no labels"
         counts = dict(zip(self.class_names, self.class_counts, strict=False))
         ordered = sorted(counts, key=lambda name: (-counts[name], name))
-        said = [f"{name} {counts[name]}" for name in ordered]
+        said = [f"{printable(name)} {counts[name]}" for name in ordered]
         if len(said) > MAX_CLASSES_SAID:
             said = [*said[: MAX_CLASSES_SAID - 2], "...", said[-1]]
         without = self.num_rows - sum(self.class_counts)
@@ -179,7 +179,7 @@ class Ledger:
         if rejected <= allowed and not lost_too_much:
             return
         examples = "\n".join(
-            f"  {reason}: {key} ({size} bytes)" for key, reason, size in self.examples
+            f"  {reason}: {printable(key)} ({size} bytes)" for key, reason, size in self.examples
         )
         tolerated = f" tolerates {int(allowed)}" if allowed < float("inf") else ""
         lost = f"{self.lost_bytes} of {self.plan.num_bytes} bytes lie in files that cannot be read."

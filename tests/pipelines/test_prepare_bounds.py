@@ -3,7 +3,7 @@
 import pytest
 
 from pipelines.config.prepare import PrepareConfig
-from pipelines.errors import InputError, StageFailed
+from pipelines.errors import InputError, StageFailed, printable
 from pipelines.preparation.plan import Plan
 from pipelines.preparation.readers import Reader
 from pipelines.preparation.report import Ledger, PrepareResult
@@ -74,6 +74,18 @@ def test_at_the_end_nothing_is_estimated() -> None:
     ledger(100, rejected=0).check(final=True)
     with pytest.raises(StageFailed, match=r"100 of 1000 items.*tolerates 50"):
         ledger(100, rejected=1).check(final=True)
+
+
+def test_names_are_told_as_printable_text() -> None:
+    """A name may hold what sets a terminal's title and colour, or looks like another line."""
+    odd = "a\x1b]0;owned\x07\x1b[31m\nb\u202e\udcff"
+    assert printable(odd) == r"a\x1b]0;owned\x07\x1b[31m\nb\u202e\udcff"
+    assert printable("caf\u00e9 #%?: '\u65e5\u672c'") == "caf\u00e9 #%?: '\u65e5\u672c'"
+    book = ledger(100, rejected=1)
+    book.examples = [[odd, "empty", 0]]
+    with pytest.raises(StageFailed, match=r"empty: a\\x1b]0;owned") as failure:
+        book.check(final=True)
+    assert printable(str(failure.value), keep="\n") == str(failure.value)
 
 
 def test_lost_bytes_are_those_of_containers(tmp_path) -> None:
