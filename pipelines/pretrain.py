@@ -37,7 +37,7 @@ from pipelines.training.distributed import (
     wrap_model,
 )
 from pipelines.training.health import HealthMonitor
-from pipelines.training.log import StepMetrics, TrainLog, to_period
+from pipelines.training.log import TrainLog
 from pipelines.training.objective import build_objective
 from pipelines.training.pretraining import (
     PretrainPlan,
@@ -52,6 +52,7 @@ from pipelines.training.pretraining import (
 )
 from pipelines.training.probing import log_pictures, run_probe
 from pipelines.training.run_dir import RunDir, Skips
+from pipelines.training.step_metrics import StepMetrics
 from pipelines.training.stopping import StopRequested
 
 STAGE = "pretrain"
@@ -199,7 +200,7 @@ def train_loop(  # noqa: PLR0912, PLR0915
                     )
                     loss = outcome.sums[0] / masked.clamp(min=1)
                 loss.backward()
-                metrics.add(loss.detach(), outcome, part.num_masked)
+                metrics.add(loss, outcome.sums, outcome.codes, part.num_masked)
 
             # Clip and step. An update with a gradient that is not finite is left out on the
             # device itself, so nothing has to be waited for and no weight is ever lost to it.
@@ -222,14 +223,14 @@ def train_loop(  # noqa: PLR0912, PLR0915
             at_log = step % config.log_every == 0
             if not (at_log or at_checkpoint or at_probe or at_pictures):
                 continue
-            values = metrics.reduce(world)
+            period = metrics.reduce(world, first_step=period_start)
             elapsed, wait = books.pace()
             wait_share = world.largest(wait / elapsed if elapsed > 0 else 0.0)
             images_per_second = (step - period_start) * config.data.global_batch_size / elapsed
             tracked = {
-                **{name: values[name] for name in metrics.names},
+                **period.means,
                 "lr": lr,
-                "grad_norm": values["grad_norms"][-1],
+                "grad_norm": period.grad_norms[-1],
                 "images_per_second": images_per_second,
                 "data_wait_share": wait_share,
                 "mfu": goodput.model_flops_utilisation(
@@ -238,20 +239,21 @@ def train_loop(  # noqa: PLR0912, PLR0915
                 "epoch": skips.position(step - 1) / plan.steps_per_epoch,
             }
             shown = {
-                "loss": f"{values['loss']:.3f}",
+                "loss": f"{period.means['loss']:.3f}",
                 "img/s": f"{images_per_second:.0f}",
                 "wait": f"{wait_share:.0%}",
             }
-            if vocabulary is not None:
+            if vocabulary is not None and period.perplexity is not None:
+                tracked["predicted_perplexity"] = period.perplexity
                 tracked["unigram_accuracy"] = vocabulary.unigram_accuracy
-                shown["accuracy"] = f"{values['mim_accuracy']:.3f}"
-            log.period(step - 1, {**values, **tracked, "first_step": period_start}, tracked, shown)
+                shown["accuracy"] = f"{period.means['mim_accuracy']:.3f}"
+            record = {**period.per_step(), "masked_patches": period.items, **tracked}
+            log.period(step - 1, record, tracked, shown)
 
             # Health: the same findings on every worker, for all see the same sums. The first
             # period after a start fills the read-ahead, so its waiting is not judged.
-            findings = monitor.check(
-                to_period(period_start, values, 0.0 if first_period else wait_share)
-            )
+            judged_wait = 0.0 if first_period else wait_share
+            findings = monitor.check(period, data_wait_share=judged_wait)
             period_start, first_period = step, False
             findings = [data.explain(finding, elapsed) for finding in findings]
             data.start_period()

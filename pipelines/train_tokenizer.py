@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from pipelines import pictures, storage
@@ -43,10 +44,10 @@ from pipelines.training.distributed import (
 )
 from pipelines.training.log import TrainLog
 from pipelines.training.run_dir import RunDir, refuse_changes
+from pipelines.training.step_metrics import StepMetrics
 from pipelines.training.stopping import StopRequested
 from pipelines.training.tokenizer_step import (
     AveragedWeights,
-    Period,
     RelaxedVae,
     build_tokenizer,
     learning_rate,
@@ -59,6 +60,7 @@ from pipelines.training.tokenizer_step import (
 )
 
 STAGE = "train-tokenizer"
+TERMS = ("loss", "reconstruction", "kl")
 OLD_RECORD = "training.json"
 REMEDY = (
     "raise loss.kl_weight or loss.start_temperature, lower model.vocab_size or optim.lr, or give "
@@ -207,14 +209,16 @@ def train_loop(  # noqa: PLR0915
             pin_memory=world.device.type == "cuda",
         )
         closing.callback(batches.close)
-        period, period_start = Period(tokenizer.vocab_size, world), step
+        metrics = StepMetrics(config.log_every, TERMS, tokenizer.vocab_size, world.device)
+        period_start = step
         books.switch("compute")
         books.pace()
 
         # The loop.
         while step < total:
             with books.spend("data_wait"):
-                batch = next(batches).pixels.to(device, non_blocking=True)
+                host = next(batches)
+                pixels = host.pixels.to(device, non_blocking=True)
 
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
@@ -223,24 +227,30 @@ def train_loop(  # noqa: PLR0915
                 seed=config.seed, step=step, shards=shards, shape=noise_shape, device=device
             )
             with torch.autocast(world.device.type, torch.bfloat16, enabled=low_precision):
-                loss, terms, counts = model(
-                    batch, noise, torch.tensor(temperature), torch.tensor(kl_weight)
+                loss, terms, codes = model(
+                    pixels, noise, torch.tensor(temperature), torch.tensor(kl_weight)
                 )
-            (loss / world.size).backward()  # gradients are summed over the workers
+            loss = loss / world.size  # gradients are summed over the workers
+            loss.backward()
+            metrics.add(loss, terms * len(pixels), codes, len(pixels))
             grad_norm = clip_gradients(parameters, config.optim.clip_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             average.update(step)
-            period.add(terms, counts, grad_norm)
-
+            metrics.close_step(grad_norm, host.row_ids.numpy())
             step += 1
 
             ending = False
             if step % config.log_every == 0 or step == total:
                 elapsed, wait = books.pace()
+                period = metrics.reduce(world, first_step=period_start)
                 images_done = (step - period_start) * config.data.global_batch_size
-                metrics = period.metrics() | {
-                    "hard_reconstruction": float(relaxed.hard_reconstruction(batch)),
+                tracked = {
+                    **period.means,
+                    "grad_norm_max": float(np.max(period.grad_norms)),
+                    "codes_used": period.codes_used or 0,
+                    "perplexity": period.perplexity or 0.0,
+                    "hard_reconstruction": float(relaxed.hard_reconstruction(pixels)),
                     "temperature": temperature,
                     "kl_weight": kl_weight,
                     "lr": learning_rate(config, step - 1),
@@ -248,13 +258,12 @@ def train_loop(  # noqa: PLR0915
                     "data_wait_share": wait / elapsed,
                 }
                 shown = {
-                    "loss": f"{metrics['loss']:.4f}",
-                    "codes": f"{metrics['codes_used']:g}",
-                    "perplexity": f"{metrics['perplexity']:.1f}",
+                    "loss": f"{tracked['loss']:.4f}",
+                    "codes": f"{tracked['codes_used']:g}",
+                    "perplexity": f"{tracked['perplexity']:.1f}",
                 }
-                log.period(step - 1, {**metrics, "first_step": period_start}, metrics, shown)
-                _check_health(metrics, step, config)
-                period.clear()
+                log.period(step - 1, {**period.per_step(), **tracked}, tracked, shown)
+                _check_health(tracked, step, config)
                 period_start = step
                 ending = step < total and log.end_requested(world)
             if step % config.checkpoint.every_steps == 0 or step == total or ending:

@@ -8,11 +8,11 @@ the undisturbed one does.
 import math
 import statistics
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipelines.config.pretrain import HealthConfig
+from pipelines.training.step_metrics import Period
 
 MEMORY = 100  # gradient norms the median is taken over
 MIN_MEMORY = 10
@@ -42,21 +42,6 @@ class Finding:
         return asdict(self)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Period:
-    """Metrics of consecutive steps, reduced over the workers."""
-
-    first_step: int
-    losses: Sequence[float]
-    grad_norms: Sequence[float]
-    accuracy: float | None
-    """Share of masked patches whose most likely token is the right one; None without tokens."""
-    predicted_perplexity: float | None
-    """exp(entropy) of the predicted tokens; None without tokens."""
-    data_wait_share: float
-    """Largest share of wall-clock that a worker waited for data."""
-
-
 class HealthMonitor:
     """Judges one period of metrics after the other.
 
@@ -81,13 +66,16 @@ class HealthMonitor:
         """Takes over `state()` of an earlier process."""
         self.norms = deque(state.get("norms", []), maxlen=MEMORY)
 
-    def check(self, period: Period) -> list[Finding]:
-        """Findings of a period, most severe action first."""
+    def check(self, period: Period, *, data_wait_share: float = 0.0) -> list[Finding]:
+        """Findings of a period, most severe action first.
+
+        `data_wait_share` is the largest share of wall-clock that a worker waited for data.
+        """
         findings = [*self._non_finite(period), *self._exploding(period)]
         last = period.first_step + len(period.losses) - 1
         if period.first_step >= self.judged_from and not findings:
             findings += [*self._collapse(period, last), *self._floor(period, last)]
-        findings += self._starvation(period, last)
+        findings += self._starvation(data_wait_share, last)
         order = {"rollback": 0, "stop": 1, "warn": 2}
         return sorted(findings, key=lambda finding: order[finding.action])
 
@@ -135,7 +123,7 @@ class HealthMonitor:
         return found
 
     def _collapse(self, period: Period, step: int) -> list[Finding]:
-        perplexity, limit = period.predicted_perplexity, self.config.min_perplexity
+        perplexity, limit = period.perplexity, self.config.min_perplexity
         if self.config.code_collapse == "off" or perplexity is None or perplexity >= limit:
             return []
         return [
@@ -152,7 +140,7 @@ class HealthMonitor:
         ]
 
     def _floor(self, period: Period, step: int) -> list[Finding]:
-        accuracy, floor = period.accuracy, self.unigram_accuracy
+        accuracy, floor = period.means.get("mim_accuracy"), self.unigram_accuracy
         if self.config.accuracy_floor == "off" or accuracy is None or floor is None:
             return []
         if accuracy > floor:
@@ -170,8 +158,8 @@ class HealthMonitor:
             )
         ]
 
-    def _starvation(self, period: Period, step: int) -> list[Finding]:
-        share, limit = period.data_wait_share, self.config.max_data_wait
+    def _starvation(self, share: float, step: int) -> list[Finding]:
+        limit = self.config.max_data_wait
         if self.config.data_starvation == "off" or share <= limit:
             return []
         return [

@@ -1,7 +1,6 @@
 """What a training run tells while it runs: metrics, events, time books, progress.
 
-Worker 0 writes; the others hold a `TrainLog` that writes nothing. The device is read only in
-`StepMetrics.reduce`, once a logging period.
+Worker 0 writes; the others hold a `TrainLog` that writes nothing.
 """
 
 import contextlib
@@ -15,13 +14,9 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
-from beit.objectives import Outcome
 from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.progress import Progress
@@ -29,92 +24,10 @@ from pipelines.tracking.metric_logger import MetricLogger
 from pipelines.training.checkpoint import complete_steps
 from pipelines.training.distributed import World
 from pipelines.training.goodput import Attempt, Books
-from pipelines.training.health import Finding, Period
+from pipelines.training.health import Finding
 from pipelines.training.run_dir import MetricsFile, RunDir
 
 log = logging.getLogger(__name__)
-
-
-class StepMetrics:
-    """Sums of the steps of one logging period, kept on the device.
-
-    A step's loss is this worker's share of the global mean, so that shares add up to it.
-    `metrics` are those of the objective; `vocab_size` is None where nothing predicts tokens.
-    """
-
-    def __init__(
-        self,
-        capacity: int,
-        metrics: tuple[str, ...],
-        vocab_size: int | None,
-        device: torch.device,
-    ) -> None:
-        self.metrics = metrics
-        # Share of the loss, the other sums, masked patches.
-        self.shares = torch.zeros(capacity, len(metrics) + 1, device=device)
-        self.norms = torch.zeros(capacity, device=device)
-        self.predicted: Tensor | None = None
-        if vocab_size is not None:
-            self.predicted = torch.zeros(vocab_size, dtype=torch.int64, device=device)
-        self.samples: list[int] = []
-        self.steps = 0
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Figures of a period that are worth a curve."""
-        return self.metrics if self.predicted is None else (*self.metrics, "predicted_perplexity")
-
-    def add(self, loss: Tensor, outcome: Outcome, num_masked: int) -> None:
-        """Adds a micro-batch of the current step: its share () of the loss, and its sums."""
-        self.shares[self.steps, 0] += loss
-        self.shares[self.steps, 1:-1] += outcome.sums[1:].detach()
-        self.shares[self.steps, -1] += num_masked
-        if self.predicted is not None and outcome.codes is not None:
-            self.predicted.index_add_(0, outcome.codes, torch.ones_like(outcome.codes))
-
-    def close_step(self, norm: Tensor, row_ids: NDArray[np.int64]) -> None:
-        """Ends the step: its gradient norm, and the rows this worker took."""
-        self.norms[self.steps] = norm
-        self.samples.append(sample_hash(row_ids))
-        self.steps += 1
-
-    def reduce(self, world: World) -> dict[str, Any]:
-        """Per-step and period values over all workers, equal on all; starts the next period."""
-        count = self.steps
-        samples = torch.tensor(self.samples, dtype=torch.int64, device=world.device)
-        shares = world.sum(self.shares[:count].clone()).tolist()
-        hashes = world.sum(samples).tolist()
-        losses = [row[0] for row in shares]
-        masked = sum(row[-1] for row in shares)
-        values = {
-            "losses": losses,
-            "grad_norms": self.norms[:count].tolist(),
-            "loss": sum(losses) / count,
-            "masked_patches": masked,
-            "samples": [f"{value % 2**64:016x}" for value in hashes],
-        }
-        for column, name in enumerate(self.metrics[1:], start=1):
-            values[name] = sum(row[column] for row in shares) / max(masked, 1)
-        if self.predicted is not None:
-            predicted = world.sum(self.predicted.clone()).double()
-            share = predicted / predicted.sum().clamp(min=1)
-            entropy = float(-(share * share.clamp(min=1e-30).log()).sum())
-            values["predicted_perplexity"] = math.exp(entropy)
-            self.predicted.zero_()
-        self.shares.zero_()
-        self.samples, self.steps = [], 0
-        return values
-
-
-def sample_hash(row_ids: NDArray[np.int64]) -> int:
-    """Identity of a set of rows as int64, such that the hashes of disjoint sets add up.
-
-    The sum over workers therefore identifies the global batch, however it was divided.
-    """
-    x = row_ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-    return int((x ^ (x >> np.uint64(31))).sum(dtype=np.uint64).astype(np.int64))
 
 
 class TrainLog:
@@ -272,18 +185,6 @@ def tolerated() -> Iterator[None]:
         yield
     except OSError as error:
         log.warning("the run directory cannot be written now: %s", error)
-
-
-def to_period(first_step: int, values: Mapping[str, Any], data_wait_share: float) -> Period:
-    """The part of reduced metrics that health is judged by."""
-    return Period(
-        first_step=first_step,
-        losses=values["losses"],
-        grad_norms=values["grad_norms"],
-        accuracy=values.get("mim_accuracy"),
-        predicted_perplexity=values.get("predicted_perplexity"),
-        data_wait_share=data_wait_share,
-    )
 
 
 def clean(values: Any) -> Any:

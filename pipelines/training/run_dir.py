@@ -158,7 +158,8 @@ class RunDir:
         """Deletes all that a run keeps here, and nothing else."""
         for directory in ("checkpoints", "events", "attempts", "ray"):
             storage.delete_prefix(self.at(directory))
-        for name in ("config.yaml", "run.json", "metrics.jsonl", "skips.json", "report.json"):
+        files = ("config.yaml", "run.json", "metrics.jsonl", "skips.json", "report.json")
+        for name in (*files, "end_requested.json"):
             storage.delete(self.at(name))
 
 

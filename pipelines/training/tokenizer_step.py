@@ -98,9 +98,9 @@ class RelaxedVae(nn.Module):
     def forward(
         self, images: Tensor, noise: Tensor, temperature: Tensor, kl_weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """uint8 (B,3,H,W), exponential noise (B,V,h,w) -> loss, (loss, reconstruction, KL), counts.
+        """uint8 (B,3,H,W), exponential noise (B,V,h,w) -> loss, (loss, reconstruction, KL), codes.
 
-        The second is detached; counts int64 (V,) are those of the most likely codes.
+        The second is detached; codes int64 (B*h*w,) are the most likely ones.
         """
         pixels = map_pixels(images).contiguous(memory_format=torch.channels_last)
         logits = self.tokenizer.encoder(pixels).float()
@@ -109,12 +109,9 @@ class RelaxedVae(nn.Module):
         kl = kl_to_uniform(logits)
         loss = reconstruction + kl_weight * self.kl_share * kl
         with torch.no_grad():
-            token_ids = logits.argmax(1).flatten()
-            # bincount would have the host wait for the largest id.
-            counts = token_ids.new_zeros(logits.shape[1])
-            counts.scatter_add_(0, token_ids, torch.ones_like(token_ids))
+            codes = logits.argmax(1).flatten()
             terms = torch.stack([loss, reconstruction, kl])
-        return loss, terms, counts
+        return loss, terms, codes
 
     @torch.no_grad()
     def hard_reconstruction(self, images: Tensor) -> Tensor:
@@ -182,44 +179,6 @@ class AveragedWeights:
         """Overwrites the parameters of `model`."""
         for name, parameter in model.named_parameters():
             parameter.copy_(self.values[name])
-
-
-class Period:
-    """Sums between two logs, kept on the device."""
-
-    def __init__(self, vocab_size: int, world: World) -> None:
-        self.world = world
-        self.vocab_size = vocab_size
-        self.clear()
-
-    def clear(self) -> None:
-        """Starts a new period."""
-        self.steps = 0
-        self.terms = torch.zeros(3, device=self.world.device)
-        self.counts = torch.zeros(self.vocab_size, dtype=torch.int64, device=self.world.device)
-        self.grad_norm = torch.zeros((), device=self.world.device)
-
-    def add(self, terms: Tensor, counts: Tensor, grad_norm: Tensor) -> None:
-        """One step; nothing is waited for."""
-        self.steps += 1
-        self.terms += terms
-        self.counts += counts
-        self.grad_norm = torch.maximum(self.grad_norm, grad_norm.detach())
-
-    def metrics(self) -> dict[str, float]:
-        """Means over the period and all workers; every worker must call it, and gets the same."""
-        terms = self.world.sum(self.terms.clone()) / (self.steps * self.world.size)
-        counts = self.world.sum(self.counts.clone()).double().cpu()
-        shares = counts[counts > 0] / counts.sum()
-        loss, reconstruction, kl = terms.tolist()
-        return {
-            "loss": loss,
-            "reconstruction": reconstruction,
-            "kl": kl,
-            "grad_norm_max": float(self.grad_norm),
-            "codes_used": int((counts > 0).sum()),
-            "perplexity": math.exp(-float((shares * shares.log()).sum())),
-        }
 
 
 def sample_order(config: TrainTokenizerConfig, images: ImageTable) -> SampleOrder:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from pipelines.training import data as train_data
-from pipelines.training.log import sample_hash
 from pipelines.training.run_dir import RunDir
+from pipelines.training.step_metrics import sample_hash
 from tests.pipelines.pretrain_fixtures import make_tables, per_step, small_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.long]

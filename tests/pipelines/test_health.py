@@ -3,15 +3,20 @@ import math
 import pytest
 
 from pipelines.config.pretrain import HealthConfig
-from pipelines.training.health import HealthMonitor, Period
+from pipelines.training.health import HealthMonitor
+from pipelines.training.step_metrics import Period
 
 
-def period(first_step=0, losses=(4.0, 4.0), norms=(1.0, 1.0), **values):
+def period(first_step=0, losses=(4.0, 4.0), norms=(1.0, 1.0), accuracy=0.5, perplexity=20.0):
     return Period(
         first_step=first_step,
         losses=losses,
         grad_norms=norms,
-        **{"accuracy": 0.5, "predicted_perplexity": 20.0, "data_wait_share": 0.0} | values,
+        samples=["0"] * len(losses),
+        items=1.0,
+        means={"loss": losses[0]} | ({} if accuracy is None else {"mim_accuracy": accuracy}),
+        perplexity=perplexity,
+        codes_used=None,
     )
 
 
@@ -25,7 +30,7 @@ def test_without_tokens_neither_collapse_nor_floor_is_judged():
         judged_from=0,
         unigram_accuracy=None,
     )
-    nothing = {"accuracy": None, "predicted_perplexity": None}
+    nothing = {"accuracy": None, "perplexity": None}
     assert watch.check(period(0, (4.0,) * 20, (2.0,) * 20, **nothing)) == []
     assert kinds(watch.check(period(20, (4.0,), (21.0,), **nothing))) == [
         ("exploding_gradient", "stop", 20)
@@ -79,21 +84,21 @@ def test_memory_travels():
 
 def test_collapse_and_floor_are_judged_after_the_grace_only():
     watch = monitor(judged_from=100, code_collapse="stop", accuracy_floor="warn")
-    collapsed = {"predicted_perplexity": 1.1, "accuracy": 0.1}
+    collapsed = {"perplexity": 1.1, "accuracy": 0.1}
     assert watch.check(period(90, **collapsed)) == []
     found = watch.check(period(100, **collapsed))
     assert kinds(found) == [("code_collapse", "stop", 101), ("accuracy_floor", "warn", 101)]
 
 
 def test_waiting_for_data_is_found():
-    found = monitor(max_data_wait=0.3).check(period(data_wait_share=0.6))
+    found = monitor(max_data_wait=0.3).check(period(), data_wait_share=0.6)
     assert kinds(found) == [("data_starvation", "warn", 1)]
     assert "60%" in found[0].message
 
 
 def test_the_most_severe_action_comes_first():
     watch = monitor(non_finite="rollback", data_starvation="stop")
-    found = watch.check(period(0, (math.nan,), (1.0,), data_wait_share=0.9))
+    found = watch.check(period(0, (math.nan,), (1.0,)), data_wait_share=0.9)
     assert [finding.action for finding in found] == ["rollback", "stop"]
 
 
@@ -106,5 +111,5 @@ def test_everything_can_be_switched_off():
         data_starvation="off",
     )
     watch.check(period(0, (4.0,) * 20, (1.0,) * 20))
-    bad = period(20, (math.nan,), (1e9,), accuracy=0, predicted_perplexity=1, data_wait_share=1)
-    assert watch.check(bad) == []
+    bad = period(20, (math.nan,), (1e9,), accuracy=0, perplexity=1)
+    assert watch.check(bad, data_wait_share=1) == []

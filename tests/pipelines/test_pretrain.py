@@ -18,8 +18,8 @@ from pipelines.errors import InputError, StageFailed
 from pipelines.reading import ingest
 from pipelines.training import checkpoint, pretraining
 from pipelines.training import data as train_data
-from pipelines.training.log import sample_hash
 from pipelines.training.run_dir import MetricsFile, RunDir, Skips
+from pipelines.training.step_metrics import sample_hash
 from tests.chaos.world import make_tokenizer
 from tests.pipelines.pretrain_fixtures import (
     events_of,
