@@ -23,3 +23,7 @@ def printable(text: str, *, keep: str = "") -> str:
     return "".join(
         char if char.isprintable() or char in keep else ascii(char)[1:-1] for char in text
     )
+
+
+class StoreError(InputError, OSError):
+    """An object store refuses us as a whole: its bucket or our credentials are wrong."""

@@ -1,4 +1,4 @@
-"""Files at any URI: local paths and everything pyarrow.fs or fsspec can open (s3://, gs://, ...).
+"""Files at any URI: local paths, and everything that fsspec has a driver for (s3://, gs://, ...).
 
 Artefacts are written so that a reader never sees half a file: locally by a temporary name, fsync
 and rename; on object stores by one upload that becomes visible when it completes.
@@ -8,37 +8,22 @@ import contextlib
 import hashlib
 import json
 import os
-import random
 import re
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from typing import Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 from pyarrow import fs as pafs
 
+from pipelines import store_writes, stores
 from pipelines.errors import InputError
 
-T = TypeVar("T")
-
-# Answers of S3 that stay the same however often it is asked; its other errors pass.
-FINAL_S3_ERRORS = (
-    "ACCESS_DENIED", "INVALID_", "MALFORMED_", "MISSING_", "NO_SUCH_", "RESOURCE_NOT_FOUND",
-    "SIGNATURE_", "UNRECOGNIZED_CLIENT",
-)  # fmt: skip
-# What other stores answer when they want to be asked again later.
-TRANSIENT_MARKS = re.compile(
-    r"slow ?down|\b50[0234]\b|internal ?error|time-?out|timed out|reset|throttl|too many requests|"
-    r"connect|curlcode|network|unavailable|incomplete|broken pipe|unexpected end|content-length",
-    re.IGNORECASE,
-)
-NUM_TRIES = 6
+LOCAL = pafs.LocalFileSystem()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,19 +38,31 @@ class FileInfo:
 
 def is_local(uri: str) -> bool:
     """Whether `uri` names this machine's file system."""
-    return urlsplit(uri).scheme in ("", "file")
+    return uri.startswith("file:") or not re.match(r"[A-Za-z][\w+.-]*://", uri)
+
+
+def local_path(uri: str) -> str:
+    """The path of a local URI; `file:` URIs are unescaped."""
+    if not uri.startswith("file:"):
+        return uri
+    return unquote(re.sub("^file:(//(localhost)?(?=/))?", "", uri))
 
 
 def join(uri: str, *parts: str) -> str:
-    """`uri/part/part`; the query of an S3 URI (endpoint, region) stays at the end.
+    """`uri/part/part`; the query of a remote URI (endpoint, region) stays at the end.
 
-    In a remote URI a part's `?` becomes `%3F` and its `%` becomes `%25`; `resolve` undoes it.
+    In a remote URI `?`, `%` and slashes that part nothing become `%3F`, `%25` and `%2F` in parts.
     """
     if is_local(uri):
-        return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
+        base = local_path(uri)
+        return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)])
     base, question, query = uri.partition("?")
-    names = (part.strip("/").replace("%", "%25").replace("?", "%3F") for part in parts)
-    return "/".join([base.rstrip("/"), *names]) + question + query
+    return "/".join([base.rstrip("/"), *map(_escaped, parts)]) + question + query
+
+
+def _escaped(name: str) -> str:
+    name = name.replace("%", "%25").replace("?", "%3F")
+    return re.sub("^/|(?<=/)/|/$", "%2F", name)
 
 
 def beside(uri: str, suffix: str) -> str:
@@ -76,153 +73,125 @@ def beside(uri: str, suffix: str) -> str:
 
 def absolute(uri: str) -> str:
     """A local path made absolute, so that worker processes with another directory find it."""
-    if not is_local(uri):
-        return uri
-    return str(Path(uri.removeprefix("file://")).expanduser().absolute())
+    return str(Path(local_path(uri)).expanduser().absolute()) if is_local(uri) else uri
 
 
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The file system of `uri` and the path inside it.
+    """The file system of `uri` for libraries that want one of pyarrow's, and the path inside it.
 
     Raises:
         InputError: the scheme is unknown or the URI is malformed.
     """
     if is_local(uri):
-        return pafs.LocalFileSystem(), absolute(uri)
-    base, _, query = uri.partition("?")
-    scheme, _, path = base.partition("://")
-    return _filesystem(scheme, path.partition("/")[0], query), unescaped(path.rstrip("/"))
+        return LOCAL, absolute(uri)
+    filesystem, path = stores.locate(uri)
+    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
 
 
-def unescaped(path: str) -> str:
-    """The name in the store of what a remote URI says; other uses of `%` stand for themselves."""
-    return re.sub("%3F|%25", lambda found: "?" if found[0] == "%3F" else "%", path)
+def open_input(uri: str, *, size: int | None = None) -> pa.NativeFile:
+    """A random-access file. Raises FileNotFoundError naming the URI.
+
+    Args:
+        size: Bytes, where they are known: then opening a remote file asks for nothing.
+    """
+    if is_local(uri):
+        return LOCAL.open_input_file(absolute(uri))
+    return pa.PythonFile(stores.RemoteFile(uri, size), mode="r")
 
 
-@lru_cache(maxsize=32)
-def _filesystem(scheme: str, bucket: str, query: str) -> pafs.FileSystem:
-    if scheme in ("s3", "s3a"):
-        # Without delayed opening, empty and small multipart uploads fail on several stores.
-        options = "&".join(filter(None, [query, "allow_delayed_open=true"]))
-        return pafs.FileSystem.from_uri(f"s3://{bucket}?{options}")[0]
+def open_shared(uri: str) -> pa.NativeFile | None:
+    """A random-access file that many threads may read at once, faster than that of `open_input`.
+
+    On S3 it is pyarrow's own, which holds no lock of the interpreter while it reads: twice as fast
+    beside busy threads of Python (benchmarks/results/storage.md). It gives up sooner than
+    `open_input` does, so be ready to turn to that. None where there is no such file.
+    """
+    if is_local(uri):
+        return LOCAL.open_input_file(absolute(uri))
+    if not stores.is_s3(uri):
+        return None
     try:
-        return pafs.FileSystem.from_uri(f"{scheme}://{bucket}?{query}".rstrip("?"))[0]
-    except (pa.ArrowInvalid, ValueError):
-        import fsspec
-
-        try:
-            return pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.filesystem(scheme)))
-        except (ValueError, ImportError) as error:
-            raise InputError(
-                f"{scheme}://{bucket}: cannot open this kind of URI ({error}); "
-                "use a local path, s3://..., or install the fsspec driver of the scheme"
-            ) from error
-
-
-def retry(action: Callable[[], T]) -> T:
-    """Runs `action`, again with growing random pauses while a store throttles or drops us.
-
-    A missing file and a refused permission are final at once.
-    """
-    for attempt in range(NUM_TRIES):
-        try:
-            return action()
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            if not is_transient(error) or attempt == NUM_TRIES - 1:
-                raise _explained(error) from error
-            time.sleep(pause(attempt))
-    raise AssertionError("unreachable")
-
-
-def is_transient(error: OSError) -> bool:
-    """Whether it is worth asking the store again."""
-    s3_error = re.search(r"AWS Error (\w+)", str(error))
-    if s3_error and s3_error[1] != "UNKNOWN":
-        return not s3_error[1].startswith(FINAL_S3_ERRORS)
-    return bool(TRANSIENT_MARKS.search(str(error)))
-
-
-def pause(attempt: int) -> float:
-    """Seconds to wait before the next try.
-
-    Jitter keeps a thousand workers from coming back at the same moment; it is no part of any
-    result, hence the one use of an unseeded generator.
-    """
-    return min(20.0, 0.3 * 2.0**attempt) * (0.5 + random.random())
-
-
-def _explained(error: OSError) -> OSError:
-    if "MissingContentLength" in str(error) or "411" in str(error):
-        return OSError(
-            f"{error}\nThis store wants uploads with a plain Content-Length: set "
-            "AWS_REQUEST_CHECKSUM_CALCULATION=when_required and "
-            "AWS_RESPONSE_CHECKSUM_VALIDATION=when_required, for the Ray workers too."
-        )
-    return error
-
-
-def open_input(uri: str) -> pa.NativeFile:
-    """A random-access file. Raises FileNotFoundError naming the URI."""
-    filesystem, path = resolve(uri)
-    return retry(lambda: filesystem.open_input_file(path))
+        return stores.arrow_s3(uri).open_input_file(stores.locate(uri)[1])
+    except (OSError, pa.ArrowInvalid):
+        return None
 
 
 def read_bytes(uri: str) -> bytes:
     """The whole file. Raises FileNotFoundError naming the URI."""
-    filesystem, path = resolve(uri)
-
-    def read() -> bytes:
-        with filesystem.open_input_file(path) as file:
-            data: bytes = file.read()
-            return data
-
-    return retry(read)
+    if is_local(uri):
+        return Path(absolute(uri)).read_bytes()
+    filesystem, path = stores.locate(uri)
+    # One request; s3fs would ask for the size first.
+    options = {"max_concurrency": 1} if stores.is_s3(uri) else {}
+    with stores.told(uri):
+        data: bytes = filesystem.cat_file(path, **options)
+        return data
 
 
 def write_bytes(uri: str, data: bytes | pa.Buffer) -> None:
     """Writes the file atomically: readers see the old content or all of the new one."""
-    filesystem, path = resolve(uri)
-    if isinstance(filesystem, pafs.LocalFileSystem):
-        with _temporary_file(Path(path)) as temporary:
-            with temporary.open("wb") as file:
-                file.write(memoryview(data))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
+    if is_local(uri):
+        with _temporary_file(Path(absolute(uri)), data) as temporary:
+            temporary.replace(absolute(uri))
         return
-
-    def upload() -> None:
-        with filesystem.open_output_stream(path) as stream:
-            stream.write(data)
-
-    retry(upload)
+    store_writes.upload(uri, bytes(data))
 
 
 @contextlib.contextmanager
-def _temporary_file(target: Path) -> Iterator[Path]:
+def _temporary_file(target: Path, data: bytes | pa.Buffer) -> Iterator[Path]:
+    """A file beside `target` with `data` on disk; what is left of it goes."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
+        with temporary.open("wb") as file:
+            file.write(memoryview(data))
+            file.flush()
+            os.fsync(file.fileno())
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def create(uri: str, data: bytes) -> bool:
+    """Writes the file only if nothing is there; of several writers exactly one is told True.
+
+    A store that does not keep this promise is named once, in a warning; there the file is written
+    if none is seen.
+    """
+    if is_local(uri):
+        with _temporary_file(Path(absolute(uri)), data) as temporary:
+            try:
+                os.link(temporary, absolute(uri))
+            except FileExistsError:
+                return False
+            return True
+    if store_writes.keeps_creations(uri):
+        return store_writes.create(uri, data)
+    if exists(uri):
+        return False
+    write_bytes(uri, data)
+    return True
+
+
 def exists(uri: str) -> bool:
-    """Whether a file (or, on local disk, a directory) is there."""
-    filesystem, path = resolve(uri)
-    return bool(retry(lambda: filesystem.get_file_info(path)).type != pafs.FileType.NotFound)
+    """Whether a file or a directory is there. Raises StoreError if the bucket is not."""
+    if is_local(uri):
+        return Path(absolute(uri)).exists()
+    try:
+        stores.info(uri)
+    except FileNotFoundError:
+        return False
+    return True
 
 
-def size(uri: str) -> int:
-    """Bytes of a file. Raises FileNotFoundError."""
-    filesystem, path = resolve(uri)
-    info = retry(lambda: filesystem.get_file_info(path))
-    if info.type != pafs.FileType.File:
-        raise FileNotFoundError(uri)
-    return int(info.size)
+def is_file(uri: str) -> bool:
+    """Whether a file is there."""
+    if is_local(uri):
+        return Path(absolute(uri)).is_file()
+    try:
+        return bool(stores.info(uri)["type"] == "file")
+    except FileNotFoundError:
+        return False
 
 
 def list_files(uri: str, suffix: str = "", *, recursive: bool = True) -> list[FileInfo]:
@@ -230,36 +199,40 @@ def list_files(uri: str, suffix: str = "", *, recursive: bool = True) -> list[Fi
 
     Temporary files and the directory markers that object stores keep are left out.
     """
-    filesystem, path = resolve(uri)
-    selector = pafs.FileSelector(path, allow_not_found=True, recursive=recursive)
-    infos = retry(lambda: filesystem.get_file_info(selector))
-    files = (
-        FileInfo(path=info.path[len(path) :].lstrip("/"), size=int(info.size or 0))
-        for info in infos
-        if info.type == pafs.FileType.File
-    )
+    if is_local(uri):
+        path = absolute(uri)
+        selector = pafs.FileSelector(path, allow_not_found=True, recursive=recursive)
+        files = [
+            FileInfo(path=info.path[len(path) :].lstrip("/"), size=int(info.size or 0))
+            for info in LOCAL.get_file_info(selector)
+            if info.type == pafs.FileType.File
+        ]
+    else:
+        found = stores.listed(uri, recursive=recursive)
+        files = [FileInfo(path=one.name, size=one.size) for one in found if not one.is_dir]
     return sorted(
-        (
-            file
-            for file in files
-            if file.path.endswith(suffix) and file.path and not file.path.endswith(".tmp")
-        ),
+        (file for file in files if file.path.endswith(suffix) and not file.path.endswith(".tmp")),
         key=lambda file: file.path,
     )
 
 
 def delete(uri: str) -> None:
     """Removes a file; one that is not there is no error."""
-    filesystem, path = resolve(uri)
-    with contextlib.suppress(FileNotFoundError):
-        retry(lambda: filesystem.delete_file(path))
+    if is_local(uri):
+        Path(absolute(uri)).unlink(missing_ok=True)
+        return
+    filesystem, path = stores.locate(uri)
+    with contextlib.suppress(FileNotFoundError), stores.told(uri):
+        filesystem.rm_file(path)
 
 
 def delete_prefix(uri: str) -> None:
     """Removes a directory and everything below it; a missing one is no error."""
-    filesystem, path = resolve(uri)
-    with contextlib.suppress(FileNotFoundError):
-        retry(lambda: filesystem.delete_dir(path))
+    if is_local(uri):
+        with contextlib.suppress(FileNotFoundError):
+            LOCAL.delete_dir(absolute(uri))
+        return
+    store_writes.delete_below(uri)
 
 
 def fetch_dir(uri: str, local_dir: str | Path, *, num_threads: int = 8) -> None:
@@ -267,10 +240,14 @@ def fetch_dir(uri: str, local_dir: str | Path, *, num_threads: int = 8) -> None:
 
     Raises:
         FileNotFoundError: nothing is there.
+        InputError: a name would lie outside of `local_dir`, or is no name on a disk.
     """
     files = list_files(uri)
     if not files:
         raise FileNotFoundError(uri)
+    for file in files:
+        if not set(file.path.split("/")).isdisjoint(("", ".", "..")) or "\0" in file.path:
+            raise InputError(f"{uri}: {file.path!r} is no name for a file on disk; rename it")
 
     def fetch(file: FileInfo) -> None:
         target = Path(local_dir, file.path)

@@ -4,7 +4,6 @@ A rejection is for good: what another try, another day or a login could mend is 
 """
 
 import errno
-import re
 
 import pyarrow as pa
 
@@ -14,13 +13,6 @@ from pipelines.errors import InputError
 PASSING = {
     errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.EINTR,
 }  # fmt: skip
-# Parquet's own complaints; some read like those of a network.
-_PARQUET = re.compile(
-    r"unexpected end of stream|thrift|page header|page was|data page|dictionary|magic bytes|"
-    r"corrupt|decompress|compressed|checksum verification|malformed|column chunk",
-    re.IGNORECASE,
-)
-_STORE = re.compile(r"aws|curl|http|s3", re.IGNORECASE)
 
 
 def file_failure(error: Exception, uri: str, root: str, *, damaged: str = "unreadable") -> str:
@@ -39,17 +31,14 @@ def file_failure(error: Exception, uri: str, root: str, *, damaged: str = "unrea
         return damaged
     if isinstance(error, FileNotFoundError | PermissionError):
         reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
-    elif storage.is_local(uri):
-        if error.errno in PASSING:
-            raise error
+    elif error.errno is None:
         # Errors of Parquet are of this type too, but have no number.
-        return damaged if error.errno is None else "unreadable"
-    elif _PARQUET.search(str(error)) and not _STORE.search(str(error)):
         return damaged
-    elif storage.is_transient(error):
+    elif error.errno in PASSING or not storage.is_local(uri):
+        # A store has been asked often enough.
         raise error
     else:
-        reason = "unreadable"
+        return "unreadable"
     # A disk that is not mounted or a login that ran out refuses everything.
     if not storage.exists(root):
         raise error

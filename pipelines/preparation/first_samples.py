@@ -29,7 +29,7 @@ def check_first_samples(config: PrepareConfig, source: Source, reader: Reader) -
     if entry is None or entry.reason:
         return
     try:
-        head = storage.retry(lambda: _head(storage.join(source.root, entry.path)))
+        head = _head(storage.join(source.root, entry.path))
     except OSError:  # for its reader to judge
         return
     file = io.BytesIO(head)

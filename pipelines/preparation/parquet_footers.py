@@ -115,9 +115,7 @@ def answer(text: str) -> None:
     def read(path: str) -> dict[str, Any]:
         uri = storage.join(root, path)
         try:
-            if storage.is_local(uri):
-                return _read(uri, texts_of)
-            return storage.retry(lambda: _read(uri, texts_of))
+            return _read(uri, texts_of)
         except Exception as error:  # whatever is wrong with one file, the others are read
             return _failed(error, uri, root)
 

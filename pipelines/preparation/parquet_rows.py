@@ -1,6 +1,5 @@
 """The rows of a Parquet file as the plan found it, streamed in small batches."""
 
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ STREAM_BYTES = 4 * 2**20
 
 
 def batches(root: str, entry: Entry, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """The entry's row groups in small pieces; goes on after a dropped connection.
+    """The entry's row groups in small pieces.
 
     Args:
         columns: The column with the images first.
@@ -26,28 +25,11 @@ def batches(root: str, entry: Entry, columns: Sequence[str]) -> Iterator[pa.Reco
     """
     uri = storage.join(root, entry.path)
     groups = list(range(entry.first, entry.stop))
-    done = attempt = 0
-    while True:
-        try:
-            with storage.open_input(uri) as source:
-                file = pq.ParquetFile(source, pre_buffer=False, buffer_size=STREAM_BYTES)
-                _check_unchanged(file, entry, columns)
-                chosen = [_stored_name(file.schema_arrow, name) for name in columns]
-                skip = done
-                for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=chosen):
-                    fresh = batch.slice(min(skip, batch.num_rows))
-                    skip -= batch.num_rows - fresh.num_rows
-                    if fresh.num_rows:
-                        done += fresh.num_rows
-                        attempt = 0
-                        yield fresh
-                return
-        except OSError as error:
-            attempt += 1
-            final = storage.is_local(uri) or not storage.is_transient(error)
-            if final or attempt >= storage.NUM_TRIES:
-                raise
-            time.sleep(storage.pause(attempt))
+    with storage.open_input(uri) as source:
+        file = pq.ParquetFile(source, pre_buffer=False, buffer_size=STREAM_BYTES)
+        _check_unchanged(file, entry, columns)
+        chosen = [_stored_name(file.schema_arrow, name) for name in columns]
+        yield from file.iter_batches(BATCH_ROWS, row_groups=groups, columns=chosen)
 
 
 def value(row: pa.RecordBatch, column: str) -> Any:

@@ -7,10 +7,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
-from pyarrow import fs as pafs
-
 from beit.git_lfs import MAX_POINTER_BYTES, REMEDY, is_pointer
-from pipelines import storage
+from pipelines import storage, stores
 from pipelines.errors import InputError
 from pipelines.preparation import sample_images
 from pipelines.preparation.file_names import (
@@ -157,20 +155,19 @@ def _split_glob(uri: str) -> tuple[str, Glob]:
         if Path(path).is_dir():
             return path, Glob()
     else:
-        path, _, query = uri.partition("?")
+        path, _, query = stores.plain(uri).partition("?")
         query, wild = query and f"?{query}", WILD_REMOTE
     pieces = path.split("/")
     for position, piece in enumerate(pieces):
         if wild.search(piece):
             pattern = "/".join(pieces[position:])
             root = "/".join(pieces[:position]) + query
-            return root, Glob(pattern if storage.is_local(uri) else storage.unescaped(pattern))
+            return root, Glob(pattern if storage.is_local(uri) else stores.unescaped(pattern))
     if storage.is_local(uri):
         raise InputError(f"source = {uri!r}: no such file or folder")
-    filesystem, remote = storage.resolve(uri)
-    if storage.retry(lambda: filesystem.get_file_info(remote)).type == pafs.FileType.File:
+    if storage.is_file(uri):
         above, _, name = path.rpartition("/")
-        return above + query, exactly(storage.unescaped(name))
+        return above + query, exactly(stores.unescaped(name))
     return uri, Glob()
 
 
@@ -226,7 +223,8 @@ def class_folders(entries: Iterable[Entry], seen: set[str], level: int = 1) -> I
         folder = folder_class(entry.path, level)
         # A folder of notes is no class.
         text = entry.path.lower().endswith(SIDE_FILES) and not claims_picture(entry.path)
-        if folder is not None and not entry.ignored and not text:
+        # What lies between the slashes of `s3://bucket//a.png` is none either.
+        if folder and not entry.ignored and not text:
             seen.add(folder)
             if len(seen) > MAX_CLASSES:
                 raise InputError(

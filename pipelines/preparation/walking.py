@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from pyarrow import fs as pafs
-
-from pipelines import storage
+from pipelines import storage, stores
 from pipelines.errors import InputError
 from pipelines.preparation.ahead import futures_ahead
 from pipelines.preparation.file_names import is_side_name
@@ -60,7 +58,11 @@ class Listed:
 
 
 class Listings:
-    """Lists directories below a root; what was listed while `keep` was set is not listed again."""
+    """Lists directories below a root; what was listed while `keep` was set is not listed again.
+
+    A directory's path ends with a slash; that of the root is empty. Object stores know names and
+    directories that are empty: `a//1.png` is `1.png` in the directory `` in the directory `a`.
+    """
 
     def __init__(self, root: str) -> None:
         self.root = root
@@ -103,7 +105,7 @@ def walk(
                 (one for one in listing.result() if not one.is_dir or may_hold(above + one.name)),
                 key=lambda one: one.position(container_suffix),
             )
-            names = (_checked(above, one) for one in listed if _is_walked(one))
+            names = (_checked(above, one) + "/" for one in listed if _is_walked(one))
             ahead = futures_ahead(pool, listings, names)
             for one in listed:
                 if _is_walked(one):
@@ -134,7 +136,7 @@ def _list_local(root: str, path: str) -> list[Listed]:
 
     @functools.cache
     def real_paths_above() -> list[str]:
-        names = path.split("/") if path else []
+        names = path.split("/")[:-1]
         logical = ("/".join([root, *names[:depth]]) for depth in range(len(names) + 1))
         return [os.path.realpath(one) for one in logical]
 
@@ -173,15 +175,15 @@ def _list_local(root: str, path: str) -> list[Listed]:
 
 
 def _list_remote(root: str, path: str) -> list[Listed]:
-    filesystem, base = storage.resolve(storage.join(root, path) if path else root)
-    selector = pafs.FileSelector(base, allow_not_found=True, recursive=False)
-    infos = storage.retry(lambda: filesystem.get_file_info(selector))
-    return [
-        Listed(
-            name=info.base_name,
-            size=int(info.size or 0),
-            is_dir=info.type == pafs.FileType.Directory,
-        )
-        for info in infos
-        if info.base_name
-    ]
+    try:
+        return [
+            Listed(name=one.name, size=one.size, is_dir=one.is_dir)
+            for one in stores.listed(root, path)
+            # What bears the name of the source itself is no file in it.
+            if one.name or one.is_dir or path
+        ]
+    except PermissionError as error:
+        raise InputError(
+            f"source: {root} may not be listed ({error.strerror}); ask for the right to list the "
+            "bucket"
+        ) from error

@@ -45,6 +45,9 @@ def commit_manifest(
         num_items: Items the source held: rows + rejected.
         ignored: Number of files beside the data by reason (they are listed in `ignored.parquet`).
         class_counts: Rows of each class, where they are known.
+
+    Raises:
+        InputError: another writer has made another table there in the meantime.
     """
     manifest = {
         "kind": KIND,
@@ -62,7 +65,13 @@ def commit_manifest(
         **({} if ignored is None else {"ignored": dict(ignored)}),
         "pyarrow": pa.__version__,
     }
-    storage.write_json(storage.join(uri, MANIFEST), manifest)
+    path, data = storage.join(uri, MANIFEST), storage.canonical_json(manifest)
+    # Two drivers of one job write the same bytes.
+    if not storage.create(path, data) and storage.read_bytes(path) != data:
+        raise InputError(
+            f"{uri}: another run has just finished a table there that differs from this one; give "
+            "another output"
+        )
     return manifest
 
 

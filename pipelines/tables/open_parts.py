@@ -15,22 +15,25 @@ class DamagedFileError(Exception):
 
 
 class OpenPart:
-    """An open file and its parsed footer. Both may be shared by threads; a reader may not."""
+    """A file and its parsed footer. Both may be shared by threads; a reader may not."""
 
     def __init__(self, uri: str, *, num_bytes: int, row_groups: tuple[int, ...]) -> None:
-        """Opens the file and reads its footer (on an object store: two requests).
+        """Opens the file and reads its footer (on an object store: a few requests).
 
         Raises:
             DamagedFileError: it has another size or other row groups than expected.
             FileNotFoundError: it is gone.
         """
-        self.file = storage.open_input(uri)
-        if self.file.size() != num_bytes:
-            raise DamagedFileError(f"{self.file.size()} bytes instead of {num_bytes}")
-        try:
-            self.metadata = storage.retry(lambda: pq.read_metadata(self.file))
-        except pa.ArrowInvalid as error:
-            raise DamagedFileError(str(error)) from error
+        self.uri = uri
+        self.num_bytes = num_bytes
+        with storage.open_input(uri) as file:
+            if file.size() != num_bytes:
+                raise DamagedFileError(f"{file.size()} bytes instead of {num_bytes}")
+            try:
+                self.metadata = pq.read_metadata(file)
+            except pa.ArrowInvalid as error:
+                raise DamagedFileError(str(error)) from error
+        self.shared = storage.open_shared(uri)
         rows = [self.metadata.row_group(i).num_rows for i in range(self.metadata.num_row_groups)]
         if tuple(rows) != row_groups:
             raise DamagedFileError("other row groups than its manifest lists")
@@ -41,12 +44,20 @@ class OpenPart:
         Raises:
             DamagedFileError: a page's checksum is wrong, or the page cannot be read.
         """
-        return storage.retry(lambda: self._read(list(indices), list(names)))
+        if self.shared is not None:
+            try:
+                return self._read(self.shared, list(indices), list(names))
+            except (OSError, DamagedFileError):
+                if storage.is_local(self.uri):
+                    raise
+        # What pyarrow's own reader could not have is asked for again, with more patience.
+        with storage.open_input(self.uri, size=self.num_bytes) as file:
+            return self._read(file, list(indices), list(names))
 
-    def _read(self, indices: list[int], names: list[str]) -> pa.Table:
+    def _read(self, file: pa.NativeFile, indices: list[int], names: list[str]) -> pa.Table:
         try:
             reader = pq.ParquetFile(
-                self.file, metadata=self.metadata, pre_buffer=True, page_checksum_verification=True
+                file, metadata=self.metadata, pre_buffer=True, page_checksum_verification=True
             )
             return reader.read_row_groups(indices, columns=names, use_threads=False).select(names)
         except pa.ArrowInvalid as error:

@@ -153,7 +153,7 @@ def _footer(uri: str, content_hash: str) -> pq.FileMetaData:
     del content_hash
     try:
         with storage.open_input(uri) as file:
-            return storage.retry(lambda: pq.read_metadata(file))
+            return pq.read_metadata(file)
     except FileNotFoundError as error:
         raise InputError(f"{uri}: missing, though the manifest lists it; tokenize again") from error
     except pa.ArrowInvalid as error:
@@ -198,15 +198,12 @@ def read_rows(
     first_group = start // ROW_GROUP_ROWS
     groups = list(range(first_group, (stop - 1) // ROW_GROUP_ROWS + 1))
 
-    def read() -> pa.Table:
+    try:
         with storage.open_input(uri) as file:
             reader = pq.ParquetFile(
                 file, metadata=metadata, pre_buffer=True, page_checksum_verification=True
             )
-            return reader.read_row_groups(groups, use_threads=False)
-
-    try:
-        table = storage.retry(read)
+            table = reader.read_row_groups(groups, use_threads=False)
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(
             f"{uri}: cannot be read ({str(error).splitlines()[0]}); `beit audit` lists all damage"

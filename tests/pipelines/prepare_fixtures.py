@@ -1,9 +1,11 @@
 """Pieces of a prepare that tests run without Ray."""
 
+from pathlib import Path
+
 from pipelines.config.prepare import PrepareConfig
 from pipelines.config.tracking import TrackingConfig
-from pipelines.preparation.source_plan import SourcePlan, make_plan
-from pipelines.preparation.unit import PrepareTask, Rules, process_unit
+from pipelines.preparation.plan import Plan, make_plan
+from pipelines.preparation.unit import Rules, UnitTask, process_unit
 
 
 def config_of(source: object, output: object, **fields) -> PrepareConfig:
@@ -11,7 +13,7 @@ def config_of(source: object, output: object, **fields) -> PrepareConfig:
     return PrepareConfig(source=str(source), output=str(output), **options)
 
 
-def unit_task(config: PrepareConfig, plan: SourcePlan, **fields) -> PrepareTask:
+def unit_task(config: PrepareConfig, plan: Plan, **fields) -> UnitTask:
     options = {
         "output": config.output,
         "reader": plan.reader,
@@ -20,8 +22,9 @@ def unit_task(config: PrepareConfig, plan: SourcePlan, **fields) -> PrepareTask:
         "part_bytes": int(config.part_mb * 10**6),
         "row_group_bytes": int(config.row_group_mb * 10**6),
         "digits": 5,
+        "attempts": str(Path(config.output, "_work/attempts/here")),
     }
-    return PrepareTask(**(options | fields))
+    return UnitTask(**(options | fields))
 
 
 def work_off(config: PrepareConfig) -> list[dict]:

@@ -10,7 +10,7 @@ from pipelines.config.prepare import PrepareConfig
 from pipelines.errors import InputError
 from pipelines.preparation import sources, walking
 from pipelines.preparation.globs import exactly
-from pipelines.preparation.source_plan import _check_apart, make_plan, read_listing
+from pipelines.preparation.plan import _check_apart, make_plan, read_listing
 from pipelines.preparation.sources import class_folders, open_source
 from pipelines.preparation.walking import Entry, Listings, walk
 from tests.pipelines.image_sources import write_folder
@@ -144,7 +144,7 @@ def test_what_the_first_look_listed_is_not_listed_again(tmp_path, monkeypatch):
         walking, "_list_local", lambda *args: calls.append(args[1]) or list_dir(*args)
     )
     assert len(list(open_source(str(tmp_path)).entries())) == 15
-    assert sorted(calls) == ["", "ant", "bee", "cat"]
+    assert sorted(calls) == ["", "ant/", "bee/", "cat/"]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines import storage
+from pipelines import storage, stores
 from pipelines.config.prepare import PrepareConfig, identity
 from pipelines.errors import InputError
 from pipelines.preparation import sample_images
@@ -30,11 +30,11 @@ from pipelines.preparation.sources import (
     open_source,
 )
 from pipelines.preparation.walking import Entry
-from pipelines.units import WORK, work_uri
 
 PLAN_VERSION = 3
 # Release 0.1.0 counted neither images of a class nor ignored files; its work is finished likewise.
 NO_CLASS_COUNTS = 2
+WORK = "_work"
 OUR_FILES = ("part-00000.parquet", "rejected.parquet", "ignored.parquet", "manifest.json")
 MEGABYTE = 1_000_000
 # Tiny images: a unit of so many takes seconds to minutes; its listing stays small.
@@ -43,7 +43,7 @@ THREADS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourcePlan:
+class Plan:
     """What a unit's worker and the driver need to know; grows with units, not with images."""
 
     source: dict[str, str]
@@ -66,10 +66,15 @@ class SourcePlan:
         }
 
     @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> "SourcePlan":
+    def from_dict(cls, record: dict[str, Any]) -> "Plan":
         reader = {**record["reader"], "class_names": tuple(record["reader"]["class_names"])}
         listings = tuple(record["listings"])
         return cls(**{**record, "reader": Reader(**reader), "listings": listings})
+
+
+def work_uri(output: str, *parts: str) -> str:
+    """Address of a working file of an unfinished prepare."""
+    return storage.join(output, WORK, *parts)
 
 
 def unit_name(unit: int, num_units: int) -> str:
@@ -101,7 +106,7 @@ def check_identity(config: PrepareConfig, output: str, recorded: dict[str, Any])
             )
 
 
-def read_plan(config: PrepareConfig, output: str) -> SourcePlan | None:
+def read_plan(config: PrepareConfig, output: str) -> Plan | None:
     """The plan that an interrupted run left at `output`.
 
     Raises:
@@ -113,12 +118,12 @@ def read_plan(config: PrepareConfig, output: str) -> SourcePlan | None:
         return None
     if record.get("plan_version") not in (NO_CLASS_COUNTS, PLAN_VERSION):
         raise InputError(f"{output}: unfinished work of another version; remove {WORK}/ there")
-    plan = SourcePlan.from_dict(record)
+    plan = Plan.from_dict(record)
     check_identity(config, output, {"source": plan.source["uri"], **plan.options})
     return plan
 
 
-def make_plan(config: PrepareConfig, output: str) -> SourcePlan:
+def make_plan(config: PrepareConfig, output: str) -> Plan:
     """Lists the source, writes the listing of every unit and then the plan.
 
     Raises:
@@ -163,7 +168,7 @@ def make_plan(config: PrepareConfig, output: str) -> SourcePlan:
         reader = parquet.with_columns(reader)
     elif source.format in ("folder", "sample"):
         reader = _with_folder_labels(config, reader, folders - {_unlabelled(source)})
-    plan = SourcePlan(
+    plan = Plan(
         source={"uri": source.uri, "format": source.format},
         options=identity(config),
         reader=reader,
@@ -238,8 +243,8 @@ def _check_apart(source: Source, output: str) -> None:
 
     Beside a single file, or below a glob that stays outside, it is nobody's input.
     """
-    root = source.root.partition("?")[0] + "/"
-    place = storage.join(output).partition("?")[0] + "/"
+    root = stores.plain(source.root).partition("?")[0] + "/"
+    place = stores.plain(storage.join(output)).partition("?")[0] + "/"
     if not place.startswith(root):
         return
     folders = place[len(root) :].strip("/").split("/")
