@@ -9,38 +9,35 @@ from tests.s3_server import bucket, s3  # noqa: F401 - fixtures
 
 
 @pytest.fixture
-def arena(tmp_path_factory, ray_turn):
+def arena(request, tmp_path_factory, ray_turn):
     # Ray's sockets need short paths; only our own files lie here.
     root = tmp_path_factory.mktemp("arena")
-    images = world.make_images(str(root / "images"), count=500, parts=4)
+    images = world.make_images(str(root / "images"), count=10 * request.param, parts=4)
     tokenizer = world.make_tokenizer(str(root / "tokenizer"))
     arena = chaos.Arena(root, images, tokenizer, root / "tokens", rows_per_unit=10)
     yield arena
     arena.close()
 
 
-REFERENCE = []
-
-
 def undisturbed(arena):
-    """The table that the same job makes when nobody kills; made once, for all arenas are alike."""
-    if REFERENCE:
-        return REFERENCE[0]
+    """The table that the same job makes when nobody kills."""
     output = str(arena.directory / "reference")
     arena.job["output"] = output
     arena.environment["CHAOS_UNIT_SECONDS"] = "0"
     assert arena.start_driver("reference").wait(600) == 0, arena.log()
-    REFERENCE.append(output)
     return output
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_ten_kills_change_nothing(arena):
+@pytest.mark.parametrize(
+    ("arena", "kills"), [(20, 4), pytest.param(50, 10, marks=pytest.mark.long)], indirect=["arena"]
+)
+def test_kills_of_every_kind_change_nothing(arena, kills):
     output = arena.job["output"]
-    tally = arena.run(kills=10, seed=1)
-    assert tally.total == 10
+    tally = arena.run(kills=kills, seed=1)
+    assert tally.total == kills
     assert set(tally.kills) == set(chaos.KINDS)
     chaos.check(arena, tally, output, undisturbed(arena))
 
@@ -49,6 +46,7 @@ def test_ten_kills_change_nothing(arena):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.long
+@pytest.mark.parametrize("arena", [50], indirect=True)
 def test_two_drivers_at_once_do_no_harm(arena):
     output = arena.job["output"]
     arena.environment["CHAOS_UNIT_SECONDS"] = "0"
