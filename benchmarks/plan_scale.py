@@ -63,8 +63,8 @@ def drive(directory, rows_per_unit):
     from pipelines.tables.image_table import ImageParts
     from pipelines.tables.token_files import Identity
     from pipelines.tables.token_table import build_manifest, encode_manifest
-    from pipelines.tokenization.pool import UNITS_PER_ROUND
-    from pipelines.tokenization.units import Ledger, plan_units
+    from pipelines.tokenization.ledger import Ledger, plan_units
+    from pipelines.units import UNITS_PER_ROUND
 
     steps = {"imports": (0.0, peak_megabytes())}
     clock = time.monotonic()

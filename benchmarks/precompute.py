@@ -44,8 +44,8 @@ from pipelines.config.tracking import TrackingConfig
 from pipelines.tables import image_files, image_table, tokenizer_store
 from pipelines.tokenization import pool as token_pool
 from pipelines.tokenization import work as token_work
-from pipelines.tokenization.job import plan_job
-from pipelines.tokenization.units import plan_units
+from pipelines.tokenization.ledger import plan_units
+from pipelines.tokenization.task import plan_task
 
 
 def photo(generator, height=375, width=500):
@@ -154,24 +154,24 @@ def bare_rate(tokenizer, pixels, options):
     return len(pixels) / (time.monotonic() - begin)
 
 
-def loop_rate(job, units, tokenizer, output):
+def loop_rate(task, units, tokenizer, output):
     """Views a second of the loop by hand."""
     with ThreadPoolExecutor(1) as pool:
 
         def begin(unit):
-            return pool.submit(token_work.render_unit, job.images_uri, unit, job.identity)
+            return pool.submit(token_work.render_unit, task.images_uri, unit, task.identity)
 
         ahead = deque(begin(unit) for unit in units[:2])
         for index, unit in enumerate(units):
             rendered = ahead.popleft().result()
             ahead.extend(begin(later) for later in units[index + 2 : index + 3])
             ids = token_work.encode_rendered(
-                tokenizer, rendered.pixels, job.identity, device=job.device
+                tokenizer, rendered.pixels, task.identity, device=task.device
             )
-            token_work.write_unit(output, unit.name, rendered.keys, ids, job.identity)
+            token_work.write_unit(output, unit.name, rendered.keys, ids, task.identity)
             if index == 0:
                 start = time.monotonic()
-    views = (len(units) - 1) * (units[0].stop - units[0].start) * job.identity.num_views
+    views = (len(units) - 1) * (units[0].stop - units[0].start) * task.identity.num_views
     return views / (time.monotonic() - start)
 
 
@@ -179,9 +179,9 @@ def job_rates(config):
     """Views a second of the job in its steady state; seconds until the first unit; shares."""
     book, times = tokenize_images._book, []
 
-    def timed(receipt, ledger, options):
-        times.append((time.monotonic(), dict(receipt.seconds)))
-        return book(receipt, ledger, options)
+    def timed(outcome, ledger, options):
+        times.append((time.monotonic(), dict(outcome.facts["seconds"])))
+        return book(outcome, ledger, options)
 
     tokenize_images._book = timed
     begin = time.monotonic()
@@ -255,16 +255,16 @@ def measure_job(directory, options):
         tracking=TrackingConfig(enabled=False),
     )
     table = image_table.ImageTable.open(config.images)
-    job, _ = plan_job(config, table)
+    task, _ = plan_task(config, table)
     part = table.parts[0]
     planned = plan_units([part.name], [part.rows], options.rows_per_unit)
     units = [
         token_work.Unit(index=index, part=part.to_dict(), start=int(start), stop=int(stop))
         for index, (start, stop) in enumerate(zip(planned.start, planned.stop, strict=True))
     ]
-    rendered = token_work.render_unit(config.images, units[0], job.identity)
+    rendered = token_work.render_unit(config.images, units[0], task.identity)
     pixels = rendered.pixels.reshape(-1, *rendered.pixels.shape[2:])
-    tokenizer = token_pool.open_tokenizer(job)
+    tokenizer = token_pool.open_tokenizer(task)
     bare_rate(tokenizer, pixels[: options.batch_size], options)
     bare, loops, jobs = [], [], []
     for index in range(options.rounds):
@@ -272,7 +272,7 @@ def measure_job(directory, options):
         bare.append(
             statistics.median(bare_rate(tokenizer, pixels, options) for _ in range(repeats))
         )
-        loops.append(loop_rate(job, units, tokenizer, f"{directory}/loop-{index}"))
+        loops.append(loop_rate(task, units, tokenizer, f"{directory}/loop-{index}"))
         jobs.append(job_rates(replace(config, output=f"{directory}/tokens-{index}")))
         print(
             f"round {index}: bare {bare[-1]:.1f}, loop {loops[-1]:.1f}, job {jobs[-1]}",

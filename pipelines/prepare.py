@@ -7,46 +7,44 @@ in the table depends on when, where or in which order it was made.
 
 import dataclasses
 import json
-import logging
 import sys
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray.data
+from ray.actor import ActorHandle
 
 from pipelines import storage
 from pipelines.config.prepare import PrepareConfig
 from pipelines.errors import InputError, StageFailed
 from pipelines.preparation.ahead import mapped_ahead
 from pipelines.preparation.decode_process import DECODER, Rules
-from pipelines.preparation.plan import (
-    MEGABYTE,
-    NO_CLASS_COUNTS,
-    Plan,
-    check_identity,
-    make_plan,
-    read_plan,
-    unit_name,
-    work_uri,
-)
 from pipelines.preparation.report import (
-    Ledger,
     PrepareResult,
+    Totals,
     reasons,
     record,
     remedy,
     start_tracking,
 )
+from pipelines.preparation.source_plan import (
+    MEGABYTE,
+    NO_CLASS_COUNTS,
+    SourcePlan,
+    check_identity,
+    make_plan,
+    read_plan,
+    unit_name,
+)
 from pipelines.preparation.unit import (
     PART_NAME,
+    PrepareTask,
     Receipt,
-    UnitTask,
     process_unit,
     read_receipt,
     receipt_uri,
@@ -54,9 +52,16 @@ from pipelines.preparation.unit import (
 )
 from pipelines.tables.image_files import REJECTED_SCHEMA, Part
 from pipelines.tables.image_table import IGNORED, MANIFEST, REJECTED, ImageTable, commit_manifest
+from pipelines.units import (
+    Outcome,
+    attempt,
+    counted_attempts,
+    outcome_table,
+    outcomes,
+    rounds,
+    work_uri,
+)
 
-# Ray keeps something for every block of a dataset; so many units are handed to it at a time.
-UNITS_PER_DATASET = 2_000
 THREADS = 16
 
 
@@ -82,7 +87,7 @@ def run(config: PrepareConfig, *, decoder: str = DECODER) -> PrepareResult:
         if _is_finished(output):
             return _finished(config, output)
         plan = plan or make_plan(config, output)
-        ledger = Ledger(config, plan, _receipts(output, plan))
+        totals = Totals(config, plan, _receipts(output, plan))
     except Exception:
         # Another driver may have finished the table and cleared its working files away.
         if not _is_finished(output):
@@ -90,20 +95,18 @@ def run(config: PrepareConfig, *, decoder: str = DECODER) -> PrepareResult:
         return _finished(config, output)
     with start_tracking(config, work_uri(output, "run.json")) as tracked:
         try:
-            _run_units(config, output, plan, ledger, decoder)
+            _run_units(config, output, plan, totals, decoder)
             result = _commit(config, output, plan)
         except KeyboardInterrupt:
-            print(
-                f"\nprepare: stopped; {len(ledger.units)} of {len(plan.listings)} units are done "
-                "and kept. The same command goes on from here.",
-                file=sys.stderr,
-            )
-            raise
+            raise KeyboardInterrupt(
+                f"{len(totals.units)} of {len(plan.listings)} units are done; the same command "
+                "goes on from here."
+            ) from None
         except Exception:
             if not _is_finished(output):
                 raise
             return _finished(config, output)
-        record(tracked, result, ledger.source_bytes)
+        record(tracked, result, totals.source_bytes)
     _clear(output)
     return dataclasses.replace(result, run_id=tracked.run_id)
 
@@ -125,7 +128,7 @@ def _finished(config: PrepareConfig, output: str) -> PrepareResult:
     return result
 
 
-def _receipts(output: str, plan: Plan) -> Iterator[dict[str, Any]]:
+def _receipts(output: str, plan: SourcePlan) -> Iterator[dict[str, Any]]:
     """Summaries of the units that are done; receipts without their parts are withdrawn."""
     # Parts are written before their receipts, so they are listed after them: another driver may be
     # at work.
@@ -154,12 +157,12 @@ def _receipts(output: str, plan: Plan) -> Iterator[dict[str, Any]]:
 def _run_units(
     config: PrepareConfig,
     output: str,
-    plan: Plan,
-    ledger: Ledger,
+    plan: SourcePlan,
+    totals: Totals,
     decoder: str,
 ) -> None:
-    todo = [unit for unit in range(len(plan.listings)) if unit not in ledger.units]
-    task = UnitTask(
+    todo = [unit for unit in range(len(plan.listings)) if unit not in totals.units]
+    task = PrepareTask(
         output=output,
         reader=plan.reader,
         rules=Rules(
@@ -173,87 +176,57 @@ def _run_units(
         part_bytes=int(config.part_mb * MEGABYTE),
         row_group_bytes=int(config.row_group_mb * MEGABYTE),
         digits=len(unit_name(0, len(plan.listings))),
-        attempts=work_uri(output, "attempts", uuid.uuid4().hex),
     )
-    progress = ledger.progress()
-    for summary in _summaries(task, plan, todo, config.num_tasks):
-        ledger.add(summary)
-        ledger.show(progress)
-        ledger.check(final=False)
-    progress.close()
-    ledger.check(final=True)
+    progress = totals.progress()
+    try:
+        for outcome in _outcomes(task, plan, todo, config.num_tasks):
+            totals.add(outcome.facts)
+            totals.show(progress)
+            totals.check(final=False)
+    finally:
+        progress.close()
+    totals.check(final=True)
 
 
-def _summaries(
-    task: UnitTask, plan: Plan, todo: Sequence[int], num_tasks: int
-) -> Iterator[dict[str, Any]]:
-    """Runs units as a Ray Data job and yields their summaries as they finish."""
-    import ray
-
-    def process(batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        pairs = zip(batch["unit"].tolist(), batch["listing"].tolist(), strict=True)
-        return {"summary": [json.dumps(_outcome(task, *pair)) for pair in pairs]}
-
-    for first in range(0, len(todo), UNITS_PER_DATASET):
-        units = todo[first : first + UNITS_PER_DATASET]
-        rows = [{"unit": unit, "listing": plan.listings[unit]} for unit in units]
-        with _quiet_ray_data():
-            dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+def _outcomes(
+    task: PrepareTask, plan: SourcePlan, todo: Sequence[int], num_tasks: int
+) -> Iterator[Outcome]:
+    """Runs units as a Ray Data job; outcomes come as units finish."""
+    if not todo:
+        return
+    units = ({"unit": unit, "listing": plan.listings[unit]} for unit in todo)
+    with counted_attempts() as attempts:
+        for dataset in rounds(units):
             # A worker that is killed costs its unit, which Ray gives to another one.
             finished = dataset.map_batches(
                 process,
                 batch_size=1,
+                batch_format="pyarrow",
+                fn_kwargs={"task": task, "attempts": attempts},
                 num_cpus=1,
                 compute=ray.data.TaskPoolStrategy(size=num_tasks or None),
             )
-            for row in finished.iter_rows():
-                summary = json.loads(row["summary"])
-                _raise_failure(summary)
-                yield summary
+            yield from outcomes(finished)
 
 
-def _outcome(task: UnitTask, unit: int, listing: str) -> dict[str, Any]:
-    """In the worker. Failures that a person can mend travel as messages, without Ray's frames."""
-    try:
-        return process_unit(task, unit, listing)
-    except InputError as error:
-        return {"input_error": str(error)}
-    except StageFailed as error:
-        return {"stage_failed": str(error)}
-    except OSError as error:
-        return {"stage_failed": f"unit {unit}: {type(error).__name__}: {error}"}
+def process(batch: pa.Table, task: PrepareTask, attempts: ActorHandle | None) -> pa.Table:
+    """In the worker: units to their outcomes."""
+    units = (json.loads(text) for text in batch.column("unit").to_pylist())
+    return outcome_table(_outcome(task, attempts, **unit) for unit in units)
 
 
-def _raise_failure(summary: dict[str, Any]) -> None:
-    if "input_error" in summary:
-        raise InputError(summary["input_error"])
-    if "stage_failed" in summary:
-        raise StageFailed(
-            f"{summary['stage_failed']}\nFinished units are kept; when this is mended, the same "
-            "command goes on from here."
-        )
-
-
-@contextmanager
-def _quiet_ray_data() -> Iterator[None]:
-    """Ray Data's own bars and messages off; there is one progress line, ours."""
-    import ray
-
-    context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
-    before = context.enable_progress_bars, context.print_on_execution_start, logger.level
-    context.enable_progress_bars = context.print_on_execution_start = False
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        context.enable_progress_bars, context.print_on_execution_start, level = before
-        logger.setLevel(level)
+def _outcome(task: PrepareTask, attempts: ActorHandle | None, unit: int, listing: str) -> Outcome:
+    with attempt(attempts, f"unit {unit}") as deaths:
+        try:
+            return Outcome(unit=unit, facts=process_unit(task, unit, listing, deaths=deaths))
+        except (InputError, StageFailed, OSError) as error:
+            return Outcome.of_error(unit, str(unit), error)
 
 
 # After
 
 
-def _commit(config: PrepareConfig, output: str, plan: Plan) -> PrepareResult:
+def _commit(config: PrepareConfig, output: str, plan: SourcePlan) -> PrepareResult:
     """Writes what was rejected or ignored, and the manifest, from all receipts in order."""
     parts: list[Part] = []
     counts: Counter[str] = Counter()
@@ -306,12 +279,12 @@ def _writer(sink: pa.BufferOutputStream) -> pq.ParquetWriter:
     return pq.ParquetWriter(sink, REJECTED_SCHEMA, compression="ZSTD")
 
 
-def _all_receipts(output: str, plan: Plan) -> Iterator[Receipt]:
+def _all_receipts(output: str, plan: SourcePlan) -> Iterator[Receipt]:
     units = range(len(plan.listings))
     return mapped_ahead(lambda unit: read_receipt(output, unit), units, num_threads=THREADS)
 
 
-def _class_names(plan: Plan, max_label: int) -> Sequence[str]:
+def _class_names(plan: SourcePlan, max_label: int) -> Sequence[str]:
     return plan.reader.class_names or [str(number) for number in range(max_label + 1)]
 
 

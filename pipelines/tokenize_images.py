@@ -4,17 +4,12 @@ Kill it anywhere and run the same command again: at most the units in flight are
 and the table is the same, byte for byte, as that of an undisturbed run.
 """
 
-import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
-import ray
-import ray.data
 
 from pipelines import scorecard, storage, tracking
 from pipelines.config.checks import flatten
@@ -25,12 +20,11 @@ from pipelines.tables.image_table import ImageParts
 from pipelines.tables.token_table import TokenTable, build_manifest
 from pipelines.tokenization import pool as token_pool
 from pipelines.tokenization import report as token_report
-from pipelines.tokenization.attempts import start_attempts
-from pipelines.tokenization.job import finished_manifest, plan_job
-from pipelines.tokenization.pool import UNITS_PER_ROUND, Job, Receipt
+from pipelines.tokenization.ledger import Ledger, Units, plan_units
 from pipelines.tokenization.report import TokenizeResult
-from pipelines.tokenization.units import Ledger, Units, plan_units
+from pipelines.tokenization.task import TokenizeTask, finished_manifest, plan_task
 from pipelines.tokenization.work import Unit
+from pipelines.units import Outcome, counted_attempts
 
 SAVE_EVERY_SECONDS = 20.0
 # Units set aside one after the other that end the stage; more where the pool may be large.
@@ -49,7 +43,7 @@ def run(config: TokenizeConfig) -> TokenizeResult:
         if not getattr(config, name):
             raise InputError(f"{name} is empty: give a URI with --{name}")
     images = ImageParts.open(config.images)
-    job, libraries = plan_job(config, images)
+    task, libraries = plan_task(config, images)
     units = plan_units(
         [part.name for part in images.parts],
         [part.rows for part in images.parts],
@@ -57,46 +51,48 @@ def run(config: TokenizeConfig) -> TokenizeResult:
     )
     if not len(units):
         raise InputError(f"{images.uri}: the image table has no rows; prepare images first")
-    ledger = Ledger(job.output, units)
+    ledger = Ledger(task.output, units)
     options = {"rows_per_unit": config.rows_per_unit}
-    finished = finished_manifest(job, options)
+    finished = finished_manifest(task, options)
     if finished is not None:
         ledger.load_manifest(finished)
         lost = ledger.changed_files()
         for unit in lost:  # made again below
             ledger.forget(unit)
         if not lost and not (config.retry_rejected and ledger.rejected):
-            say(f"{job.output}: already done, {images.num_rows:,} images; nothing to do")
-            return _result(config, job, ledger, TokenTable.open(job.output), computed=0, seconds=0)
+            say(f"{task.output}: already done, {images.num_rows:,} images; nothing to do")
+            return _result(
+                config, task, ledger, TokenTable.open(task.output), computed=0, seconds=0
+            )
         unverified = np.zeros(0, np.int64)
     else:
         if not config.dry_run:
-            ledger.claim(job.identity, options | {"libraries": libraries})
+            ledger.claim(task.identity, options | {"libraries": libraries})
         unverified = ledger.load()
     if config.retry_rejected and not config.dry_run:
         ledger.retry_rejected()
     if config.dry_run:
-        return _dry_run(job, ledger, len(unverified))
+        return _dry_run(task, ledger, len(unverified))
     inputs = [
         tracking.Dataset(name="image_table", uri=images.uri, digest=images.fingerprint),
         tracking.Dataset(
-            name="tokenizer", uri=job.tokenizer_uri, digest=job.identity.tokenizer_fingerprint
+            name="tokenizer", uri=task.tokenizer_uri, digest=task.identity.tokenizer_fingerprint
         ),
     ]
-    params = flatten(asdict(config)) | flatten(job.identity.to_dict())
+    params = flatten(asdict(config)) | flatten(task.identity.to_dict())
     with tracking.start_run(
         config.tracking, stage="tokenize", params=params, inputs=inputs
     ) as record:
         if len(unverified):
-            _verify(ledger, unverified, job)
-        computed, seconds = _compute(config, job, ledger, images, record)
+            _verify(ledger, unverified, task)
+        computed, seconds = _compute(config, task, ledger, images, record)
         _check_complete(config, ledger)
-        table = _commit(job, ledger, images, config.rows_per_unit, libraries)
-        result = _result(config, job, ledger, table, computed=computed, seconds=seconds)
+        table = _commit(task, ledger, images, config.rows_per_unit, libraries)
+        result = _result(config, task, ledger, table, computed=computed, seconds=seconds)
         record.set_output(
-            tracking.Dataset(name="token_table", uri=job.output, digest=table.fingerprint)
+            tracking.Dataset(name="token_table", uri=task.output, digest=table.fingerprint)
         )
-        token_report.log(record, images, table, job.tokenizer_uri, result)
+        token_report.log(record, images, table, task.tokenizer_uri, result)
     return result
 
 
@@ -105,18 +101,18 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _dry_run(job: Job, ledger: Ledger, unverified: int) -> TokenizeResult:
-    identity, units = job.identity, ledger.units
+def _dry_run(task: TokenizeTask, ledger: Ledger, unverified: int) -> TokenizeResult:
+    identity, units = task.identity, ledger.units
     todo = ledger.todo()
     say(
         f"would tokenize views {list(range(*identity.views))} of {identity.num_rows:,} images "
-        f"({job.images_uri}) at {identity.image_size} px with {identity.precision} into "
-        f"{job.output}: {len(todo):,} of {len(units):,} units to do ({unverified:,} to verify), "
-        f"{len(ledger.rejected):,} rejected, {job.min_actors} to {job.max_actors} encoders on "
-        f"{job.device}"
+        f"({task.images_uri}) at {identity.image_size} px with {identity.precision} into "
+        f"{task.output}: {len(todo):,} of {len(units):,} units to do ({unverified:,} to verify), "
+        f"{len(ledger.rejected):,} rejected, {task.min_actors} to {task.max_actors} encoders on "
+        f"{task.device}"
     )
     return TokenizeResult(
-        uri=job.output,
+        uri=task.output,
         fingerprint="",
         num_rows=identity.num_rows,
         num_views=identity.num_views,
@@ -130,10 +126,10 @@ def _dry_run(job: Job, ledger: Ledger, unverified: int) -> TokenizeResult:
     )
 
 
-def _verify(ledger: Ledger, unverified: np.ndarray, job: Job) -> None:
+def _verify(ledger: Ledger, unverified: np.ndarray, task: TokenizeTask) -> None:
     """Takes over files whose receipts were lost with an earlier driver; bad ones are redone."""
     names = [(int(unit), ledger.units.name(unit), ledger.units.rows(unit)) for unit in unverified]
-    for unit, size, digest in token_pool.verify_files(names, job):
+    for unit, size, digest in token_pool.verify_files(names, task):
         if size >= 0:
             ledger.add(unit, size, digest)
     ledger.save()
@@ -141,7 +137,7 @@ def _verify(ledger: Ledger, unverified: np.ndarray, job: Job) -> None:
 
 def _compute(
     config: TokenizeConfig,
-    job: Job,
+    task: TokenizeTask,
     ledger: Ledger,
     images: ImageParts,
     record: tracking.Run,
@@ -152,23 +148,23 @@ def _compute(
     if before:
         say(f"going on: {before:,} of {images.num_rows:,} images are done")
     say(
-        f"tokenize: {job.min_actors} to {job.max_actors} encoders on {job.device} in "
-        f"{job.identity.precision}"
+        f"tokenize: {task.min_actors} to {task.max_actors} encoders on {task.device} in "
+        f"{task.identity.precision}"
     )
     meter = token_report.Meter(record)
     progress = Progress(images.num_rows, "tokenize", "images", initial=before)
-    gate = _Gate(config, job, ledger)
+    gate = _Gate(config, task, ledger)
     begin = saved = time.monotonic()
     computed = 0
     try:
         gate.check()
-        for receipt in _receipts(job, ledger.units, gate.first(todo), images):
-            if receipt.suspect:
-                gate.skip(receipt.unit)
-            elif _book(receipt, ledger, config):
+        for outcome in _outcomes(task, ledger.units, gate.first(todo), images):
+            if outcome.suspect:
+                gate.skip(outcome.unit)
+            elif _book(outcome, ledger, config):
                 computed += 1
-                _check_shared(job, ledger, receipt)
-            meter.add(receipt, ledger.units.rows(receipt.unit))
+                _check_shared(task, ledger, outcome.unit)
+            meter.add(outcome, ledger.units.rows(outcome.unit))
             progress.update(
                 ledger.rows_done, rejected=len(ledger.rejected), waiting=meter.waiting()
             )
@@ -192,25 +188,23 @@ def _compute(
     return computed, seconds
 
 
-def _book(receipt: Receipt, ledger: Ledger, config: TokenizeConfig) -> int:
-    """Enters a receipt; returns 1 for a unit that was computed."""
-    if receipt.failed:
-        raise StageFailed(f"{receipt.failed}; when this is mended, the same command goes on")
-    if receipt.rejected:
-        ledger.reject(receipt.unit, receipt.rejected)
+def _book(outcome: Outcome, ledger: Ledger, config: TokenizeConfig) -> int:
+    """Enters an outcome; returns 1 for a unit that was computed."""
+    if outcome.rejected:
+        ledger.reject(outcome.unit, outcome.rejected)
         if len(ledger.rejected) > config.max_rejected_units:
             raise StageFailed(_too_many(ledger, config))
         return 0
-    ledger.add(receipt.unit, receipt.size, receipt.hash)
+    ledger.add(outcome.unit, outcome.facts["size"], outcome.facts["hash"])
     return 1
 
 
-def _check_shared(job: Job, ledger: Ledger, receipt: Receipt) -> None:
+def _check_shared(task: TokenizeTask, ledger: Ledger, unit: int) -> None:
     """Raises InputError where a worker wrote its file to a disk that only its own node sees."""
-    name = ledger.units.name(receipt.unit)
-    if storage.is_local(job.output) and not storage.exists(storage.join(job.output, name)):
+    name = ledger.units.name(unit)
+    if storage.is_local(task.output) and not storage.exists(storage.join(task.output, name)):
         raise InputError(
-            f"output = {job.output}: a worker has written {name}, and it is not there: nodes see "
+            f"output = {task.output}: a worker has written {name}, and it is not there: nodes see "
             "different disks; use a directory that all of them share, or an object store (s3://)"
         )
 
@@ -224,34 +218,35 @@ def _too_many(ledger: Ledger, config: TokenizeConfig) -> str:
     )
 
 
-def _receipts(job: Job, units: Units, todo: np.ndarray, images: ImageParts) -> Iterator[Receipt]:
-    """Receipts of all units in `todo`, first from the pool, then of those set aside there.
+def _outcomes(
+    task: TokenizeTask, units: Units, todo: np.ndarray, images: ImageParts
+) -> Iterator[Outcome]:
+    """Outcomes of all units in `todo`, first from the pool, then of those set aside there.
 
     Raises:
-        StageFailed: so many in a row were set aside that the trouble is not theirs.
+        InputError, StageFailed: the job cannot go on, or so many in a row were set aside that the
+            trouble is not theirs.
     """
-    aside: list[Receipt] = []
-    in_a_row, most = 0, max(ASIDE_IN_A_ROW, 4 * job.max_actors)
-    attempts = start_attempts() if len(todo) else None
-    with _ray_data_settings():
-        for start in range(0, len(todo), UNITS_PER_ROUND):
-            chunk = [_unit(units, images, unit) for unit in todo[start : start + UNITS_PER_ROUND]]
-            for receipt in token_pool.run_in_pool(chunk, job, attempts):
-                yield receipt
-                in_a_row = in_a_row + 1 if receipt.suspect else 0
-                if receipt.suspect:
-                    aside.append(receipt)
-                if in_a_row >= most:
-                    raise StageFailed(
-                        f"{receipt.suspect} (and {in_a_row - 1} units before it); when this is "
-                        "mended, the same command goes on"
-                    )
-    if attempts is not None:
-        ray.kill(attempts)
+    if not len(todo):
+        return
+    aside: list[Outcome] = []
+    in_a_row, most = 0, max(ASIDE_IN_A_ROW, 4 * task.max_actors)
+    with counted_attempts() as attempts:
+        given = (_unit(units, images, unit) for unit in todo)
+        for outcome in token_pool.run_in_pool(given, task, attempts):
+            yield outcome
+            in_a_row = in_a_row + 1 if outcome.suspect else 0
+            if outcome.suspect:
+                aside.append(outcome)
+            if in_a_row >= most:
+                raise StageFailed(
+                    f"{outcome.suspect} (and {in_a_row - 1} units before it); when this is "
+                    "mended, the same command goes on"
+                )
     if aside:
         say(f"\n{len(aside)} units were set aside and are now tried alone; {aside[0].suspect}")
-        again = [_unit(units, images, receipt.unit) for receipt in aside]
-        yield from token_pool.run_alone(again, job)
+        again = [_unit(units, images, outcome.unit) for outcome in aside]
+        yield from token_pool.run_alone(again, task)
 
 
 def _unit(units: Units, images: ImageParts, unit: int) -> Unit:
@@ -263,34 +258,11 @@ def _unit(units: Units, images: ImageParts, unit: int) -> Unit:
     )
 
 
-@contextmanager
-def _ray_data_settings() -> Iterator[None]:
-    """For this stage only: no bars of Ray Data's own, and no limit on how long it may wait."""
-    context = ray.data.DataContext.get_current()
-    changed: dict[str, Any] = {
-        "enable_progress_bars": False,
-        "print_on_execution_start": False,
-        # Half an hour by default: nodes may come later, and a unit may take longer.
-        "execution_no_progress_timeout_s": -1,
-    }
-    logger = logging.getLogger("ray.data")
-    before, level = {name: getattr(context, name) for name in changed}, logger.level
-    for name, value in changed.items():
-        setattr(context, name, value)
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(context, name, value)
-        logger.setLevel(level)
-
-
 class _Gate:
     """Looks at the tokens of some units, spread over the table, as soon as they are there."""
 
-    def __init__(self, config: TokenizeConfig, job: Job, ledger: Ledger) -> None:
-        self.options, self.job, self.ledger = config.gate, job, ledger
+    def __init__(self, config: TokenizeConfig, task: TokenizeTask, ledger: Ledger) -> None:
+        self.options, self.task, self.ledger = config.gate, task, ledger
         self.open = bool(self.options.min_codes or self.options.min_perplexity)
         self.units = scorecard.evenly_spaced(len(ledger.units), self.options.num_units)
         self.skipped: set[int] = set()
@@ -318,7 +290,7 @@ class _Gate:
             return
         self.open = False
         names = [self.ledger.units.name(unit) for unit in ready]
-        token_report.check_usage(self.job, names, self.options)
+        token_report.check_usage(self.task, names, self.options)
 
 
 def _check_complete(config: TokenizeConfig, ledger: Ledger) -> None:
@@ -340,14 +312,14 @@ def _check_complete(config: TokenizeConfig, ledger: Ledger) -> None:
 
 
 def _commit(
-    job: Job,
+    task: TokenizeTask,
     ledger: Ledger,
     images: ImageParts,
     rows_per_unit: int,
     libraries: dict[str, str],
 ) -> TokenTable:
     manifest = build_manifest(
-        identity=job.identity,
+        identity=task.identity,
         part_names=[part.name for part in images.parts],
         part_rows=[part.rows for part in images.parts],
         files=ledger.files(),
@@ -356,12 +328,12 @@ def _commit(
         libraries=libraries,
     )
     ledger.commit(manifest)
-    return TokenTable.open(job.output)
+    return TokenTable.open(task.output)
 
 
 def _result(
     config: TokenizeConfig,
-    job: Job,
+    task: TokenizeTask,
     ledger: Ledger,
     table: TokenTable,
     *,
@@ -371,7 +343,7 @@ def _result(
     usage = token_report.table_usage(table)
     rows = int(ledger.units.sizes.mean() * computed)
     return TokenizeResult(
-        uri=job.output,
+        uri=task.output,
         fingerprint=table.fingerprint,
         num_rows=table.num_rows,
         num_views=config.num_views,

@@ -9,18 +9,18 @@ is tried again alone before it is given up. Sending costs under 1 % of decoding.
 import contextlib
 import dataclasses
 import importlib
-import os
+import pickle
 import select
-import struct
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from beit.images import UnusableImage, decode_array, image_digest
+from pipelines.preparation.child import start_child
 
 DECODER = f"{decode_array.__module__}:{decode_array.__name__}"
 # Machines run out of memory, and of time, for reasons of their own, so one failure proves nothing:
@@ -28,9 +28,6 @@ DECODER = f"{decode_array.__module__}:{decode_array.__name__}"
 PAUSES = (1.0, 5.0)
 NUM_TRIES = 1 + len(PAUSES)
 OUT_OF_MEMORY = "out_of_memory"
-_LENGTH = struct.Struct("<q")
-_FACTS = struct.Struct("<ii16s")
-_ACCEPTED, _REENCODED, _REJECTED = b"A", b"R", b"X"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,17 +41,6 @@ class Rules:
     quality: int = 95
     decoder: str = DECODER
     """`module:function`: (bytes, max_pixels=...) -> uint8 (height, width, 3)."""
-
-    def to_args(self) -> list[str]:
-        sides = (self.max_pixels, self.min_side, self.max_side, self.quality)
-        return [*map(str, sides), self.decoder]
-
-    @classmethod
-    def from_args(cls, args: list[str]) -> "Rules":
-        pixels, least, most, quality = map(int, args[:4])
-        return cls(
-            max_pixels=pixels, min_side=least, max_side=most, quality=quality, decoder=args[4]
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +111,7 @@ class DecodeProcess:
         self.rules = rules
         self.timeout = timeout
         self.child: subprocess.Popen[bytes] | None = None
+        self.connection: Connection[Any, Any] | None = None
         self.deaths = 0
 
     def examine(self, data: bytes) -> Decoded | Refused:
@@ -136,11 +123,12 @@ class DecodeProcess:
         verdict = Refused(reason="")
         for pause in (0.0, *PAUSES):
             time.sleep(pause)
+            connection = self.connection or self._start()
             try:
-                found = self._ask(data)
+                found = self._ask(connection, data)
             except TimeoutError:
                 verdict = Refused(reason="decoder_timeout")
-            except (EOFError, BrokenPipeError):
+            except (EOFError, OSError):
                 verdict = Refused(reason="decoder_crash")
             except BaseException:  # interrupted: its answer must not be taken for the next one
                 self.close()
@@ -156,16 +144,11 @@ class DecodeProcess:
 
     def close(self) -> None:
         """Ends the child."""
-        child, self.child = self.child, None
-        if child is None:
-            return
-        child.kill()
-        child.wait()
-        for pipe in (child.stdin, child.stdout):
-            if pipe is not None:
-                # Closing flushes; the reader is gone.
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
+        if self.child is not None and self.connection is not None:
+            self.child.kill()
+            self.child.wait()
+            self.connection.close()
+        self.child = self.connection = None
 
     def __enter__(self) -> "DecodeProcess":
         return self
@@ -173,80 +156,40 @@ class DecodeProcess:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(self, data: bytes) -> Decoded | Refused:
-        child = self.child or self._start()
-        self.child = child
-        if child.stdin is None or child.stdout is None:
-            raise EOFError
-        child.stdin.write(_LENGTH.pack(len(data)))
-        child.stdin.write(data)
-        child.stdin.flush()
-        answer = _Answer(child.stdout.fileno(), time.monotonic() + self.timeout)
-        kind = answer.read(1)
-        payload = answer.read(_LENGTH.unpack(answer.read(_LENGTH.size))[0])
-        if kind == _REJECTED:
-            reason, _, detail = payload.decode("utf-8", "replace").partition("\n")
-            return Refused(reason=reason, detail=detail)
-        height, width, digest = _FACTS.unpack(payload[: _FACTS.size])
-        image = payload[_FACTS.size :] if kind == _REENCODED else data
-        return Decoded(image=image, height=height, width=width, digest=digest)
+    def _start(self) -> "Connection[Any, Any]":
+        self.child, self.connection = start_child(f"{__name__}:{serve.__name__}")
+        # If the child is dead already, the first image meets that.
+        with contextlib.suppress(ConnectionError):
+            self.connection.send(self.rules)
+        return self.connection
 
-    def _start(self) -> "subprocess.Popen[bytes]":
-        # The child imports what this process can import, wherever that was found.
-        code = (
-            f"import sys; sys.path[:] = {sys.path!r}; "
-            f"from {__name__} import serve; serve(sys.argv[1:])"
-        )
-        return subprocess.Popen(
-            [sys.executable, "-c", code, *self.rules.to_args()],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # decoders in C write warnings there
-            bufsize=2**16,
-        )
+    def _ask(self, connection: "Connection[Any, Any]", data: bytes) -> Decoded | Refused:
+        connection.send_bytes(data)
+        if not select.select([connection], [], [], self.timeout)[0]:
+            raise TimeoutError
+        found: Decoded | Refused | tuple[int, int, bytes] = pickle.loads(connection.recv_bytes())
+        if isinstance(found, tuple):
+            height, width, digest = found
+            return Decoded(image=data, height=height, width=width, digest=digest)
+        return found
 
 
-class _Answer:
-    """Reads a child's answer until a moment in time."""
-
-    def __init__(self, pipe: int, deadline: float) -> None:
-        self.pipe, self.deadline = pipe, deadline
-
-    def read(self, size: int) -> bytes:
-        pieces = bytearray()
-        while len(pieces) < size:
-            left = self.deadline - time.monotonic()
-            if left <= 0 or not select.select([self.pipe], [], [], left)[0]:
-                raise TimeoutError
-            piece = os.read(self.pipe, min(size - len(pieces), 2**20))
-            if not piece:
-                raise EOFError
-            pieces += piece
-        return bytes(pieces)
-
-
-def serve(args: list[str]) -> None:
-    """The child: answers until its input ends (so it does not outlive its parent)."""
-    rules = Rules.from_args(args)
-    module, _, name = rules.decoder.partition(":")
-    decode = getattr(importlib.import_module(module), name)
-    source = sys.stdin.buffer
-    # Libraries that print must not write between the answers.
-    target = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
+def serve() -> None:
+    """The child: answers until its input ends; an image that stays as it was is not sent back."""
     with contextlib.suppress(OSError):
         # If memory runs out, the kernel shall take this process and not its parent.
         Path("/proc/self/oom_score_adj").write_text("1000")
-    while header := source.read(_LENGTH.size):
-        if len(header) < _LENGTH.size:
-            return
-        data = source.read(_LENGTH.unpack(header)[0])
-        verdict = examine(data, rules, decode)
-        if isinstance(verdict, Refused):
-            kind, payload = _REJECTED, f"{verdict.reason}\n{verdict.detail}".encode()
-        else:
-            facts = _FACTS.pack(verdict.height, verdict.width, verdict.digest)
-            same = verdict.image is data
-            kind, payload = (_ACCEPTED, facts) if same else (_REENCODED, facts + verdict.image)
-        target.write(kind + _LENGTH.pack(len(payload)) + payload)
-        target.flush()
+    connection: Connection[Any, Any] = Connection(0)
+    rules: Rules = connection.recv()
+    module, _, name = rules.decoder.partition(":")
+    decode = getattr(importlib.import_module(module), name)
+    # The input ends with the parent, however that ended.
+    with contextlib.suppress(EOFError):
+        while True:
+            data = connection.recv_bytes()
+            found = examine(data, rules, decode)
+            # `Connection.send` and `poll` would add 100 us to an image: half of a tiny one.
+            if isinstance(found, Decoded) and found.image is data:
+                connection.send_bytes(pickle.dumps((found.height, found.width, found.digest)))
+            else:
+                connection.send_bytes(pickle.dumps(found))

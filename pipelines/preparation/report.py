@@ -14,8 +14,8 @@ from beit.images import decode_image
 from pipelines import pictures, storage, tracking
 from pipelines.config.prepare import PrepareConfig, tolerated, tolerated_share
 from pipelines.errors import StageFailed, printable
-from pipelines.preparation.plan import MEGABYTE, Plan
 from pipelines.preparation.samples import UNCLEAR
+from pipelines.preparation.source_plan import MEGABYTE, SourcePlan
 from pipelines.progress import Progress
 from pipelines.tables.image_table import REJECTED, ImageTable
 
@@ -118,11 +118,11 @@ def remedy(counts: Mapping[str, int]) -> str:
     return "".join(f"\n{reason}: {known[reason]}." for reason in known if counts.get(reason))
 
 
-class Ledger:
+class Totals:
     """Counts of what is done, for the progress line and for the bound on rejected items."""
 
     def __init__(
-        self, config: PrepareConfig, plan: Plan, done: Iterable[Mapping[str, Any]]
+        self, config: PrepareConfig, plan: SourcePlan, done: Iterable[Mapping[str, Any]]
     ) -> None:
         """`done`: summaries of the units that an earlier run finished."""
         self.config, self.plan = config, plan

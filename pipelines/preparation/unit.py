@@ -7,7 +7,6 @@ once, writes the same bytes to the same names; so a lost worker costs the unit i
 import dataclasses
 import json
 import re
-import uuid
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,11 +17,12 @@ from pipelines import storage
 from pipelines.errors import StageFailed
 from pipelines.preparation.child import run_child
 from pipelines.preparation.decode_process import Decoded, DecodeProcess, Rules
-from pipelines.preparation.plan import read_listing, work_uri
 from pipelines.preparation.readers import Item, Reader, rehearse
+from pipelines.preparation.source_plan import read_listing
 from pipelines.preparation.sources import SUFFIXES
 from pipelines.preparation.walking import Entry
 from pipelines.tables.image_files import ImageRow, Part, PartWriter
+from pipelines.units import work_uri
 
 # A part may grow to this many times `part_bytes` before a second one is begun: a unit ends with
 # the file that fills it, and that may be a tar.
@@ -34,7 +34,7 @@ SUSPICIOUS_DEATHS, MAX_DEATHS = 3, 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnitTask:
+class PrepareTask:
     """What is the same for all units of a prepare."""
 
     output: str
@@ -45,8 +45,6 @@ class UnitTask:
     row_group_bytes: int
     digits: int
     """Digits of a unit's number in file names."""
-    attempts: str
-    """Directory where this job's workers note what they begin."""
     rehearsal: str = REHEARSAL
     """`module:function` that reads entries without keeping them."""
 
@@ -125,11 +123,15 @@ def part_name(unit: int, digits: int, position: int) -> str:
     return f"part-{unit:0{digits}d}{more}.parquet"
 
 
-def process_unit(task: UnitTask, unit: int, listing: str) -> dict[str, Any]:
+def process_unit(task: PrepareTask, unit: int, listing: str, *, deaths: int = 0) -> dict[str, Any]:
     """Makes the unit's parts and receipt, unless another driver has; returns a summary.
+
+    Args:
+        deaths: Of workers at this unit, so far.
 
     Raises:
         InputError: the listing is not the planned one.
+        StageFailed: workers die at the unit for no reason that lies in its files.
         OSError: the store does not answer, in spite of retries.
     """
     try:
@@ -138,7 +140,9 @@ def process_unit(task: UnitTask, unit: int, listing: str) -> dict[str, Any]:
             return receipt.summary(unit)
     except FileNotFoundError:
         pass
-    entries = _without_killers(task, unit, read_listing(task.output, unit, listing))
+    entries = read_listing(task.output, unit, listing)
+    if deaths >= SUSPICIOUS_DEATHS:
+        entries = _without_killers(task, unit, entries, deaths)
     build = _Build(task, unit)
     for item in task.reader.items(entries):
         build.add(item)
@@ -159,20 +163,14 @@ def process_unit(task: UnitTask, unit: int, listing: str) -> dict[str, Any]:
     return receipt.summary(unit)
 
 
-def _without_killers(task: UnitTask, unit: int, entries: list[Entry]) -> list[Entry]:
-    """The entries of a unit; after workers died at it, without those that kill their reader.
+def _without_killers(
+    task: PrepareTask, unit: int, entries: list[Entry], deaths: int
+) -> list[Entry]:
+    """The entries of a unit at which workers died, without those that kill their reader.
 
     Images are decoded elsewhere, so what is left to kill a worker is a container that crashes its
     parser, or too little memory; and the machine itself, which proves nothing against the unit.
-
-    Raises:
-        StageFailed: workers die at the unit for no reason that lies in its files.
     """
-    begun = storage.join(task.attempts, f"{unit:08d}")
-    deaths = len(storage.list_files(begun))
-    storage.write_bytes(storage.join(begun, f"{uuid.uuid4().hex}.json"), b"{}")
-    if deaths < SUSPICIOUS_DEATHS:
-        return entries
     if deaths >= MAX_DEATHS:
         raise StageFailed(
             f"unit {unit} ({entries[0].path} to {entries[-1].path}) ended its worker {deaths} "
@@ -200,7 +198,7 @@ def survives(reader: Reader, entry: Entry, rehearsal: str = REHEARSAL) -> bool:
 class _Build:
     """The parts of a unit while they are being made."""
 
-    def __init__(self, task: UnitTask, unit: int) -> None:
+    def __init__(self, task: PrepareTask, unit: int) -> None:
         self.task, self.unit = task, unit
         self.decoder = _decoder(task.rules, task.decode_timeout)
         self.items = 0

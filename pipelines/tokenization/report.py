@@ -14,9 +14,10 @@ from pipelines.scorecard import TokenStatistics, evenly_spaced, token_statistics
 from pipelines.tables import token_files, tokenizer_store
 from pipelines.tables.image_table import ImageParts
 from pipelines.tables.token_table import MISSING, TokenTable
-from pipelines.tokenization.pool import Job, Receipt
+from pipelines.tokenization.task import TokenizeTask
 from pipelines.tokenization.work import tokenizer_views
 from pipelines.tracking import Run
+from pipelines.units import Outcome
 
 LOG_EVERY_SECONDS = 10.0
 # Code usage of a finished table is taken from so many rows of so many files at most.
@@ -65,14 +66,15 @@ class Meter:
         self.rows = self.units = self.step = 0
         self.seconds = dict.fromkeys(("read", "render", "queued", "idle", "encode", "write"), 0.0)
 
-    def add(self, receipt: Receipt, rows: int) -> None:
-        """Enters the receipt of a unit of so many rows."""
-        if not receipt.seconds:
+    def add(self, outcome: Outcome, rows: int) -> None:
+        """Enters the outcome of a unit of so many rows."""
+        seconds = outcome.facts.get("seconds")
+        if not seconds:
             return
         self.rows += rows
         self.units += 1
         for name in self.seconds:
-            self.seconds[name] += receipt.seconds.get(name, 0.0)
+            self.seconds[name] += seconds.get(name, 0.0)
         if time.monotonic() - self.logged > LOG_EVERY_SECONDS:
             self.flush()
 
@@ -132,15 +134,15 @@ def _statistics(token_ids: np.ndarray, table: token_files.Identity) -> TokenStat
     return token_statistics(grids, table.vocab_size)
 
 
-def check_usage(job: Job, names: Sequence[str], gate: GateConfig) -> None:
+def check_usage(task: TokenizeTask, names: Sequence[str], gate: GateConfig) -> None:
     """Raises StageFailed if the tokens of these files use too little of the vocabulary."""
     ids = [
         token_files.split_columns(
-            token_files.read_file(storage.join(job.output, name)), job.identity
+            token_files.read_file(storage.join(task.output, name)), task.identity
         )[1]
         for name in names
     ]
-    usage = _statistics(np.concatenate(ids), job.identity)
+    usage = _statistics(np.concatenate(ids), task.identity)
     for field, value, bound in (
         ("min_perplexity", usage.perplexity, gate.min_perplexity),
         ("min_codes", usage.codes_used, gate.min_codes),

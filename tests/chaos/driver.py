@@ -28,18 +28,18 @@ def unit_seconds():
     return float(os.environ["CHAOS_UNIT_SECONDS"])
 
 
-def render_and_note(batch, job, attempts):
+def render_and_note(batch, task, attempts):
     for text in batch.column("unit").to_pylist():
         note("render", json.loads(text)["index"])
         time.sleep(unit_seconds() / 2)
-    yield from token_pool.render_blocks(batch, job, attempts)
+    yield from token_pool.render_blocks(batch, task, attempts)
 
 
 class EncodeAndNote(token_pool.EncodeUnits):
-    def _encode(self, unit, keys, pixels, receipt):
+    def _encode(self, unit, keys, pixels):
         note("encode", unit.index)
         time.sleep(unit_seconds())
-        return super()._encode(unit, keys, pixels, receipt)
+        return super()._encode(unit, keys, pixels)
 
 
 def main(path):
@@ -59,9 +59,9 @@ def main(path):
     )
     book = tokenize_images._book
 
-    def book_and_note(receipt, ledger, config):
-        done = book(receipt, ledger, config)
-        note("booked", receipt.unit)
+    def book_and_note(outcome, ledger, config):
+        done = book(outcome, ledger, config)
+        note("booked", outcome.unit)
         return done
 
     tokenize_images._book = book_and_note

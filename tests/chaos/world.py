@@ -92,7 +92,7 @@ def deadly(unit):
     return unit.start == 40 and unit.part["name"] == "part-00001.parquet"
 
 
-def render_but(deed, batch, job, attempts):
+def render_but(deed, batch, task, attempts):
     """`render_blocks` with a deed in the place of the deadly unit."""
     real = token_work.render_unit
 
@@ -103,23 +103,23 @@ def render_but(deed, batch, job, attempts):
 
     token_work.render_unit = render_unit
     try:
-        yield from token_pool.render_blocks(batch, job, attempts)
+        yield from token_pool.render_blocks(batch, task, attempts)
     finally:
         token_work.render_unit = real
 
 
-def render_and_die(batch, job, attempts):
+def render_and_die(batch, task, attempts):
     """`render_blocks` that does not survive the deadly unit."""
-    yield from render_but(lambda: os.kill(os.getpid(), signal.SIGKILL), batch, job, attempts)
+    yield from render_but(lambda: os.kill(os.getpid(), signal.SIGKILL), batch, task, attempts)
 
 
-def render_and_fail(batch, job, attempts):
+def render_and_fail(batch, task, attempts):
     """`render_blocks` of a node that cannot read the deadly unit."""
 
     def fail():
         raise OSError(5, "Input/output error")
 
-    yield from render_but(fail, batch, job, attempts)
+    yield from render_but(fail, batch, task, attempts)
 
 
 class Deadly:
@@ -132,10 +132,10 @@ class Deadly:
 class EncodeAndDie(token_pool.EncodeUnits):
     """`EncodeUnits` that does not survive the deadly unit."""
 
-    def _encode(self, unit, keys, pixels, receipt):
+    def _encode(self, unit, keys, pixels):
         if deadly(unit):
             self.tokenizer = Deadly()
-        return super()._encode(unit, keys, pixels, receipt)
+        return super()._encode(unit, keys, pixels)
 
 
 class Broken:
@@ -153,12 +153,12 @@ class EncodeAndFail(token_pool.EncodeUnits):
 
     error = torch.OutOfMemoryError("out of memory")
 
-    def _encode(self, unit, keys, pixels, receipt):
+    def _encode(self, unit, keys, pixels):
         whole = self.tokenizer
         if deadly(unit):
             self.tokenizer = Broken(self.error)
         try:
-            return super()._encode(unit, keys, pixels, receipt)
+            return super()._encode(unit, keys, pixels)
         finally:
             self.tokenizer = whole
 
@@ -172,23 +172,23 @@ class EncodeAndFault(EncodeAndFail):
 class EncodeNothing(EncodeAndFail):
     """`EncodeUnits` where no unit can be encoded."""
 
-    def _encode(self, unit, keys, pixels, receipt):
+    def _encode(self, unit, keys, pixels):
         self.tokenizer = Broken(self.error)
-        return super()._encode(unit, keys, pixels, receipt)
+        return super()._encode(unit, keys, pixels)
 
 
 class EncodeSlowly(token_pool.EncodeUnits):
     """`EncodeUnits` that takes its time, and says who it is."""
 
-    def _encode(self, unit, keys, pixels, receipt):
+    def _encode(self, unit, keys, pixels):
         time.sleep(2)
-        done = super()._encode(unit, keys, pixels, receipt)
-        receipt.seconds["pid"] = os.getpid()
-        return done
+        outcome = super()._encode(unit, keys, pixels)
+        outcome.facts["seconds"]["pid"] = os.getpid()
+        return outcome
 
 
-def alone_and_die(unit, job):
+def alone_and_die(unit, task):
     """`tokenize_alone` that does not survive the deadly unit."""
     if deadly(unit):
         os.kill(os.getpid(), signal.SIGSEGV)
-    return token_pool.tokenize_alone(unit, job)
+    return token_pool.tokenize_alone(unit, task)

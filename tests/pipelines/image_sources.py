@@ -123,6 +123,12 @@ def slow_decode(data: bytes, *, max_pixels: int) -> np.ndarray:
     return decode_array(data, max_pixels=max_pixels)
 
 
+def slowest_decode(data: bytes, *, max_pixels: int) -> np.ndarray:
+    """A decoder that needs seconds for an image."""
+    time.sleep(2)
+    return decode_array(data, max_pixels=max_pixels)
+
+
 def fragile_rehearsal(text: str) -> None:
     """A reader that dies of one particular file."""
     if "shard-001" in text:

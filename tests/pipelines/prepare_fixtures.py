@@ -1,11 +1,9 @@
 """Pieces of a prepare that tests run without Ray."""
 
-from pathlib import Path
-
 from pipelines.config.prepare import PrepareConfig
 from pipelines.config.tracking import TrackingConfig
-from pipelines.preparation.plan import Plan, make_plan
-from pipelines.preparation.unit import Rules, UnitTask, process_unit
+from pipelines.preparation.source_plan import SourcePlan, make_plan
+from pipelines.preparation.unit import PrepareTask, Rules, process_unit
 
 
 def config_of(source: object, output: object, **fields) -> PrepareConfig:
@@ -13,7 +11,7 @@ def config_of(source: object, output: object, **fields) -> PrepareConfig:
     return PrepareConfig(source=str(source), output=str(output), **options)
 
 
-def unit_task(config: PrepareConfig, plan: Plan, **fields) -> UnitTask:
+def unit_task(config: PrepareConfig, plan: SourcePlan, **fields) -> PrepareTask:
     options = {
         "output": config.output,
         "reader": plan.reader,
@@ -22,9 +20,8 @@ def unit_task(config: PrepareConfig, plan: Plan, **fields) -> UnitTask:
         "part_bytes": int(config.part_mb * 10**6),
         "row_group_bytes": int(config.row_group_mb * 10**6),
         "digits": 5,
-        "attempts": str(Path(config.output, "_work/attempts/here")),
     }
-    return UnitTask(**(options | fields))
+    return PrepareTask(**(options | fields))
 
 
 def work_off(config: PrepareConfig) -> list[dict]:

@@ -103,8 +103,8 @@ def test_the_child_ends_with_its_input(process: DecodeProcess) -> None:
     """So it does not outlive a parent that was killed."""
     own = DecodeProcess(process.rules, timeout=60)
     own.examine(encoded(10))
-    assert own.child is not None and own.child.stdin is not None
-    own.child.stdin.close()
+    assert own.child is not None and own.connection is not None
+    own.connection.close()
     assert own.child.wait(timeout=60) == 0
     own.close()
 

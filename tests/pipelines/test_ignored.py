@@ -13,8 +13,8 @@ from pipelines import prepare
 from pipelines.audit import run as audit
 from pipelines.config.audit import AuditConfig
 from pipelines.errors import InputError, StageFailed
-from pipelines.preparation.plan import read_plan
-from pipelines.preparation.report import Ledger
+from pipelines.preparation.report import Totals
+from pipelines.preparation.source_plan import read_plan
 from pipelines.preparation.sources import open_source
 from pipelines.tables.image_table import ImageTable
 from tests.pipelines.image_sources import encoded, hf_table, tar_bytes, write_folder, write_parquet
@@ -38,7 +38,7 @@ def prepared(source: object, **fields) -> tuple[ImageTable, dict[str, str], dict
     """The table, and reasons by key: of what was rejected, of what was ignored."""
     output = Path(str(source)).parent / "out"
     config = config_of(source, output, **fields)
-    Ledger(config, *_work(config)).check(final=True)
+    Totals(config, *_work(config)).check(final=True)
     result = prepare._commit(config, config.output, read_plan(config, config.output))
     rejected, ignored = (
         {row["key"]: row["reason"] for row in pq.read_table(output / f"{name}.parquet").to_pylist()}

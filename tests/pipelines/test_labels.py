@@ -11,8 +11,8 @@ from pipelines.config.prepare import PrepareConfig
 from pipelines.errors import InputError
 from pipelines.preparation import labels
 from pipelines.preparation.parquet_source import ParquetPlan
-from pipelines.preparation.plan import Plan, make_plan, read_listing
 from pipelines.preparation.readers import Item, Reader
+from pipelines.preparation.source_plan import SourcePlan, make_plan, read_listing
 from pipelines.preparation.sources import look_like_parts, open_source
 from pipelines.preparation.walking import Entry
 from tests.pipelines.image_sources import encoded, hf_table, tar_bytes, write_parquet
@@ -21,7 +21,7 @@ from tests.pipelines.prepare_fixtures import config_of
 PNG = encoded(1, "PNG")
 
 
-def items(plan: Plan, config: PrepareConfig) -> list[Item]:
+def items(plan: SourcePlan, config: PrepareConfig) -> list[Item]:
     """All items of a plan, unit after unit."""
     return [
         item

@@ -12,14 +12,14 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
-import ray
+import ray.data
 from PIL import Image
 
 from beit.images import decode_image, image_digest
 from pipelines import prepare, storage
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError, StageFailed
-from pipelines.preparation import plan as prepare_plan
+from pipelines.preparation import source_plan
 from pipelines.preparation import unit as prepare_unit
 from pipelines.preparation.readers import Reader
 from pipelines.preparation.walking import Entry
@@ -325,23 +325,22 @@ def test_mutants_are_all_accounted_for(number: int, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_goes_on(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"part_mb": 0.004, "row_group_mb": 0.002}
     prepare.run(config_of(folder, tmp_path / "whole", **options))
     config = config_of(folder, tmp_path / "out", **options)
-    summaries = prepare._summaries
+    outcomes = prepare._outcomes
 
     def interrupted(*args):
-        for number, summary in enumerate(summaries(*args)):
-            yield summary
+        for number, outcome in enumerate(outcomes(*args)):
+            yield outcome
             if number == 2:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare, "_summaries", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(prepare, "_outcomes", interrupted)
+    with pytest.raises(KeyboardInterrupt, match=r"3 of \d+ units are done; the same command"):
         prepare.run(config)
-    assert "The same command goes on from here" in capsys.readouterr().err
     assert not (tmp_path / "out" / "manifest.json").exists()
     with pytest.raises(InputError, match="quality = 50"):
         prepare.run(dataclasses.replace(config, quality=50))
@@ -352,9 +351,9 @@ def test_an_interrupted_run_goes_on(
 
     def counted(task, plan, todo, num_tasks):
         begun.extend(todo)
-        return summaries(task, plan, todo, num_tasks)
+        return outcomes(task, plan, todo, num_tasks)
 
-    monkeypatch.setattr(prepare, "_summaries", counted)
+    monkeypatch.setattr(prepare, "_outcomes", counted)
     prepare.run(config)
     assert len(receipts) >= 3
     assert not {int(name) for name in receipts} & set(begun), "no finished unit is done again"
@@ -399,7 +398,7 @@ def test_two_drivers_at_once_do_no_harm(folder: Path, tmp_path: Path) -> None:
 
 def test_a_failing_unit_is_told_without_a_wall_of_frames(folder: Path, tmp_path: Path) -> None:
     config = config_of(folder, tmp_path / "out", part_mb=0.004)
-    prepare_plan.make_plan(config, config.output)
+    source_plan.make_plan(config, config.output)
     listing = tmp_path / "out/_work/units/00000003.parquet"
     planned = listing.read_bytes()
     listing.unlink()
@@ -418,7 +417,7 @@ def test_killed_workers_cost_nothing_but_time(tmp_path: Path) -> None:
     options = {"part_mb": 0.02, "num_tasks": 3}
     prepare.run(config_of(tmp_path / "source", tmp_path / "quiet", **options))
     config = config_of(tmp_path / "source", tmp_path / "out", **options)
-    plan = prepare_plan.make_plan(config, config.output)
+    plan = source_plan.make_plan(config, config.output)
     kills, over = [], threading.Event()
     # Workers are children of their raylet; only those of this test's own Ray are touched.
     parent = ray.remote(lambda: os.getppid())  # noqa: PLW0108 - Ray takes no built-in function
@@ -447,18 +446,26 @@ def test_killed_workers_cost_nothing_but_time(tmp_path: Path) -> None:
     assert file_hashes(tmp_path / "out") == file_hashes(tmp_path / "quiet")
 
 
+def test_a_unit_may_take_longer_than_ray_data_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path / "source", classes=("ant",))
+    settings = ray.data.DataContext.get_current()
+    monkeypatch.setattr(settings, "execution_no_progress_timeout_s", 2.0)
+    config = config_of(tmp_path / "source", tmp_path / "out")
+    result = prepare.run(config, decoder="tests.pipelines.image_sources:slowest_decode")
+    assert result.num_rows == 5
+    assert settings.execution_no_progress_timeout_s == 2.0, "nobody else's datasets are touched"
+
+
 def test_a_file_that_kills_its_reader_is_quarantined(tmp_path: Path) -> None:
     """After three deaths at a unit its files are tried in processes of their own."""
     rows = write_tars(tmp_path / "tars")
     config = config_of(tmp_path / "tars", tmp_path / "out")
-    plan = prepare_plan.make_plan(config, config.output)
+    plan = source_plan.make_plan(config, config.output)
     rehearsal = "tests.pipelines.image_sources:fragile_rehearsal"
     task = unit_task(config, plan, rehearsal=rehearsal)
-    begun = tmp_path / "out/_work/attempts/here/00000000"
-    begun.mkdir(parents=True)
-    for attempt in range(3):
-        (begun / f"{attempt}.json").write_text("{}")
-    summary = prepare_unit.process_unit(task, 0, plan.listings[0])
+    summary = prepare_unit.process_unit(task, 0, plan.listings[0], deaths=3)
     assert summary["rejected"] == {"reader_crash": 1}
     assert summary["examples"] == [
         ["shard-001.tar", "reader_crash", (tmp_path / "tars/shard-001.tar").stat().st_size]
@@ -466,10 +473,8 @@ def test_a_file_that_kills_its_reader_is_quarantined(tmp_path: Path) -> None:
     assert summary["rows"] == len(rows) * 2 // 3
 
     (tmp_path / "out/_work/receipts/00000000.json").unlink()
-    for attempt in range(20):
-        (begun / f"again-{attempt}.json").write_text("{}")
     with pytest.raises(StageFailed, match=r"shard-000.tar to shard-002.tar.*lack of memory"):
-        prepare_unit.process_unit(task, 0, plan.listings[0])
+        prepare_unit.process_unit(task, 0, plan.listings[0], deaths=12)
 
 
 def test_the_rows_of_a_quarantined_row_group_are_listed() -> None:
@@ -513,9 +518,9 @@ def test_planning_does_not_grow_with_images(tmp_path: Path) -> None:
     import tracemalloc
 
     entries = (Entry(path=f"{i // 1000:06d}/{i:09d}.jpg", size=50_000) for i in range(300_000))
-    units = prepare_plan.cut(entries, 256_000_000, max_entries=prepare_plan.MAX_UNIT_ENTRIES)
+    units = source_plan.cut(entries, 256_000_000, max_entries=source_plan.MAX_UNIT_ENTRIES)
     tracemalloc.start()
-    listings = list(prepare_plan._write_listings(str(tmp_path), units))
+    listings = list(source_plan._write_listings(str(tmp_path), units))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(listings) == 59

@@ -4,17 +4,17 @@ import pytest
 
 from pipelines.config.prepare import PrepareConfig
 from pipelines.errors import InputError, StageFailed, printable
-from pipelines.preparation.plan import Plan
 from pipelines.preparation.readers import Reader
-from pipelines.preparation.report import Ledger, PrepareResult
+from pipelines.preparation.report import PrepareResult, Totals
+from pipelines.preparation.source_plan import SourcePlan
 from tests.pipelines.image_sources import encoded, tar_bytes
 from tests.pipelines.prepare_fixtures import config_of, work_off
 
 UNITS, ITEMS, BYTES = 100, 10, 1000
 
 
-def ledger(done: int, *, rejected=0, lost_bytes=0, known=False, max_rejected=0.05) -> Ledger:
-    plan = Plan(
+def totals(done: int, *, rejected=0, lost_bytes=0, known=False, max_rejected=0.05) -> Totals:
+    plan = SourcePlan(
         source={},
         options={},
         reader=Reader(root="", format="webdataset", labels="none", max_image_bytes=1),
@@ -26,7 +26,7 @@ def ledger(done: int, *, rejected=0, lost_bytes=0, known=False, max_rejected=0.0
     counts = {"source_bytes": BYTES, "lost_bytes": lost_bytes, "rejected": {"empty": rejected}}
     counts["ignored"] = {"hidden": 1000}
     units = ({"unit": unit, "items": ITEMS, "examples": [], **counts} for unit in range(done))
-    return Ledger(config, plan, units)
+    return Totals(config, plan, units)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def ledger(done: int, *, rejected=0, lost_bytes=0, known=False, max_rejected=0.0
     ],
 )
 def test_a_stage_stops_when_it_is_clear(done: int, fields: dict, stops: bool) -> None:
-    book = ledger(done, **fields)
+    book = totals(done, **fields)
     if not stops:
         book.check(final=False)
         return
@@ -71,9 +71,9 @@ def test_a_share_and_a_number_do_not_look_alike(limit) -> None:
 
 
 def test_at_the_end_nothing_is_estimated() -> None:
-    ledger(100, rejected=0).check(final=True)
+    totals(100, rejected=0).check(final=True)
     with pytest.raises(StageFailed, match=r"100 of 1000 items.*tolerates 50"):
-        ledger(100, rejected=1).check(final=True)
+        totals(100, rejected=1).check(final=True)
 
 
 def test_names_are_told_as_printable_text() -> None:
@@ -81,7 +81,7 @@ def test_names_are_told_as_printable_text() -> None:
     odd = "a\x1b]0;owned\x07\x1b[31m\nb\u202e\udcff"
     assert printable(odd) == r"a\x1b]0;owned\x07\x1b[31m\nb\u202e\udcff"
     assert printable("caf\u00e9 #%?: '\u65e5\u672c'") == "caf\u00e9 #%?: '\u65e5\u672c'"
-    book = ledger(100, rejected=1)
+    book = totals(100, rejected=1)
     book.examples = [[odd, "empty", 0]]
     with pytest.raises(StageFailed, match=r"empty: a\\x1b]0;owned") as failure:
         book.check(final=True)

@@ -10,7 +10,7 @@ from pipelines.config.prepare import PrepareConfig
 from pipelines.errors import InputError
 from pipelines.preparation import sources, walking
 from pipelines.preparation.globs import exactly
-from pipelines.preparation.plan import _check_apart, make_plan, read_listing
+from pipelines.preparation.source_plan import _check_apart, make_plan, read_listing
 from pipelines.preparation.sources import class_folders, open_source
 from pipelines.preparation.walking import Entry, Listings, walk
 from tests.pipelines.image_sources import write_folder

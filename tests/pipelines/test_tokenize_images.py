@@ -23,9 +23,9 @@ from pipelines.errors import InputError, StageFailed
 from pipelines.tables import tokenizer_store
 from pipelines.tables.image_table import ImageTable
 from pipelines.tables.token_table import MISSING, TokenTable, check_together
-from pipelines.tokenization import job as token_job
 from pipelines.tokenization import pool as token_pool
-from pipelines.tokenization.units import Ledger, plan_units
+from pipelines.tokenization import task as token_task
+from pipelines.tokenization.ledger import Ledger, plan_units
 from tests.chaos import world
 
 ROWS = 240
@@ -121,7 +121,7 @@ def test_the_gate_does_not_wait_for_units_that_were_given_up(tmp_path, monkeypat
     monkeypatch.setattr(
         tokenize_images.token_report,
         "check_usage",
-        lambda job, names, options: looked_at.append(names),
+        lambda task, names, options: looked_at.append(names),
     )
     units = plan_units(["part-00000.parquet"], [40], 10)
     ledger = Ledger(str(tmp_path), units)
@@ -153,11 +153,11 @@ def test_the_rows_that_are_done_are_counted(tmp_path):
 
 def test_a_file_that_only_its_worker_sees_ends_the_stage(tmp_path):
     ledger = Ledger(str(tmp_path), plan_units(["a"], [25], 10))
-    job, receipt = SimpleNamespace(output=str(tmp_path)), token_pool.Receipt(unit=1)
+    task = SimpleNamespace(output=str(tmp_path))
     with pytest.raises(InputError, match="nodes see different disks"):
-        tokenize_images._check_shared(job, ledger, receipt)
+        tokenize_images._check_shared(task, ledger, 1)
     (tmp_path / ledger.units.name(1)).touch()
-    tokenize_images._check_shared(job, ledger, receipt)
+    tokenize_images._check_shared(task, ledger, 1)
 
 
 def test_actors_are_given_enough_for_the_pool_to_grow():
@@ -233,7 +233,7 @@ def test_a_lost_file_of_a_finished_table_is_made_again(finished, images, tokeniz
 @pytest.mark.ray
 def test_a_unit_that_no_node_can_hold_is_refused(images, tokenizer, tmp_path, monkeypatch):
     small = [{"Alive": True, "Resources": {"CPU": 8.0, "memory": 100_000.0}}]
-    monkeypatch.setattr(token_job.ray, "nodes", lambda: small)
+    monkeypatch.setattr(token_task.ray, "nodes", lambda: small)
     with pytest.raises(InputError, match=r"rows_per_unit: a unit of 80 rows .* 0\.0 GB; lower"):
         tokenize_images.run(
             world.make_config(images, tokenizer, tmp_path / "table", rows_per_unit=1_000_000)
@@ -270,9 +270,9 @@ def test_the_pool_grows(images, tokenizer, tmp_path, ray_cluster, monkeypatch):
     monkeypatch.setattr(token_pool, "EncodeUnits", world.EncodeSlowly)
     book, actors = tokenize_images._book, set()
 
-    def noting(receipt, ledger, options):
-        actors.add(receipt.seconds["pid"])
-        return book(receipt, ledger, options)
+    def noting(outcome, ledger, options):
+        actors.add(outcome.facts["seconds"]["pid"])
+        return book(outcome, ledger, options)
 
     monkeypatch.setattr(tokenize_images, "_book", noting)
     config = world.make_config(
@@ -447,11 +447,11 @@ def test_ctrl_c_stops_cleanly_and_the_next_run_goes_on(
     config = world.make_config(images, tokenizer, tmp_path / "t")
     book, seen = tokenize_images._book, []
 
-    def interrupted(receipt, ledger, options):
+    def interrupted(outcome, ledger, options):
         if len(seen) == 3:
             raise KeyboardInterrupt
-        seen.append(receipt.unit)
-        return book(receipt, ledger, options)
+        seen.append(outcome.unit)
+        return book(outcome, ledger, options)
 
     monkeypatch.setattr(tokenize_images, "_book", interrupted)
     with pytest.raises(KeyboardInterrupt, match="60 of 240 images are done; the same command"):

@@ -1,7 +1,7 @@
 """What a tokenize run will do, decided once by the driver, and what is there already."""
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -15,13 +15,38 @@ from pipelines.tables import tokenizer_store
 from pipelines.tables.image_table import ImageParts
 from pipelines.tables.token_files import Identity
 from pipelines.tables.token_table import MANIFEST, MAX_VOCAB_SIZE
-from pipelines.tokenization.pool import Job
-from pipelines.tokenization.units import refuse_other_options
+from pipelines.tokenization.ledger import refuse_other_options
 
 LIBRARIES = ("numpy", "pillow", "pyarrow", "torch")
 
 
-def plan_job(config: TokenizeConfig, images: ImageParts) -> tuple[Job, dict[str, str]]:
+@dataclass(frozen=True, kw_only=True)
+class TokenizeTask:
+    """What every worker is told."""
+
+    images_uri: str
+    tokenizer_uri: str
+    output: str
+    identity: Identity
+    num_gpus: float
+    num_cpus: float
+    decode_cpus: float
+    min_actors: int
+    max_actors: int
+    rows_per_unit: int
+
+    @property
+    def device(self) -> str:
+        return self.identity.device
+
+    @property
+    def decode_memory(self) -> int:
+        """Bytes a decode task needs: a unit's pixels, and again as much for images and copies."""
+        identity = self.identity
+        return 2 * self.rows_per_unit * identity.num_views * 3 * identity.image_size**2
+
+
+def plan_task(config: TokenizeConfig, images: ImageParts) -> tuple[TokenizeTask, dict[str, str]]:
     """Everything the workers must know, decided once: what the user left open is filled in."""
     if not ray.is_initialized():
         raise RuntimeError("Ray is not running: call ray.init first (jobs/ does)")
@@ -57,7 +82,7 @@ def plan_job(config: TokenizeConfig, images: ImageParts) -> tuple[Job, dict[str,
         # A unit smaller than a batch would be filled up with views nobody wants.
         batch_size=min(config.batch_size, config.rows_per_unit * config.num_views),
     )
-    job = Job(
+    task = TokenizeTask(
         images_uri=images.uri,
         tokenizer_uri=tokenizer_uri,
         output=storage.absolute(config.output),
@@ -69,8 +94,8 @@ def plan_job(config: TokenizeConfig, images: ImageParts) -> tuple[Job, dict[str,
         max_actors=_most_actors(encoders, num_gpus),
         rows_per_unit=min(config.rows_per_unit, max(part.rows for part in images.parts)),
     )
-    _check_room(job, encoders)
-    return job, {name: version(name) for name in LIBRARIES}
+    _check_room(task, encoders)
+    return task, {name: version(name) for name in LIBRARIES}
 
 
 def _most_actors(encoders: ActorsConfig, num_gpus: float) -> int:
@@ -86,7 +111,7 @@ def _most_actors(encoders: ActorsConfig, num_gpus: float) -> int:
     return max(int(fitting), encoders.min_actors)
 
 
-def _check_room(job: Job, encoders: ActorsConfig) -> None:
+def _check_room(task: TokenizeTask, encoders: ActorsConfig) -> None:
     """Sees to it that the nodes there are can do the job: tasks that fit none would wait for ever.
 
     A cluster may grow, and then waiting is right: where GPUs or the size of the pool were asked
@@ -97,11 +122,11 @@ def _check_room(job: Job, encoders: ActorsConfig) -> None:
     """
     resources = ray.cluster_resources()
     cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
-    need_cpus = job.decode_cpus + (0 if job.num_gpus else job.num_cpus * job.min_actors)
-    need_gpus = job.num_gpus * job.min_actors
+    need_cpus = task.decode_cpus + (0 if task.num_gpus else task.num_cpus * task.min_actors)
+    need_gpus = task.num_gpus * task.min_actors
     if cpus < need_cpus or gpus < need_gpus:
         missing = (
-            f"encoders: {job.min_actors} actors and a decode task need {need_cpus:g} CPUs and "
+            f"encoders: {task.min_actors} actors and a decode task need {need_cpus:g} CPUs and "
             f"{need_gpus:g} GPUs, the cluster has {cpus:g} and {gpus:g}"
         )
         if encoders.num_gpus is None and not encoders.max_actors:
@@ -112,28 +137,28 @@ def _check_room(job: Job, encoders: ActorsConfig) -> None:
         print(f"tokenize: {missing}; waiting for more nodes", file=sys.stderr)
         return
     most = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
-    if job.decode_memory > most:
+    if task.decode_memory > most:
         raise InputError(
-            f"rows_per_unit: a unit of {job.rows_per_unit} rows in {job.identity.num_views} views "
-            f"needs {job.decode_memory / 1e9:.1f} GB to decode, the largest node has "
+            f"rows_per_unit: a unit of {task.rows_per_unit} rows in {task.identity.num_views} "
+            f"views needs {task.decode_memory / 1e9:.1f} GB to decode, the largest node has "
             f"{most / 1e9:.1f} GB; lower rows_per_unit or num_views"
         )
 
 
-def finished_manifest(job: Job, options: dict[str, Any]) -> dict[str, Any] | None:
+def finished_manifest(task: TokenizeTask, options: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest that is already there, if it is of this table.
 
     Raises:
         InputError: it is of another one; names the field and both values.
     """
     try:
-        manifest: dict[str, Any] = storage.read_json(storage.join(job.output, MANIFEST))
+        manifest: dict[str, Any] = storage.read_json(storage.join(task.output, MANIFEST))
     except FileNotFoundError:
         return None
     if manifest.get("kind") != "token_table":
         raise InputError(
-            f"{job.output}: holds a {manifest.get('kind')!r}, not a token table; "
+            f"{task.output}: holds a {manifest.get('kind')!r}, not a token table; "
             "use another --output"
         )
-    refuse_other_options(job.output, manifest, job.identity.to_dict() | options)
+    refuse_other_options(task.output, manifest, task.identity.to_dict() | options)
     return manifest

@@ -1,4 +1,4 @@
-"""Units of the tokenize stage, and what of them is done.
+"""The ledger of the tokenize stage: which units there are, and what of them is done.
 
 A unit is a row range of one image part and becomes one file. Which units there are depends on the
 image table and `rows_per_unit` only. While a table is unfinished its directory has `_work/`:
@@ -31,8 +31,8 @@ from pipelines.tables.token_files import (
     file_name,
 )
 from pipelines.tables.token_table import MANIFEST, encode_manifest
+from pipelines.units import work_uri
 
-WORK = "_work"
 IDENTITY = "identity.json"
 HASH_BYTES = 16
 NUM_THREADS = 16
@@ -113,7 +113,7 @@ class Ledger:
             InputError: it was begun with another one; names the field and both values.
         """
         wanted = json.loads(storage.canonical_json(identity.to_dict() | extra))
-        path = storage.join(self.uri, WORK, IDENTITY)
+        path = work_uri(self.uri, IDENTITY)
         try:
             found = storage.read_json(path)
         except FileNotFoundError:
@@ -125,7 +125,7 @@ class Ledger:
     def load(self) -> NDArray[np.int64]:
         """Reads what earlier runs did; returns units whose file is there without a receipt."""
         listed = self._list()
-        notes = storage.list_files(storage.join(self.uri, WORK), recursive=False)
+        notes = storage.list_files(work_uri(self.uri), recursive=False)
         with ThreadPoolExecutor(NUM_THREADS) as pool:
             # A long job on S3 leaves thousands of small files.
             found = pool.map(lambda info: (info.path, self._read_note(info.path)), notes)
@@ -143,7 +143,7 @@ class Ledger:
 
     def _read_note(self, name: str) -> bytes:
         try:
-            return storage.read_bytes(storage.join(self.uri, WORK, name))
+            return storage.read_bytes(work_uri(self.uri, name))
         except FileNotFoundError:
             # A second driver has just finished the table and cleared its notes.
             return b""
@@ -151,7 +151,7 @@ class Ledger:
     def _write_note(self, name: str, data: bytes) -> None:
         for attempt in (1, 2, 3):
             try:
-                storage.write_bytes(storage.join(self.uri, WORK, name), data)
+                storage.write_bytes(work_uri(self.uri, name), data)
             except FileNotFoundError:
                 # Again a second driver: it removed the directory under our hands.
                 if attempt == 3:
@@ -231,7 +231,7 @@ class Ledger:
     def retry_rejected(self) -> None:
         """Forgets every rejection."""
         for unit in self.rejected:
-            storage.delete(storage.join(self.uri, WORK, self._rejected_name(unit)))
+            storage.delete(work_uri(self.uri, self._rejected_name(unit)))
         self.rejected = {}
 
     def _rejected_name(self, unit: int) -> str:
@@ -294,7 +294,7 @@ class Ledger:
         storage.write_bytes(storage.join(self.uri, MANIFEST), encode_manifest(manifest))
         # The table exists; a second driver that writes there at this moment is no failure.
         with contextlib.suppress(OSError):
-            storage.delete_prefix(storage.join(self.uri, WORK))
+            storage.delete_prefix(work_uri(self.uri))
 
 
 def refuse_other_options(uri: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:

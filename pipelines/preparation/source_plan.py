@@ -30,11 +30,11 @@ from pipelines.preparation.sources import (
     open_source,
 )
 from pipelines.preparation.walking import Entry
+from pipelines.units import WORK, work_uri
 
 PLAN_VERSION = 3
 # Release 0.1.0 counted neither images of a class nor ignored files; its work is finished likewise.
 NO_CLASS_COUNTS = 2
-WORK = "_work"
 OUR_FILES = ("part-00000.parquet", "rejected.parquet", "ignored.parquet", "manifest.json")
 MEGABYTE = 1_000_000
 # Tiny images: a unit of so many takes seconds to minutes; its listing stays small.
@@ -43,7 +43,7 @@ THREADS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class SourcePlan:
     """What a unit's worker and the driver need to know; grows with units, not with images."""
 
     source: dict[str, str]
@@ -66,15 +66,10 @@ class Plan:
         }
 
     @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> "Plan":
+    def from_dict(cls, record: dict[str, Any]) -> "SourcePlan":
         reader = {**record["reader"], "class_names": tuple(record["reader"]["class_names"])}
         listings = tuple(record["listings"])
         return cls(**{**record, "reader": Reader(**reader), "listings": listings})
-
-
-def work_uri(output: str, *parts: str) -> str:
-    """Address of a working file of an unfinished prepare."""
-    return storage.join(output, WORK, *parts)
 
 
 def unit_name(unit: int, num_units: int) -> str:
@@ -106,7 +101,7 @@ def check_identity(config: PrepareConfig, output: str, recorded: dict[str, Any])
             )
 
 
-def read_plan(config: PrepareConfig, output: str) -> Plan | None:
+def read_plan(config: PrepareConfig, output: str) -> SourcePlan | None:
     """The plan that an interrupted run left at `output`.
 
     Raises:
@@ -118,12 +113,12 @@ def read_plan(config: PrepareConfig, output: str) -> Plan | None:
         return None
     if record.get("plan_version") not in (NO_CLASS_COUNTS, PLAN_VERSION):
         raise InputError(f"{output}: unfinished work of another version; remove {WORK}/ there")
-    plan = Plan.from_dict(record)
+    plan = SourcePlan.from_dict(record)
     check_identity(config, output, {"source": plan.source["uri"], **plan.options})
     return plan
 
 
-def make_plan(config: PrepareConfig, output: str) -> Plan:
+def make_plan(config: PrepareConfig, output: str) -> SourcePlan:
     """Lists the source, writes the listing of every unit and then the plan.
 
     Raises:
@@ -168,7 +163,7 @@ def make_plan(config: PrepareConfig, output: str) -> Plan:
         reader = parquet.with_columns(reader)
     elif source.format in ("folder", "sample"):
         reader = _with_folder_labels(config, reader, folders - {_unlabelled(source)})
-    plan = Plan(
+    plan = SourcePlan(
         source={"uri": source.uri, "format": source.format},
         options=identity(config),
         reader=reader,
