@@ -8,10 +8,9 @@ and appendix); box and jitter follow torchvision's RandomResizedCrop and ColorJi
 images, whose results the exact renderer reproduces bit for bit. `docs/views.md` says how and why.
 """
 
-import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -20,12 +19,10 @@ from PIL import Image
 
 from beit import counters
 from beit.jitter import Jitter, Steps, fast_jitter, fast_mean_grey, jitter, mean_grey
+from beit.view_policy import ViewPolicy as ViewPolicy  # noqa: PLC0414 - users take it from here
 
 if TYPE_CHECKING:
     import torch
-
-# Raised whenever any (policy, digest, index, height, width) would give another view or pixels.
-VERSION: Final = 1
 
 Interpolation = Literal["bicubic", "lanczos", "bilinear"]
 
@@ -37,66 +34,6 @@ _RESAMPLING: Final = {
     "bilinear": Image.Resampling.BILINEAR,
 }
 _CROP_TRIES: Final = 10
-
-
-@dataclass(frozen=True, kw_only=True)
-class ViewPolicy:
-    """The distribution that views are drawn from; the defaults are the paper's.
-
-    Areas are shares of the image, aspects width over height (drawn log-uniformly). A jitter of
-    0.4 draws its factor uniformly from [0.6, 1.4]; 0 switches it off.
-    """
-
-    seed: int = 0
-    min_area: float = 0.08
-    max_area: float = 1.0
-    min_aspect: float = 3 / 4
-    max_aspect: float = 4 / 3
-    flip_probability: float = 0.5
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.4
-
-    def __post_init__(self) -> None:
-        """Raises ValueError naming the field that makes no sense."""
-        if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed = {self.seed}: give an integer in [0, 2**64)")
-        if not 0 < self.min_area <= self.max_area <= 1:
-            raise ValueError(
-                f"min_area, max_area = {self.min_area}, {self.max_area}: "
-                "give shares of the image with 0 < min_area <= max_area <= 1"
-            )
-        if not 0 < self.min_aspect <= self.max_aspect < math.inf:
-            raise ValueError(
-                f"min_aspect, max_aspect = {self.min_aspect}, {self.max_aspect}: "
-                "give ratios with 0 < min_aspect <= max_aspect"
-            )
-        if not 0 <= self.flip_probability <= 1:
-            raise ValueError(f"flip_probability = {self.flip_probability}: give a share in [0, 1]")
-        for name in _JITTERS:
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} = {getattr(self, name)}: give a number >= 0")
-
-    def to_dict(self) -> dict[str, int | float]:
-        """All fields and the version of the drawing and rendering code, for manifests."""
-        return {"version": VERSION, **dataclasses.asdict(self)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, int | float]) -> "ViewPolicy":
-        """The inverse of `to_dict`. Raises ValueError on another version or other fields."""
-        fields = {field.name for field in dataclasses.fields(cls)}
-        if set(values) != fields | {"version"}:
-            odd = sorted(set(values) ^ (fields | {"version"}))
-            raise ValueError(f"view policy: missing or unknown field {', '.join(odd)}")
-        if values["version"] != VERSION:
-            raise ValueError(
-                f"view policy version = {values['version']}: this code draws version {VERSION}; "
-                "use the release that wrote it, or make the token table again"
-            )
-        return cls(
-            seed=int(values["seed"]),
-            **{name: float(values[name]) for name in fields - {"seed"}},
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,8 @@ import torch
 
 from beit.mim import BeitMIM
 from pipelines import pictures, storage, tracking
-from pipelines.config.evaluate import EvaluateConfig
+from pipelines.config.checks import changed_fields
+from pipelines.config.evaluate import MAY_CHANGE, EvaluateConfig
 from pipelines.errors import InputError
 from pipelines.evaluation.features import (
     LabelledImages,
@@ -114,15 +115,13 @@ def run(config: EvaluateConfig) -> Result:
         "test_table": test.fingerprint if test else "",
         "groups": storage.fingerprint(data.groups),  # not part of an image table's fingerprint
         "options": {
-            name: value
-            for name, value in asdict(config).items()
-            if name not in ("run", "images", "output", "force", "tracking", "batch_size", "device")
+            name: value for name, value in asdict(config).items() if name not in MAY_CHANGE
         },
     }
     report_uri = storage.join(output, "evaluation.json")
     if not config.force and storage.exists(report_uri):
         report = storage.read_json(report_uri)
-        if report.get("identity") == identity:
+        if _same(report.get("identity"), identity, config):
             return _result(report, output, already_done=True)
     inputs = [
         tracking.Dataset(name="weights", uri=weights.uri, digest=weights.fingerprint),
@@ -296,6 +295,13 @@ def _probe(
     x = arrays[layer]
     found = knn_predict(x[known], labels[known], x[test], num_classes=num_classes, k=config.knn_k)
     return found, layer, by_layer
+
+
+def _same(found: dict[str, Any] | None, wanted: dict[str, Any], config: EvaluateConfig) -> bool:
+    """Whether a report, perhaps of an earlier version, is of this evaluation."""
+    if found is None or changed_fields(found["options"], config, MAY_CHANGE):
+        return False
+    return found | {"options": None} == wanted | {"options": None}
 
 
 def _result(report: dict[str, Any], output: str, *, already_done: bool) -> Result:

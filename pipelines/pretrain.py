@@ -77,7 +77,7 @@ def run(config: PretrainConfig) -> PretrainResult:
     check_probe(config)
 
     # The run directory: new, this run's, or another's.
-    run_dir.begin(redacted_values(to_dict(config)), plan.fingerprints, may_change=MAY_CHANGE)
+    run_dir.begin(config, plan.fingerprints, may_change=MAY_CHANGE)
     before = driver.newest_step(run_dir)
     finished = run_dir.finished_report()
     if before == plan.total_steps and finished is not None:

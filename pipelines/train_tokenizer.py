@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from pipelines import pictures, storage
-from pipelines.config.checks import changed_fields, to_dict
+from pipelines.config.checks import changed_fields
 from pipelines.config.train_tokenizer import (
     MAY_CHANGE,
     TrainTokenizerConfig,
@@ -121,7 +121,7 @@ def run(config: TrainTokenizerConfig) -> TrainTokenizerResult:
     plan = make_plan(config, images)
     manifest = tokenizer_store.read_manifest(config.output)
     if manifest is not None:
-        require_same(manifest["source"], plan, config.output)
+        require_same(manifest["source"], config, plan)
         return _result(config.output, manifest, already_done=True)
 
     # Until the tokenizer is finished its directory is a run's: new, this run's, or another's.
@@ -335,26 +335,28 @@ def begin(run_dir: RunDir, config: TrainTokenizerConfig, plan: TokenizerPlan) ->
     run_id = ""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         old = storage.read_json(run_dir.at(OLD_RECORD))
-        require_same(old["source"], plan, config.output)
+        require_same(old["source"], config, plan)
         run_id = old["mlflow_run_id"]
     fingerprints = {
         "image_table": plan.source["image_table"],
         "order": storage.fingerprint(plan.source["sample_order"]),
     }
-    run_dir.begin(to_dict(config), fingerprints, may_change=MAY_CHANGE, mlflow_run_id=run_id)
+    run_dir.begin(config, fingerprints, may_change=MAY_CHANGE, mlflow_run_id=run_id)
     storage.delete(run_dir.at(OLD_RECORD))
 
 
-def require_same(old: Mapping[str, Any], plan: TokenizerPlan, output: str) -> None:
+def require_same(old: Mapping[str, Any], config: TrainTokenizerConfig, plan: TokenizerPlan) -> None:
     """Raises InputError naming every option in which a tokenizer's source is not this plan's."""
     if old.get("stage") != STAGE:
         raise InputError(
-            f"output = {output}: holds a tokenizer made by {old.get('stage')!r}; give another one"
+            f"output = {config.output}: holds a tokenizer made by {old.get('stage')!r}; give "
+            "another one"
         )
-    before, after = (
-        {"image_table": source["image_table"], **source["options"]} for source in (old, plan.source)
-    )
-    refuse_changes(output, "other settings or images", changed_fields(before, after))
+    changed = changed_fields(old["options"], config, MAY_CHANGE)
+    tables = old["image_table"], plan.source["image_table"]
+    if tables[0] != tables[1]:
+        changed["image_table"] = tables
+    refuse_changes(config.output, "other settings or images", changed)
 
 
 def _check_health(metrics: dict[str, float], step: int, config: TrainTokenizerConfig) -> None:

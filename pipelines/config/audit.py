@@ -1,9 +1,9 @@
 """Configuration of the `audit` stage."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from pipelines.config.checks import fields_at_least, one_of, require
+from pipelines.config.checks import Ge, Gt, Le, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,24 +16,19 @@ class AuditConfig:
     """Image table of a token table. Empty: keys and tokens are not compared with the images."""
     tokenizer: str = ""
     """Tokenizer of a token table. Empty: tokens are not computed again."""
-    share: float = 1.0
+    share: Annotated[float, Gt(0), Le(1)] = 1.0
     """Share of the files that is read; 1 reads all, 0.01 is a sample of one in a hundred."""
-    samples: int = 200
+    samples: Annotated[int, Ge(0)] = 200
     """Images of a table that are decoded again, or views whose tokens are computed again."""
-    min_agreement: float = 1.0
+    min_agreement: Annotated[float, Gt(0), Le(1)] = 1.0
     """Least share of tokens that come out the same. Below 1 only for an audit on another kind of
     device than the tokens were made on."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where tokens are computed. auto: the kind of device that they were made on, if it is here."""
     seed: int = 0
     """Another seed takes another sample."""
-    num_threads: int = 8
+    num_threads: Annotated[int, Ge(1)] = 8
     """Files read at a time."""
 
     def __post_init__(self) -> None:
-        """Raises InputError naming the field that makes no sense."""
-        for name in ("share", "min_agreement"):
-            share = getattr(self, name)
-            require(0 < share <= 1, name, share, "give a share above 0, at most 1")
-        fields_at_least(self, samples=0, num_threads=1)
-        one_of("device", self.device, ("auto", "cpu", "cuda"))
+        check(self)

@@ -1,10 +1,96 @@
-"""What all configurations share: checks that name the field, and dotted names of nested fields."""
+"""What all configurations share: bounds of their fields, and their record beside what they made.
+
+A field states its bounds with its type, `Annotated[int, Ge(1)]`, and `check` holds every field of
+a section to them and to the choices of a `Literal`. What relates fields to each other is code, in
+`__post_init__` after `check`.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import MISSING, dataclass
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from pipelines.errors import InputError
+
+
+@dataclass(frozen=True, repr=False)
+class Bound:
+    """A bound on a number; on every entry of a tuple. None passes: the type says if it may be."""
+
+    limit: float
+    words: ClassVar[str]
+
+    def __repr__(self) -> str:
+        """As --help and errors put it."""
+        return f"{self.words} {self.limit}"
+
+    def holds(self, value: float) -> bool:
+        """Whether a number keeps to it; NaN never does."""
+        raise NotImplementedError
+
+
+class Ge(Bound):
+    words = "at least"
+
+    def holds(self, value: float) -> bool:
+        return value >= self.limit
+
+
+class Gt(Bound):
+    words = "above"
+
+    def holds(self, value: float) -> bool:
+        return value > self.limit
+
+
+class Le(Bound):
+    words = "at most"
+
+    def holds(self, value: float) -> bool:
+        return value <= self.limit
+
+
+class Lt(Bound):
+    words = "below"
+
+    def holds(self, value: float) -> bool:
+        return value < self.limit
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a run had that was begun before its field existed, where that is not the default."""
+
+    value: Any
+
+
+def check(section: Any, prefix: str = "") -> None:
+    """Raises InputError for the first field that is out of bounds or none of its choices.
+
+    `prefix` is where the section stands in its configuration: `optim.`. A text among the bounds
+    goes into the error, as remedy.
+    """
+    for name, kind, notes in _declared(type(section)):
+        value = getattr(section, name)
+        label = prefix + name
+        more = "".join(f"; {note}" for note in notes if isinstance(note, str))
+        if get_origin(kind) is Literal:
+            one_of(label, value, get_args(kind), more)
+        bounds = [note for note in notes if isinstance(note, Bound)]
+        entries = value if isinstance(value, tuple) else () if value is None else (value,)
+        kept = all(bound.holds(entry) for entry in entries for bound in bounds)
+        require(kept, label, value, f"must be {' and '.join(map(str, bounds))}{more}")
+
+
+def _declared(section: type) -> list[tuple[str, Any, tuple[Any, ...]]]:
+    """Name, type and what else is declared of every field."""
+    hints = get_type_hints(section, include_extras=True)
+    fields = []
+    for field in dataclasses.fields(section):
+        hint = hints[field.name]
+        kind, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        fields.append((field.name, kind, tuple(notes)))
+    return fields
 
 
 def require(condition: bool, name: str, value: object, remedy: str) -> None:
@@ -13,20 +99,9 @@ def require(condition: bool, name: str, value: object, remedy: str) -> None:
         raise InputError(f"{name} = {value!r}: {remedy}")
 
 
-def one_of(name: str, value: object, options: tuple[str, ...]) -> None:
+def one_of(name: str, value: object, options: tuple[str, ...], more: str = "") -> None:
     """Raises InputError unless `value` is one of `options`."""
-    require(value in options, name, value, "choose " + ", ".join(options))
-
-
-def at_least(name: str, value: float, low: float) -> None:
-    """Raises InputError for a value below `low`."""
-    require(value >= low, name, value, f"must be at least {low}")
-
-
-def fields_at_least(section: object, prefix: str = "", **bounds: float) -> None:
-    """Raises InputError for the first field of `section` that is below its bound."""
-    for name, low in bounds.items():
-        at_least(prefix + name, getattr(section, name), low)
+    require(value in options, name, value, f"choose {', '.join(options)}{more}")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -41,26 +116,58 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The effective configuration as plain values, for config.yaml."""
+    """The effective configuration as plain values, for records."""
     values: dict[str, Any] = _plain(dataclasses.asdict(config))
     return values
 
 
-def changed_fields(
-    old: Mapping[str, Any], new: Mapping[str, Any], may_change: Sequence[str] = ()
-) -> dict[str, tuple[Any, Any]]:
-    """Dotted fields that differ and must not, with both values (None where a field is missing).
+class _NoField:
+    def __repr__(self) -> str:
+        return "no field of this version"
 
-    `may_change` names fields and whole sections.
+
+NO_FIELD = _NoField()
+
+
+def changed_fields(
+    old: Mapping[str, Any], config: Any, may_change: Sequence[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """Dotted fields that differ from a record of earlier and must not, with both values.
+
+    The record may be of another version: a field that it lacks had its default then, or what it
+    declares as `Before`; one that this version lacks is named, with `NO_FIELD`. `may_change` names
+    fields and whole sections.
     """
-    before, after = flatten(old), flatten(new)
+    before, after = flatten(_defaults_then(config)) | flatten(old), flatten(to_dict(config))
     return {
-        name: (before.get(name), after.get(name))
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
+        name: (value, after.get(name, NO_FIELD))
+        for name, value in before.items()
+        if after.get(name, NO_FIELD) != value
         and name not in may_change
         and name.partition(".")[0] not in may_change
     }
+
+
+def _defaults_then(config: Any) -> dict[str, Any]:
+    """What a record that lacks a field means by it. Fields without default are in every record."""
+    required = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.default is MISSING and field.default_factory is MISSING
+    }
+    then: dict[str, Any] = _plain(_then(type(config)(**required)))
+    return then
+
+
+def _then(section: Any) -> dict[str, Any]:
+    values = {}
+    for name, _, notes in _declared(type(section)):
+        value = getattr(section, name)
+        if dataclasses.is_dataclass(value):
+            values[name] = _then(value)
+        else:
+            values[name] = next((note.value for note in notes if isinstance(note, Before)), value)
+    return values
 
 
 def _plain(value: Any) -> Any:

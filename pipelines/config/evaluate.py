@@ -1,10 +1,13 @@
 """Configuration of the `evaluate` stage."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from pipelines.config.checks import fields_at_least, require
+from pipelines.config.checks import Ge, Gt, Le, check, require
 from pipelines.config.tracking import TrackingConfig
+
+# What makes no other evaluation of it: where things are, and how it is computed.
+MAY_CHANGE = ("run", "images", "output", "force", "tracking", "batch_size", "device")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,25 +22,25 @@ class EvaluateConfig:
     """Another labelled table to test on; empty: parts of `images` are held out in turn."""
     output: str = ""
     """Directory for evaluation.json and pictures; empty: evaluation/ in the run directory."""
-    num_folds: int = 5
+    num_folds: Annotated[int, Ge(2)] = 5
     """Every group is tested once, by probes that were fitted on the other folds."""
     one_per_group: bool = True
     """Use the first image of every group only, so that near-duplicates (skin tones of one emoji)
     neither leak nor weigh more."""
-    max_images: int = 20_000
+    max_images: Annotated[int, Ge(0)] = 20_000
     """Images used, spread evenly over the table; 0: all."""
     pooling: Literal["mean", "cls", "grid"] = "mean"
     """Features of an image: mean of its patches; the cls token; or the means of a 4x4 grid of
     regions side by side, which keeps where things are, as raw pixels do."""
     layers: list[int] = field(default_factory=list)
     """Blocks to choose from, 1-based; empty: all."""
-    knn_k: int = 10
+    knn_k: Annotated[int, Ge(1)] = 10
     """Neighbours that vote."""
-    crop_fraction: float = 1.0
+    crop_fraction: Annotated[float, Gt(0), Le(1)] = 1.0
     """Side of the central square crop, as a share of the shorter side."""
     baselines: bool = True
     """Also evaluate the same network at random initialisation, and raw pixels."""
-    batch_size: int = 64
+    batch_size: Annotated[int, Ge(1)] = 64
     """Images per forward pass."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
@@ -48,7 +51,5 @@ class EvaluateConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        fields_at_least(self, num_folds=2, knn_k=1, batch_size=1, max_images=0)
-        crop = self.crop_fraction
-        require(0 < crop <= 1, "crop_fraction", crop, "give a number in (0, 1]")
+        check(self)
         require(min(self.layers, default=1) >= 1, "layers", self.layers, "blocks count from 1")

@@ -1,11 +1,9 @@
 """Configuration of the `export` stage."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from pipelines.config.checks import one_of, require
-
-FORMATS = ("hf", "timm", "unilm", "onnx", "weights")
+from pipelines.config.checks import Ge, check, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,18 +20,16 @@ class ExportConfig:
     official code's file; onnx: the encoder; weights: this project's own folder."""
     encoder_only: bool = False
     """hf: a BeitModel, without the head."""
-    image_size: int | None = None
+    image_size: Annotated[int | None, Ge(1)] = None
     """Resize positions to this image side, in pixels; null: as trained."""
-    num_heads: int | None = None
+    num_heads: Annotated[int | None, Ge(1)] = None
     """Attention heads of a unilm file without bias tables whose heads are not 64 wide."""
 
     def __post_init__(self) -> None:
-        one_of("format", self.format, FORMATS)
+        check(self)
         require(
             not self.encoder_only or self.format == "hf",
             "encoder_only",
             self.encoder_only,
             f"goes with format hf, not {self.format}; leave it out",
         )
-        size = self.image_size
-        require(size is None or size >= 1, "image_size", size, "must be positive, or null")

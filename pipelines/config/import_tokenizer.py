@@ -1,8 +1,9 @@
 """Configuration of the `import-tokenizer` stage."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from pipelines.config.checks import at_least, require
+from pipelines.config.checks import Ge, check, require
 from pipelines.config.tracking import TrackingConfig
 
 
@@ -18,7 +19,7 @@ class ImportTokenizerConfig:
     """URI of the tokenizer directory."""
     decoder: str = ""
     """Path or URI of decoder.pkl, for pictures of tokens; empty: none. Labels do not need it."""
-    image_size: int = 112
+    image_size: Annotated[int, Ge(8)] = 112
     """Side of the square token view, in pixels; the grid is image_size / 8. BEiT uses 112 for
     patches of 16 at 224."""
     source_sha256: str = ""
@@ -27,15 +28,14 @@ class ImportTokenizerConfig:
     """The same for the decoder."""
     images: str = ""
     """URI of an image table to score the tokenizer on; empty: no score."""
-    num_images: int = 256
+    num_images: Annotated[int, Ge(1)] = 256
     """Images scored."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        size = self.image_size
+        check(self)
         remedy = "must be a multiple of 8, the stride of DALL-E"
-        require(size >= 8 and size % 8 == 0, "image_size", size, remedy)
-        at_least("num_images", self.num_images, 1)
+        require(self.image_size % 8 == 0, "image_size", self.image_size, remedy)
         for name in ("source_sha256", "decoder_sha256"):
             value = getattr(self, name)
             hexadecimal = len(value) == 64 and set(value.lower()) <= set("0123456789abcdef")

@@ -2,9 +2,9 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from pipelines.config.checks import require
+from pipelines.config.checks import Ge, Gt, Le, check, require
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError
 
@@ -32,7 +32,7 @@ class PrepareConfig:
     """Where classes come from: a directory below the source, a field of the sample, nowhere;
     auto: directories for a folder, the field for the others if it is there; field: a tar's sample
     without it is rejected."""
-    label_level: int = 1
+    label_level: Annotated[int, Ge(1), "folders count from 1"] = 1
     """Which folder on the way to a file is its class: 1, the first below the source."""
     label_field: str = ""
     """Parquet column (default `label`), or WebDataset member: `cls` (default), or `json:NAME`."""
@@ -49,47 +49,39 @@ class PrepareConfig:
 
     max_side: int = 0
     """Images with a longer side are shrunk to it and stored as JPEG; 0: as they are."""
-    quality: int = 95
+    quality: Annotated[int, Ge(1), Le(100)] = 95
     """JPEG quality of shrunk images (4:4:4, so that colours stay sharp)."""
-    min_side: int = 1
+    min_side: Annotated[int, Ge(1)] = 1
     """Images with a shorter side, in pixels, are rejected; with `max_side`, as they are stored."""
-    max_pixels: int = 89_478_485
+    max_pixels: Annotated[int, Ge(1)] = 89_478_485
     """Images with more pixels are rejected before they are decoded."""
-    max_image_mb: float = 128
+    max_image_mb: Annotated[float, Gt(0), Le(1900)] = 128
     """Larger encoded images are rejected unread."""
-    decode_timeout: float = 60
+    decode_timeout: Annotated[float, Gt(0)] = 60
     """Seconds after which decoding one image is given up."""
     max_rejected: int | float | str = 0.05
     """Rejected items tolerated: a share of them (and of the bytes lost with whole files), as 5% or
     0.05, or a number of items, as 5."""
 
-    part_mb: float = 256
+    part_mb: Annotated[float, Gt(0), Le(1024)] = 256
     """Megabytes of images a part holds at least; also the unit of work and of loss."""
-    row_group_mb: float = 12
+    row_group_mb: Annotated[float, Gt(0), Le(128)] = 12
     """Megabytes of images in a row group, the smallest piece that is read later."""
-    num_tasks: int = 0
+    num_tasks: Annotated[int, Ge(0)] = 0
     """Units worked on at once; 0: as many as the cluster has CPUs for."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Where the run is recorded."""
 
     def __post_init__(self) -> None:
+        check(self)
         self._require(self.max_side == 0 or self.max_side >= 8, "max_side", "give 0 or at least 8")
-        self._require(self.label_level >= 1, "label_level", "folders count from 1")
-        self._require(1 <= self.quality <= 100, "quality", "give 1 to 100")
-        self._require(self.min_side >= 1, "min_side", "give at least 1")
-        self._require(self.max_pixels >= 1, "max_pixels", "give at least 1")
         # What later stages decode: `beit.images.DEFAULT_MAX_PIXELS`.
         most = 89_478_485
         shrunk = 0 < self.max_side**2 <= most
         self._require(
             self.max_pixels <= most or shrunk, "max_pixels", f"give at most {most}, or set max_side"
         )
-        self._require(0 < self.max_image_mb <= 1900, "max_image_mb", "give at most 1900")
-        self._require(self.decode_timeout > 0, "decode_timeout", "give seconds above 0")
         self._require_tolerance()
-        self._require(0 < self.part_mb <= 1024, "part_mb", "give at most 1024")
-        self._require(0 < self.row_group_mb <= 128, "row_group_mb", "give at most 128")
-        self._require(self.num_tasks >= 0, "num_tasks", "give 0 or a number of tasks")
         try:
             groups = re.compile(self.group_pattern).groups
         except re.error as error:

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import storage, stores
-from pipelines.config.prepare import PrepareConfig, identity
+from pipelines.config.checks import changed_fields
+from pipelines.config.prepare import MAY_CHANGE, PrepareConfig, identity
 from pipelines.errors import InputError
 from pipelines.preparation import sample_images
 from pipelines.preparation.ahead import mapped_ahead
@@ -77,28 +78,20 @@ def unit_name(unit: int, num_units: int) -> str:
     return f"{unit:0{max(5, len(str(num_units - 1)))}d}"
 
 
-def identity_of(config: PrepareConfig) -> dict[str, Any]:
-    """What two runs on one output must have in common, by field name."""
-    uri = config.source
-    source = uri if uri.startswith("sample:") else storage.absolute(uri)
-    return {"source": source, **identity(config)}
-
-
 def check_identity(config: PrepareConfig, output: str, recorded: dict[str, Any]) -> None:
-    """Compares the options with those that an output was begun or made with.
+    """Compares the options with those that an output was begun or made with, source and all.
 
     Raises:
         InputError: naming the first field that differs, and both values.
     """
-    defaults = identity(PrepareConfig(source="", output=""))
-    for name, value in identity_of(config).items():
-        # What an earlier version made had no options but those that it knew.
-        before = recorded.get(name, defaults.get(name))
-        if before != value:
-            raise InputError(
-                f"{name} = {value!r}, but {output} was prepared with {name} = "
-                f"{before!r}; give another output, or the same {name} to go on"
-            )
+    uri = config.source
+    source = uri if uri.startswith("sample:") else storage.absolute(uri)
+    changed = changed_fields(recorded, dataclasses.replace(config, source=source), MAY_CHANGE)
+    for name, (before, now) in changed.items():
+        raise InputError(
+            f"{name} = {now!r}, but {output} was prepared with {name} = {before!r}; give another "
+            f"output, or the same {name} to go on"
+        )
 
 
 def read_plan(config: PrepareConfig, output: str) -> SourcePlan | None:

@@ -7,7 +7,7 @@ bytes, so that a unit of work done twice does no harm.
 import functools
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from beit.views import ViewPolicy
 from pipelines import storage
 from pipelines.errors import InputError
 
@@ -62,10 +63,23 @@ class Identity:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Identity":
         """The inverse of `to_dict`; further keys are ignored. Raises KeyError by name."""
+        values = completed(values)
         picked = {field.name: values[field.name] for field in fields(cls)}
         return cls(
             **picked | {"grid_size": tuple(picked["grid_size"]), "views": tuple(picked["views"])}
         )
+
+
+def completed(record: dict[str, Any]) -> dict[str, Any]:
+    """A recorded identity, perhaps of an earlier version, with the fields that came since.
+
+    The default of such a field, here or in `ViewPolicy`, is what was done before it existed.
+    """
+    since = {
+        field.name: field.default for field in fields(Identity) if field.default is not MISSING
+    }
+    policy = ViewPolicy().to_dict() | record.get("policy", {})
+    return since | record | {"policy": policy}
 
 
 def schema(identity: Identity) -> pa.Schema:
@@ -168,7 +182,7 @@ def read_stamp(uri: str, content_hash: str) -> dict[str, Any]:
     """
     metadata = _footer(uri, content_hash).metadata or {}
     try:
-        stamp: dict[str, Any] = json.loads(metadata[STAMP])
+        stamp = completed(json.loads(metadata[STAMP]))
     except (KeyError, ValueError) as error:
         raise InputError(f"{uri}: not a file of a token table ({error})") from error
     return stamp
@@ -227,7 +241,7 @@ def check_file(data: bytes, identity: Identity, rows: int) -> tuple[bool, str | 
     to a table of another identity."""
     try:
         table = pq.read_table(pa.BufferReader(data), use_threads=False)
-        stamp = json.loads(table.schema.metadata[STAMP])
+        stamp = completed(json.loads(table.schema.metadata[STAMP]))
     except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError):
         return False, None
     difference = differing_field(stamp, identity.to_dict())

@@ -27,6 +27,7 @@ from pipelines.tables.token_files import (
     Identity,
     RejectedUnit,
     TokenFile,
+    completed,
     differing_field,
     file_name,
 )
@@ -299,6 +300,7 @@ class Ledger:
 
 def refuse_other_options(uri: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raises InputError if an output was made, or begun, with other options."""
+    found = completed(found)
     difference = differing_field({name: found.get(name) for name in wanted}, wanted)
     if difference:
         raise InputError(

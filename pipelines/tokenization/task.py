@@ -1,13 +1,12 @@
 """What a tokenize run will do, decided once by the driver, and what is there already."""
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 import ray
 
-from beit.views import ViewPolicy
 from pipelines import storage
 from pipelines.config.tokenize_images import ActorsConfig, TokenizeConfig
 from pipelines.errors import InputError
@@ -63,10 +62,6 @@ def plan_task(config: TokenizeConfig, images: ImageParts) -> tuple[TokenizeTask,
             f"{tokenizer_uri}: vocab_size {tokenizer.vocab_size} does not fit token tables, "
             f"which hold at most {MAX_VOCAB_SIZE} codes"
         )
-    try:
-        policy = ViewPolicy(**asdict(config.policy))
-    except ValueError as error:
-        raise InputError(f"policy: {error}") from error
     identity = Identity(
         image_fingerprint=images.fingerprint,
         num_rows=images.num_rows,
@@ -75,7 +70,7 @@ def plan_task(config: TokenizeConfig, images: ImageParts) -> tuple[TokenizeTask,
         grid_size=tokenizer.grid_size,
         image_size=tokenizer.image_size,
         interpolation=tokenizer.interpolation,
-        policy=policy.to_dict(),
+        policy=config.policy.to_dict(),
         views=(config.first_view, config.first_view + config.num_views),
         device="cuda" if num_gpus else "cpu",
         precision=precision,

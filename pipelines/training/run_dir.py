@@ -25,8 +25,9 @@ from typing import Any
 import yaml
 
 from pipelines import storage
-from pipelines.config.checks import changed_fields
+from pipelines.config.checks import changed_fields, to_dict
 from pipelines.errors import InputError
+from pipelines.redaction import redacted_values
 from pipelines.training.goodput import Attempt
 
 
@@ -44,7 +45,7 @@ class RunDir:
 
     def begin(
         self,
-        config: Mapping[str, Any],
+        config: Any,
         fingerprints: Mapping[str, Any],
         *,
         may_change: Sequence[str],
@@ -52,8 +53,8 @@ class RunDir:
     ) -> None:
         """Starts the directory, or checks that this is the run it holds.
 
-        `may_change` names the fields and sections that may differ from the first start's;
-        `mlflow_run_id` is the run that a new directory goes on with.
+        `config` is the stage's configuration; `may_change` names its fields and sections that may
+        differ from the first start's; `mlflow_run_id` is the run that a new directory goes on with.
 
         Raises:
             InputError: a field or fingerprint differs from the first start; names all of them.
@@ -62,7 +63,9 @@ class RunDir:
             old = yaml.safe_load(storage.read_bytes(self.at("config.yaml")))
             known = self.record()["fingerprints"]
         except FileNotFoundError:
-            text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+            text = yaml.safe_dump(
+                redacted_values(to_dict(config)), sort_keys=False, allow_unicode=True
+            )
             record = {"fingerprints": dict(fingerprints), "mlflow_run_id": mlflow_run_id}
             storage.write_bytes(self.at("config.yaml"), text.encode())
             storage.write_json(self.at("run.json"), record)

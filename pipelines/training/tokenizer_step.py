@@ -1,5 +1,6 @@
 """The parts of a tokenizer's training step: network, loss, schedules, noise, averaged weights."""
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 
@@ -18,7 +19,7 @@ from beit.tokenizers.dvae import (
     logit_laplace_loss,
     mse_loss,
 )
-from beit.views import ViewPolicy
+from beit.view_policy import Framing, ViewPolicy
 from pipelines.config.train_tokenizer import (
     LossConfig,
     ModelConfig,
@@ -62,17 +63,9 @@ def build_tokenizer(config: ModelConfig, *, seed: int) -> ImageTokenizer:
 
 def view_policy(config: ViewsConfig, *, seed: int) -> ViewPolicy:
     """The distribution of training views."""
-    return ViewPolicy(
-        seed=seed,
-        min_area=config.min_area,
-        max_area=config.max_area,
-        min_aspect=config.min_aspect,
-        max_aspect=config.max_aspect,
-        flip_probability=config.flip_probability,
-        brightness=config.jitter,
-        contrast=config.jitter,
-        saturation=config.jitter,
-    )
+    framing = {field.name: getattr(config, field.name) for field in dataclasses.fields(Framing)}
+    jitter = config.jitter
+    return ViewPolicy(seed=seed, brightness=jitter, contrast=jitter, saturation=jitter, **framing)
 
 
 class RelaxedVae(nn.Module):

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
 
 from beit.images import decode_array, image_digest
+from beit.view_policy import VERSION
 from beit.views import (
-    VERSION,
     View,
     ViewPolicy,
     center_view,

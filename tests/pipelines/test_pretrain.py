@@ -221,7 +221,7 @@ class TestRefusals:
             log_every=7,
             checkpoint=dataclasses.replace(config.checkpoint, every_steps=3),
         )
-        assert changed_fields(to_dict(config), to_dict(changed), MAY_CHANGE) == {}
+        assert changed_fields(to_dict(config), changed, MAY_CHANGE) == {}
 
     @pytest.mark.parametrize(
         "change", [{"seed": 1}, {"masking": {"num_masked": 25}}, {"data": {"window": 16}}]
@@ -571,7 +571,7 @@ class TestPieces:
     def test_a_directory_that_got_no_further_than_its_configuration_is_started_anew(
         self, tables, tmp_path
     ):
-        config = to_dict(small_config(tables, tmp_path))
+        config = small_config(tables, tmp_path)
         run = RunDir(str(tmp_path))
         run.begin(config, {"images": "x"}, may_change=MAY_CHANGE)
         (tmp_path / "run.json").unlink()

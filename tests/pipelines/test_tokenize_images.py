@@ -15,7 +15,6 @@ from pipelines import storage, tokenize_images
 from pipelines.config.tokenize_images import (
     ActorsConfig,
     GateConfig,
-    PolicyConfig,
     TokenizeConfig,
 )
 from pipelines.config.tracking import TrackingConfig
@@ -71,26 +70,6 @@ def test_units_cover_every_row_once():
     assert units.sizes.min() >= 7
     assert units.name(10) == "b-00000000-00000007.parquet"
     assert list(units.first[-4:]) == [107, 115, 123, 131]
-
-
-def test_policy_defaults_are_those_of_the_library():
-    assert ViewPolicy(**dataclasses.asdict(PolicyConfig())) == ViewPolicy()
-
-
-@pytest.mark.parametrize(
-    ("field", "changes"),
-    [
-        ("num_views", {"num_views": 0}),
-        ("rows_per_unit", {"rows_per_unit": 0}),
-        ("precision", {"precision": "bfloat16"}),
-        ("encoders.min_actors", {"encoders": ActorsConfig(min_actors=0)}),
-        ("encoders.num_gpus", {"encoders": ActorsConfig(num_gpus=-1)}),
-        ("gate.num_units", {"gate": GateConfig(num_units=0)}),
-    ],
-)
-def test_a_senseless_option_is_named(field, changes):
-    with pytest.raises(InputError, match=field):
-        TokenizeConfig(images="i", tokenizer="t", output="o", **changes)
 
 
 def test_a_ledger_knows_what_was_committed(tmp_path):
@@ -322,7 +301,7 @@ def test_other_options_on_the_same_output_are_refused_by_name(
     with pytest.raises(InputError, match=r"views: \[0, 2\] != \[0, 3\]"):
         tokenize_images.run(world.make_config(images, tokenizer, output, num_views=3))
     with pytest.raises(InputError, match=r"policy\.seed: 0 != 9"):
-        policy = PolicyConfig(seed=9)
+        policy = ViewPolicy(seed=9)
         tokenize_images.run(world.make_config(images, tokenizer, output, policy=policy))
     with pytest.raises(InputError, match="rows_per_unit: 20 != 40"):
         tokenize_images.run(world.make_config(images, tokenizer, output, rows_per_unit=40))

@@ -13,9 +13,9 @@ import torch
 from beit.images import decode_image
 from beit.views import render, sample_view
 from pipelines.config.checks import flatten, to_dict
+from pipelines.config.common import CheckpointConfig
 from pipelines.config.tracking import TrackingConfig
 from pipelines.config.train_tokenizer import (
-    CheckpointConfig,
     DataConfig,
     GateConfig,
     LossConfig,

@@ -1,0 +1,107 @@
+"""Sections that training stages share. A stage gives other defaults, and adds what it alone has."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pipelines.config.checks import Ge, Gt, Lt, check, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The order of samples, which no number of workers changes."""
+
+    global_batch_size: Annotated[int, Ge(1)] = 2048
+    """Images per step over all workers and accumulation; a multiple of num_shards."""
+    num_shards: Annotated[int, Ge(1)] = 8
+    """Canonical shards of the order: the largest number of workers; divides global_batch_size."""
+    window: Annotated[int, Ge(1)] = 1024
+    """Rows of a shard that are shuffled together and held as encoded bytes."""
+    num_threads: Annotated[int, Ge(0)] = 0
+    """Decoding threads per worker; 0: scaling.cpus_per_worker."""
+    prefetch_batches: Annotated[int, Ge(1)] = 2
+    """Batches decoded ahead per worker."""
+
+    def __post_init__(self) -> None:
+        check(self, "data.")
+        require(
+            self.global_batch_size % self.num_shards == 0,
+            "data.global_batch_size",
+            self.global_batch_size,
+            f"must be a positive multiple of data.num_shards = {self.num_shards}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW on a cosine."""
+
+    lr: Annotated[float, Gt(0)] = 1.5e-3
+    """Peak learning rate."""
+    min_lr: Annotated[float, Ge(0)] = 1e-5
+    """Learning rate at the end of the cosine."""
+    weight_decay: Annotated[float, Ge(0)] = 0.05
+    """Decoupled weight decay."""
+    beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
+    """Decay of the first moment."""
+    beta2: Annotated[float, Ge(0), Lt(1)] = 0.999
+    """Decay of the second moment."""
+    clip_grad_norm: Annotated[float | None, Gt(0), "null for no clipping"] = 3.0
+    """Largest gradient norm; null: no clipping."""
+
+    def __post_init__(self) -> None:
+        check(self, "optim.")
+        require(
+            self.min_lr <= self.lr,
+            "optim.min_lr",
+            self.min_lr,
+            f"must be at most optim.lr = {self.lr}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingConfig:
+    """On how much a step is computed."""
+
+    num_workers: int | tuple[int, int] = 1
+    """Training workers; [min, max]: elastic; 0: this process alone, without Ray."""
+    use_gpu: bool = False
+    """One CUDA device per worker."""
+    cpus_per_worker: Annotated[int, Ge(1)] = 1
+    """CPUs reserved per worker, for decoding and, without GPU, for the step itself."""
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """bf16: autocast with float32 weights; auto: bf16 on CUDA, float32 on CPU."""
+    compile: bool = False
+    """torch.compile the step."""
+    max_failures: Annotated[int, Ge(0)] = 8
+    """Restarts of the worker group before the run fails."""
+
+    def __post_init__(self) -> None:
+        check(self, "scaling.")
+        low, high = self.worker_range
+        require(
+            0 <= low <= high and (low > 0 or high == 0),
+            "scaling.num_workers",
+            self.num_workers,
+            "must be 0, a positive number or [min, max] with 1 <= min <= max",
+        )
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """Smallest and largest number of workers."""
+        if isinstance(self.num_workers, int):
+            return self.num_workers, self.num_workers
+        low, high = self.num_workers
+        return low, high
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What a killed run continues from."""
+
+    every_steps: Annotated[int, Ge(1)] = 1000
+    """Steps between checkpoints; one is also made at the end."""
+    keep: Annotated[int, Ge(1)] = 3
+    """Complete checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        check(self, "checkpoint.")
