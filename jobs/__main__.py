@@ -1,7 +1,10 @@
-"""`python -m jobs STAGE ...`: the console script `beit`, where nothing is installed."""
+"""`python -m jobs STAGE ...` and `python -m jobs.STAGE ...`: `beit`, where nothing is installed."""
 
 import sys
 
-from jobs.cli import main
+from jobs.cli import command_of, main
 
-sys.exit(main())
+if __name__ == "__main__":
+    assert __spec__ is not None, "this is no script"
+    named = command_of(__spec__.name.rpartition(".")[2])  # "" for `jobs` itself
+    sys.exit(main([named, *sys.argv[1:]] if named else None))

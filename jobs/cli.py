@@ -104,6 +104,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return stage_main(name, config_class(name), stage.module, flags, ray=stage.ray)
 
 
+def command_of(module: str) -> str:
+    """The command that `python -m jobs.MODULE` is, by its own name or its pipeline's; "": none."""
+    names = {name.replace("-", "_"): name for name in (*STAGES, *OTHERS)}
+    names |= {stage.module.rpartition(".")[2]: name for name, stage in STAGES.items()}
+    return names.get(module, "")
+
+
 def config_class(name: str) -> type:
     """The class of a stage's configuration. Raises InputError for another name."""
     if name not in STAGES:

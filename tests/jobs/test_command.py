@@ -1,5 +1,6 @@
 """Flags, recipes, exit codes: what a user meets before any work starts."""
 
+import importlib
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -123,3 +124,28 @@ def test_help_is_instant_because_nothing_heavy_is_imported(stage: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--config" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "stage"),
+    [
+        ("jobs", "pretrain"),
+        ("jobs.pretrain", "pretrain"),
+        ("jobs.train_tokenizer", "train-tokenizer"),
+        ("jobs.tokenize", "tokenize"),
+        ("jobs.tokenize_images", "tokenize"),
+    ],
+)
+def test_a_stage_is_a_module_too(module: str, stage: str) -> None:
+    flags = [stage] if module == "jobs" else []
+    done = subprocess.run(
+        [sys.executable, "-m", module, *flags, "--help"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: beit {stage} ")
+
+
+def test_no_other_name_is_a_module() -> None:
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("jobs.pretrian")
