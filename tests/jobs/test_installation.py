@@ -28,7 +28,6 @@ EXTRA_OF = {
 }
 # What no line here imports, and who does.
 USED_BY = {
-    "s3fs": "fsspec, for s3://",
     "boto3": "MLflow, for artifacts on S3",
     "psutil": "MLflow, for the load of the machine",
     "nvidia-ml-py": "MLflow, for the load of its GPUs",
@@ -82,7 +81,8 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 
 for package in (beit, pipelines, jobs):
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-        importlib.import_module(module.name)
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
         print(module.name)
 fsspec.get_filesystem_class("s3")
 get_artifact_repository("s3://bucket/artifacts")._get_s3_client()
