@@ -78,7 +78,7 @@ def assert_equal_weights(path, expected):
     found, wanted = load_file(path), load_file(expected)
     assert found.keys() == wanted.keys()
     for name, values in wanted.items():
-        np.testing.assert_allclose(found[name], values, atol=2e-4, err_msg=name)
+        np.testing.assert_allclose(found[name], values, rtol=1e-4, atol=2e-4, err_msg=name)
 
 
 @pytest.mark.ray
