@@ -9,7 +9,7 @@ def patch_embedding(num_patches: int, patch_size: int, dim: int) -> float:
     return 2 * num_patches * dim * 3 * patch_size**2
 
 
-def block(tokens: int, dim: int, mlp_ratio: float, *, rows: float | None = None) -> float:
+def block(tokens: float, dim: int, mlp_ratio: float, *, rows: float | None = None) -> float:
     """Forward pass of a transformer block on one image, cls counted among `tokens`.
 
     T * dim^2 * (8 + 4 * mlp_ratio) + 4 * T^2 * dim. With `rows` the output projection and the MLP

@@ -50,8 +50,26 @@ def init_encoder_(model: nn.Module, generator: torch.Generator | None = None) ->
                 parameter.fill_(0)
         if isinstance(model, BeitEncoder):
             for i, block in enumerate(cast("list[Block]", list(model.blocks))):
-                block.attn.proj.weight.div_(math.sqrt(2 * (i + 1)))
-                block.mlp.fc2.weight.div_(math.sqrt(2 * (i + 1)))
-                if model.layer_scale_init is not None:
-                    for gamma in (block.gamma_1, block.gamma_2):
-                        cast(Tensor, gamma).fill_(model.layer_scale_init)
+                damp_(block, i + 1, model.layer_scale_init)
+
+
+def damp_(block: Block, layer: int, layer_scale_init: float | None) -> None:
+    """Divide the output matrices of a block at depth `layer` (from 1) by sqrt(2 layer).
+
+    Layer scale becomes its constant.
+    """
+    with torch.no_grad():
+        block.attn.proj.weight.div_(math.sqrt(2 * layer))
+        block.mlp.fc2.weight.div_(math.sqrt(2 * layer))
+        if layer_scale_init is not None:
+            for gamma in (block.gamma_1, block.gamma_2):
+                cast(Tensor, gamma).fill_(layer_scale_init)
+
+
+def torch_linear_(module: nn.Linear, generator: torch.Generator | None = None) -> None:
+    """Weight and bias as torch starts them: uniform within 1 / sqrt(inputs)."""
+    bound = 1 / math.sqrt(module.in_features)
+    with torch.no_grad():
+        module.weight.uniform_(-bound, bound, generator=generator)
+        if module.bias is not None:
+            module.bias.uniform_(-bound, bound, generator=generator)

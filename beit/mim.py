@@ -1,18 +1,20 @@
-"""Masked image modelling with BEiT: encoder, mask token and a head over visual tokens.
+"""Masked image modelling with BEiT and BEiT v2: encoder, mask token, a head over visual tokens.
 
-Provenance: arXiv 2106.08254; microsoft/unilm at 768a3c8, `beit/modeling_pretrain.py`. The
-`state_dict` has that file's names. What differs: the last block and the head are evaluated only
-where there is something to predict, which changes no output.
+Provenance: arXiv 2106.08254 and 2208.06366; microsoft/unilm at 768a3c8,
+`beit/modeling_pretrain.py` and `beit2/modeling_pretrain.py`. The `state_dict` has their names.
+What differs: the last block and the head are evaluated only where there is something to predict,
+which changes no output.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, Unpack
+from functools import partial
+from typing import Any, Literal, Unpack, cast
 
 import torch
 from torch import Tensor, nn
 
-from beit.initialisation import init_encoder_
-from beit.vit import BeitEncoder, EncoderOptions
+from beit.initialisation import damp_, init_encoder_, torch_linear_
+from beit.vit import BeitEncoder, Block, EncoderOptions, run
 
 #: Width, depth, heads and layer-scale start of the named sizes (base and large: the paper's).
 SIZES: Mapping[str, Mapping[str, Any]] = {
@@ -114,6 +116,98 @@ class BeitMIM(BeitEncoder):
             raise ValueError(f"layer {layer} is outside 1..{self.depth}; None is the final norm")
         x = self.run_blocks(self.embed(pixels, None, None), num_blocks=layer)
         return x if layer is not None else self.norm(x)
+
+
+class BeitV2MIM(BeitMIM):
+    """BEiT v2's pretraining network: the class token must carry what patches cannot say.
+
+    Besides the last block, an aggregation head predicts the tokens: `head_layers` more blocks, of
+    which the input is the last class token with the patch states after block `early_layer` (from
+    1). Norm and `lm_head` are shared. The head blocks start as torch's layers do, their depth
+    counted on from `early_layer`: the official code initialises all but them.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        early_layer: int,
+        head_layers: int = 2,
+        **options: Unpack[EncoderOptions],
+    ) -> None:
+        self.early_layer = early_layer
+        super().__init__(vocab_size=vocab_size, **options)
+        if not 1 <= early_layer < self.depth or head_layers < 1:
+            raise ValueError(
+                f"early_layer {early_layer} must be in 1..{self.depth - 1} (depth {self.depth}), "
+                f"and head_layers {head_layers} at least 1"
+            )
+        layers = range(early_layer, early_layer + head_layers)
+        last = max(self.depth, layers.stop) - 1
+        self.cls_pt_layers = nn.ModuleList(
+            Block(
+                dim=self.dim,
+                num_heads=self.num_heads,
+                hidden_dim=int(self.dim * self.mlp_ratio),
+                layer_scale_init=self.layer_scale_init,
+                drop_path=self.drop_path * layer / last,
+                norm_eps=self.norm_eps,
+                own_bias_grid=self.grid_size if self.relative_positions == "per_block" else None,
+            )
+            for layer in layers
+        )
+        self.init_weights()
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw all weights anew, as the official code does."""
+        super().init_weights(generator)
+        head = cast("list[Block]", list(getattr(self, "cls_pt_layers", ())))
+        for i, block in enumerate(head):
+            for module in block.modules():
+                if isinstance(module, nn.Linear):
+                    torch_linear_(module, generator)
+            damp_(block, self.early_layer + i + 1, self.layer_scale_init)
+
+    def config(self) -> dict[str, Any]:
+        """JSON values for which `BeitV2MIM(**config)` is this architecture."""
+        head_layers = len(self.cls_pt_layers)
+        return {**super().config(), "early_layer": self.early_layer, "head_layers": head_layers}
+
+    def forward(
+        self,
+        pixels: Tensor,
+        mask: Tensor,
+        *,
+        all_tokens: bool = False,
+        num_masked: int | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """As `BeitMIM.forward`, with one axis more: (2, ...), last block and aggregation head.
+
+        noise (B, depth + head_layers, 2).
+        """
+        if all_tokens:
+            num_masked = None
+        x = self.embed(pixels, mask, self.mask_token)
+        B, T, _ = x.shape
+        noise = self.branch_noise(noise, x, self.depth + len(self.cls_pt_layers))
+        bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
+        rows = masked_rows(torch.ones_like(mask) if all_tokens else mask, num_masked)
+        cls = torch.arange(B, device=x.device) * T
+        through = partial(run, bias=bias, noise=noise, recompute=self.recomputes)
+
+        blocks, split = list(self.blocks), self.early_layer
+        early = through(blocks[:split], x)
+        # The last block is evaluated for class tokens and what is predicted only.
+        late = through(blocks[split:], early, first_branch=split, last_rows=torch.cat((cls, rows)))
+        joined = torch.cat((late[:B, None], early[:, 1:]), dim=1)
+        head = list(self.cls_pt_layers)
+        aggregated = through(head, joined, first_branch=self.depth, last_rows=rows)
+        states = torch.stack((late[B:], aggregated))  # (2, predicted, dim)
+        if all_tokens:
+            states = states.view(2, *mask.shape, self.dim)
+        logits: Tensor = self.lm_head(self.norm(states))
+        return logits
 
 
 def masked_rows(mask: Tensor, num_masked: int | None = None) -> Tensor:

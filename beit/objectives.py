@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit import flops
-from beit.mim import BeitMIM
+from beit.mim import BeitMIM, BeitV2MIM
 
 
 class Outcome(NamedTuple):
@@ -59,6 +59,10 @@ class Objective(nn.Module):
         """
         raise NotImplementedError
 
+    def predict(self, pixels: Tensor, mask: Tensor) -> Tensor:
+        """Most likely token of every patch, masked or not: int64 (B, N)."""
+        raise NotImplementedError
+
     def features(self, pixels: Tensor, *, layer: int) -> Tensor:
         """Tokens (B, 1+N, dim) of whole images after block `layer` (from 1), cls first."""
         raise NotImplementedError
@@ -100,10 +104,12 @@ class Beit(Objective):
     ) -> Outcome:
         assert targets is not None
         logits = self.network(pixels, mask, num_masked=num_masked, noise=noise)
-        loss = F.cross_entropy(logits.float(), targets, reduction="sum")
-        codes = logits.detach().argmax(dim=-1)
-        correct = (codes == targets).sum(dtype=torch.float32)
+        loss, correct, codes = judged(logits, targets)
         return Outcome(torch.stack((loss, correct)), codes)
+
+    def predict(self, pixels: Tensor, mask: Tensor) -> Tensor:
+        logits: Tensor = self.network(pixels, mask, all_tokens=True)
+        return logits.argmax(dim=-1)
 
     def features(self, pixels: Tensor, *, layer: int) -> Tensor:
         return self.network.features(pixels, layer=layer)
@@ -123,3 +129,68 @@ class Beit(Objective):
         last = flops.block(tokens, n.dim, n.mlp_ratio, rows=num_masked)
         head = flops.linear(num_masked, n.dim, n.vocab_size)
         return flops.with_backward(embedding + blocks + last + head, embedding)
+
+
+class BeitV2(Objective):
+    """BEiT v2: the same, and once more from the aggregation head; both weigh alike.
+
+    `mim_accuracy` and the codes are those of the last block.
+    """
+
+    metrics = ("loss", "mim_accuracy", "main_loss", "aggregated_loss", "aggregated_accuracy")
+    network: BeitV2MIM
+
+    def __init__(self, network: BeitV2MIM) -> None:
+        super().__init__()
+        self.network = network
+
+    @property
+    def num_branches(self) -> int:
+        return self.network.depth + len(self.network.cls_pt_layers)
+
+    def forward(
+        self,
+        pixels: Tensor,
+        mask: Tensor,
+        targets: Tensor | None,
+        *,
+        num_masked: int,
+        noise: Tensor | None,
+    ) -> Outcome:
+        assert targets is not None
+        main, aggregated = self.network(pixels, mask, num_masked=num_masked, noise=noise)
+        main_loss, correct, codes = judged(main, targets)
+        loss, aggregated_correct, _ = judged(aggregated, targets)
+        sums = (main_loss + loss, correct, main_loss, loss, aggregated_correct)
+        return Outcome(torch.stack(sums), codes)
+
+    def predict(self, pixels: Tensor, mask: Tensor) -> Tensor:
+        logits: Tensor = self.network(pixels, mask, all_tokens=True)
+        return logits[0].argmax(dim=-1)
+
+    def features(self, pixels: Tensor, *, layer: int) -> Tensor:
+        return self.network.features(pixels, layer=layer)
+
+    def export(self, weights: Mapping[str, Tensor]) -> BeitMIM:
+        config = self.network.config()
+        del config["early_layer"], config["head_layers"]
+        plain = BeitMIM(**config)
+        plain.load_state_dict({n: v for n, v in weights.items() if not n.startswith("cls_pt_")})
+        return plain
+
+    def flops_per_image(self, num_masked: float) -> float:
+        n, head_layers = self.network, len(self.network.cls_pt_layers)
+        tokens = n.num_patches + 1
+        embedding = flops.patch_embedding(n.num_patches, n.patch_size, n.dim)
+        blocks = (n.depth + head_layers - 2) * flops.block(tokens, n.dim, n.mlp_ratio)
+        last = flops.block(tokens, n.dim, n.mlp_ratio, rows=num_masked + 1)
+        last += flops.block(tokens, n.dim, n.mlp_ratio, rows=num_masked)
+        head = flops.linear(2 * num_masked, n.dim, n.vocab_size)
+        return flops.with_backward(embedding + blocks + last + head, embedding)
+
+
+def judged(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy and hits of logits (M, V) on targets (M,), summed; and the likeliest tokens."""
+    loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+    codes = logits.detach().argmax(dim=-1)
+    return loss, (codes == targets).sum(dtype=torch.float32), codes

@@ -10,6 +10,7 @@ Provenance: arXiv 2106.08254; microsoft/unilm at 768a3c8, `beit/modeling_pretrai
 buffers are not saved; drop-path takes its randomness as an argument.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
 import numpy as np
@@ -371,26 +372,61 @@ class BeitEncoder(nn.Module):
     ) -> Tensor:
         """The first `num_blocks` blocks (default all), before the final norm.
 
-        noise (B, depth, 2) are drop-path draws; in training mode with `drop_path` > 0 and no
-        noise given they come from torch's default generator, once per call. last_rows (flat
-        indices into B*(1+N)) limits the output of the last of them to those rows.
+        noise (B, depth, 2) are drop-path draws, see `branch_noise`. last_rows (flat indices into
+        B*(1+N)) limits the output of the last of them to those rows.
         """
-        blocks = self.blocks if num_blocks is None else self.blocks[:num_blocks]
+        return run(
+            list(self.blocks)[:num_blocks],
+            x,
+            bias=None if self.rel_pos_bias is None else self.rel_pos_bias(),
+            noise=self.branch_noise(noise, x, self.depth),
+            last_rows=last_rows,
+            recompute=self.recomputes,
+        )
+
+    def branch_noise(self, noise: Tensor | None, x: Tensor, num_branches: int) -> Tensor | None:
+        """Drop-path draws (B, num_branches, 2) for B = len(x), or None where none are needed.
+
+        In training mode with `drop_path` > 0 and no noise given they come from torch's default
+        generator, once per call. ValueError for noise of another shape.
+        """
         if not self.training or self.drop_path == 0:
-            noise = None
-        elif noise is None:
-            noise = torch.rand(x.shape[0], self.depth, 2, device=x.device)
-        elif tuple(noise.shape) != (x.shape[0], self.depth, 2):
-            raise ValueError(f"noise is {tuple(noise.shape)}, not {(x.shape[0], self.depth, 2)}")
-        bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
-        for i, block in enumerate(blocks):
-            draws = None if noise is None else noise[:, i]
-            rows = last_rows if i == len(blocks) - 1 else None
-            if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-                # Blocks draw nothing themselves, so there is no generator state to preserve.
-                x = checkpoint(
-                    block, x, bias, draws, rows, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                x = block(x, bias, draws, rows)
-        return x
+            return None
+        shape = (x.shape[0], num_branches, 2)
+        if noise is None:
+            return torch.rand(shape, device=x.device)
+        if tuple(noise.shape) != shape:
+            raise ValueError(f"noise is {tuple(noise.shape)}, not {shape}")
+        return noise
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether blocks are recomputed in the backward pass of what runs now."""
+        return self.activation_checkpointing and self.training and torch.is_grad_enabled()
+
+
+def run(
+    blocks: Sequence[nn.Module],
+    x: Tensor,
+    *,
+    bias: Tensor | None = None,
+    noise: Tensor | None = None,
+    first_branch: int = 0,
+    last_rows: Tensor | None = None,
+    recompute: bool = False,
+) -> Tensor:
+    """Blocks one after the other on x (B, T, dim); block i takes noise[:, first_branch + i].
+
+    last_rows (flat indices into B*T) limits the output of the last one, (len(last_rows), dim).
+    """
+    for i, block in enumerate(blocks):
+        draws = None if noise is None else noise[:, first_branch + i]
+        rows = last_rows if i == len(blocks) - 1 else None
+        if recompute:
+            # Blocks draw nothing themselves, so there is no generator state to preserve.
+            x = checkpoint(
+                block, x, bias, draws, rows, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            x = block(x, bias, draws, rows)
+    return x

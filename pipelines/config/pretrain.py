@@ -93,6 +93,21 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What is predicted of what is hidden."""
+
+    kind: Literal["beit", "beitv2"] = "beit"
+    """beit: the tokens of masked patches; beitv2: those twice, also by patch aggregation."""
+    early_layer: Annotated[int, Ge(1)] = 9
+    """beitv2: block whose patch states are aggregated (9 of base's 12, 21 of large's 24)."""
+    head_layers: Annotated[int, Ge(1)] = 2
+    """beitv2: blocks of the aggregation head, which is dropped after pretraining."""
+
+    def __post_init__(self) -> None:
+        check(self, "objective.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MaskingConfig:
     """Which patches are hidden; a pure function of (seed, image digest, epoch)."""
 
@@ -277,6 +292,7 @@ class PretrainConfig:
     pictures_every: Annotated[int, Ge(0)] = 0
     """Steps between pictures of predictions in MLflow; 0: at the end only."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -293,6 +309,12 @@ class PretrainConfig:
             "masking.num_masked",
             self.masking.num_masked,
             f"must be at most the {self.model.num_patches} patches of an image",
+        )
+        require(
+            self.objective.kind != "beitv2" or self.objective.early_layer < self.model.depth,
+            "objective.early_layer",
+            self.objective.early_layer,
+            f"must be below model.depth = {self.model.depth}",
         )
         most = self.scaling.worker_range[1]
         require(

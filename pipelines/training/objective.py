@@ -2,8 +2,9 @@
 
 import torch
 
-from beit.mim import BeitMIM
-from beit.objectives import Beit, Objective
+from beit.mim import BeitMIM, BeitV2MIM
+from beit.objectives import Beit, BeitV2, Objective
+from beit.vit import EncoderOptions
 from pipelines.config.pretrain import PretrainConfig
 
 
@@ -12,24 +13,36 @@ def build_objective(config: PretrainConfig, vocab_size: int | None) -> Objective
 
     `vocab_size` is that of the token tables, None without them.
     """
-    m = config.model
-    assert vocab_size is not None
-    network = BeitMIM(
+    m, how = config.model, config.objective
+    options = EncoderOptions(
         image_size=m.image_size,
         patch_size=m.patch_size,
         dim=m.dim,
         depth=m.depth,
         num_heads=m.num_heads,
-        vocab_size=vocab_size,
         mlp_ratio=m.mlp_ratio,
         absolute_positions=m.absolute_positions,
         relative_positions=m.relative_positions,
         layer_scale_init=m.layer_scale_init,
         drop_path=m.drop_path,
     )
+    assert vocab_size is not None
+    objective: Objective
+    network: BeitMIM
+    if how.kind == "beitv2":
+        network = BeitV2MIM(
+            **options,
+            vocab_size=vocab_size,
+            early_layer=how.early_layer,
+            head_layers=how.head_layers,
+        )
+        objective = BeitV2(network)
+    else:
+        network = BeitMIM(**options, vocab_size=vocab_size)
+        objective = Beit(network)
     network.init_weights(torch.Generator().manual_seed(config.seed))
     network.activation_checkpointing = config.scaling.activation_checkpointing
-    return Beit(network)
+    return objective
 
 
 def flops_per_image(config: PretrainConfig, vocab_size: int | None) -> float:

@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from beit.mim import BeitMIM
 from beit.objectives import Objective
 from beit.tokenizers.base import ImageTokenizer
 from pipelines import pictures
@@ -116,20 +115,18 @@ def log_pictures(
     With a tokenizer its decoder shows the tokens; without, they are shown as maps of colours. An
     objective that predicts no tokens has no such pictures.
     """
-    host, model = batch.host, objective.network
-    if host.token_ids is None or not isinstance(model, BeitMIM):
+    host = batch.host
+    if host.token_ids is None:
         return
     pixels, mask = host.pixels[:PICTURES], host.mask[:PICTURES]
     true = host.token_ids[:PICTURES]
-    model.eval()
+    objective.eval()
     with torch.no_grad():
-        logits = model(
-            data.normalise(pixels.to(world.device)), mask.to(world.device), all_tokens=True
-        )
-    model.train()
+        normalised = data.normalise(pixels.to(world.device))
+        guesses = objective.predict(normalised, mask.to(world.device)).cpu()
+    objective.train()
     if not log.active:
         return
-    guesses = logits.argmax(dim=-1).cpu()
     predicted = torch.where(mask, guesses, true)
     hits = ((guesses == true) & mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
     tokenizer = _tokenizer(config.tokenizer) if config.tokenizer else None

@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from beit import flops
-from beit.mim import BeitMIM
-from beit.objectives import Beit
+from beit.mim import BeitMIM, BeitV2MIM
+from beit.objectives import Beit, BeitV2
 
 SMALL = {
     "image_size": 32,
@@ -41,6 +41,17 @@ def test_flops_are_those_counted_on_the_real_networks(dim, depth, expected):
     assert flops.with_backward(forward, embedding) == pytest.approx(expected, rel=1e-9)
 
 
+def counted(objective, num_masked=6):
+    """FLOPs of a forward and backward pass on one image, with those that the counter misses."""
+    pixels, mask, targets = batch(num_masked)
+    with FlopCounterMode(display=False) as counter:
+        outcome = objective(pixels, mask, targets, num_masked=2 * num_masked, noise=None)
+        outcome.sums[0].backward()
+    # The counter does not know the fused attention kernel of the CPU: 4 * T^2 * dim a block.
+    attention = 3 * objective.num_branches * 4 * 17**2 * 64
+    return counter.get_total_flops() / 2 + attention
+
+
 class TestBeit:
     def objective(self):
         return Beit(BeitMIM(**SMALL, vocab_size=100))
@@ -65,13 +76,8 @@ class TestBeit:
         assert all(p.grad is not None and not p.grad.any() for p in objective.parameters())
 
     def test_flops_match_what_is_executed(self):
-        objective, (pixels, mask, targets) = self.objective(), batch()
-        with FlopCounterMode(display=False) as counter:
-            outcome = objective(pixels, mask, targets, num_masked=12, noise=None)
-            outcome.sums[0].backward()
-        # The counter does not know the fused attention kernel of the CPU: 4 * T^2 * dim a block.
-        attention = 3 * 3 * 4 * 17**2 * 64
-        assert counter.get_total_flops() / 2 == objective.flops_per_image(6) - attention
+        objective = self.objective()
+        assert counted(objective) == objective.flops_per_image(6)
 
     def test_what_is_exported_is_the_network(self):
         objective, (pixels, mask, _) = self.objective(), batch()
@@ -80,3 +86,44 @@ class TestBeit:
         assert torch.equal(exported.mask_token, objective.network.mask_token + 1)
         objective.network.load_state_dict(weights)
         assert torch.equal(exported(pixels, mask), objective.network(pixels, mask))
+
+
+class TestBeitV2:
+    def objective(self):
+        return BeitV2(BeitV2MIM(**SMALL, vocab_size=100, early_layer=2))
+
+    def test_both_losses_count_alike_and_the_last_block_is_judged(self):
+        objective, (pixels, mask, targets) = self.objective(), batch()
+        main, aggregated = objective.network(pixels, mask)
+        outcome = objective(pixels, mask, targets, num_masked=12, noise=None)
+        sums = dict(zip(objective.metrics, outcome.sums.tolist(), strict=True))
+        losses = [F.cross_entropy(logits, targets).item() for logits in (main, aggregated)]
+        assert sums["main_loss"] / 12 == pytest.approx(losses[0], abs=1e-5)
+        assert sums["aggregated_loss"] / 12 == pytest.approx(losses[1], abs=1e-5)
+        assert sums["loss"] / 12 == pytest.approx(sum(losses), abs=1e-5)
+        assert torch.equal(outcome.codes, main.argmax(dim=-1))
+        assert sums["mim_accuracy"] == (main.argmax(dim=-1) == targets).sum()
+        assert sums["aggregated_accuracy"] == (aggregated.argmax(dim=-1) == targets).sum()
+
+    def test_what_is_minimised_reaches_every_parameter(self):
+        objective, (pixels, mask, targets) = self.objective(), batch()
+        objective(pixels, mask, targets, num_masked=12, noise=None).sums[0].backward()
+        assert all(p.grad is not None and p.grad.any() for p in objective.parameters())
+
+    def test_predictions_are_those_of_the_last_block(self):
+        objective, (pixels, mask, _) = self.objective(), batch()
+        predicted = objective.predict(pixels, mask)
+        assert torch.equal(predicted[mask], objective.network(pixels, mask)[0].argmax(dim=-1))
+
+    def test_what_is_exported_lacks_the_aggregation_head_only(self):
+        objective, (pixels, mask, _) = self.objective(), batch()
+        exported = objective.export(objective.network.state_dict())
+        assert type(exported) is BeitMIM
+        main, _ = objective.network(pixels, mask)
+        assert torch.equal(exported(pixels, mask), main)
+        tokens = objective.features(pixels, layer=3)
+        assert torch.equal(exported.features(pixels, layer=3), tokens)
+
+    def test_flops_match_what_is_executed(self):
+        objective = self.objective()
+        assert counted(objective) == objective.flops_per_image(6)

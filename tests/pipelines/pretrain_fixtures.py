@@ -17,12 +17,14 @@ from pipelines.config.pretrain import (
     HealthConfig,
     MaskingConfig,
     ModelConfig,
+    ObjectiveConfig,
     OptimConfig,
     PretrainConfig,
     ProbeConfig,
     ScalingConfig,
 )
 from pipelines.config.tracking import TrackingConfig
+from pipelines.reading import ingest
 from pipelines.tables import token_table
 from pipelines.tables.image_files import ImageRow, write_part
 from pipelines.tables.image_table import ImageTable, commit_manifest
@@ -180,6 +182,7 @@ def small_config(tables: tuple[str, str], output: Path | str, **sections: dict) 
             num_heads=2,
             drop_path=0.1,
         ),
+        objective=build(ObjectiveConfig, "objective"),
         masking=build(MaskingConfig, "masking", num_masked=24, min_block=4),
         data=build(
             DataConfig, "data", global_batch_size=16, num_shards=4, window=8, prefetch_batches=2
@@ -226,3 +229,31 @@ def replaced(config: PretrainConfig, section: str, **fields: object) -> Pretrain
     return dataclasses.replace(
         config, **{section: dataclasses.replace(getattr(config, section), **fields)}
     )
+
+
+class Killed(BaseException):
+    """Stands for a process that is gone: nothing of the loop may handle it."""
+
+
+def dies_after(count):
+    """A stream of batches that ends the process after `count` of them."""
+    real = ingest.train_batches
+
+    class Stream:
+        def __init__(self, stream):
+            self.stream, self.left = stream, count
+            self.close = stream.close
+
+        def __getattr__(self, name):
+            return getattr(self.stream, name)
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            if self.left == 0:
+                raise Killed
+            self.left -= 1
+            return next(self.stream)
+
+    return lambda *args, **options: Stream(real(*args, **options))

@@ -22,6 +22,8 @@ from pipelines.training.run_dir import MetricsFile, RunDir, Skips
 from pipelines.training.step_metrics import sample_hash
 from tests.chaos.world import make_tokenizer
 from tests.pipelines.pretrain_fixtures import (
+    Killed,
+    dies_after,
     events_of,
     make_tables,
     metrics_of,
@@ -132,34 +134,6 @@ class TestEquivalence:
         result = pretrain.run(small_config(tables, tmp_path / "run", scaling={"precision": "bf16"}))
         assert losses(result) == pytest.approx(losses(finished[1]), abs=0.05)
         assert losses(result) != losses(finished[1])
-
-
-class Killed(BaseException):
-    """Stands for a process that is gone: nothing of the loop may handle it."""
-
-
-def dies_after(count):
-    """A stream of batches that ends the process after `count` of them."""
-    real = ingest.train_batches
-
-    class Stream:
-        def __init__(self, stream):
-            self.stream, self.left = stream, count
-            self.close = stream.close
-
-        def __getattr__(self, name):
-            return getattr(self.stream, name)
-
-        def __iter__(self):
-            return self
-
-        def __next__(self):
-            if self.left == 0:
-                raise Killed
-            self.left -= 1
-            return next(self.stream)
-
-    return lambda *args, **options: Stream(real(*args, **options))
 
 
 class TestResume:

@@ -1,0 +1,154 @@
+"""What holds for BEiT in training holds for every objective: resume, accumulation, workers."""
+
+import math
+import socket
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from beit.weights import load_weights
+from pipelines import pretrain
+from pipelines.config.pretrain import MAY_CHANGE
+from pipelines.reading import ingest
+from pipelines.training.data import open_tables
+from pipelines.training.distributed import World
+from pipelines.training.log import TrainLog
+from pipelines.training.pretraining import make_plan
+from pipelines.training.run_dir import RunDir
+from tests.pipelines.pretrain_fixtures import (
+    Killed,
+    dies_after,
+    events_of,
+    make_tables,
+    metrics_of,
+    per_step,
+    small_config,
+    weight_bytes,
+)
+
+KINDS = ("beitv2",)
+SECTIONS = {
+    "beitv2": {
+        "objective": {"kind": "beitv2", "early_layer": 1},
+        "masking": {"exact": True},
+        "optim": {"beta2": 0.98},
+    },
+}
+
+
+def config_for(kind, tables, output, **sections):
+    return small_config(tables, output, **{**SECTIONS[kind], **sections})
+
+
+def losses(uri):
+    return [loss for _, (loss, _) in sorted(per_step(uri).items())]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    return make_tables(tmp_path_factory.mktemp("tables"))
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def finished(request, tables, tmp_path_factory):
+    """Name of an objective, and an undisturbed run of it."""
+    config = config_for(request.param, tables, tmp_path_factory.mktemp(request.param) / "run")
+    return request.param, pretrain.run(config)
+
+
+def test_it_learns_and_leaves_an_encoder(finished, tables):
+    kind, result = finished
+    periods = metrics_of(result.run_uri)
+    assert result.steps == 12
+    assert periods[-1]["loss"] < periods[0]["loss"] - 0.2
+    assert periods[-1]["masked_patches"] == 24 * 16 * 4
+    model = load_weights(result.weights_uri)
+    assert model.features(torch.zeros(1, 3, 32, 32)).shape == (1, 65, 32)
+    assert result.report["flops_per_image"] > 0
+    if kind == "beitv2":
+        first = periods[0]
+        assert first["loss"] == pytest.approx(
+            first["main_loss"] + first["aggregated_loss"], abs=1e-4
+        )
+        assert first["main_loss"] == pytest.approx(math.log(64), abs=0.5)
+
+
+@pytest.mark.parametrize("died_at", [2, 8])
+def test_it_resumes_bit_for_bit(finished, tables, tmp_path, monkeypatch, died_at):
+    kind, whole = finished
+    config = config_for(kind, tables, tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(ingest, "train_batches", dies_after(died_at))
+        pretrain.run(config)
+    result = pretrain.run(config)
+    assert weight_bytes(result.run_uri) == weight_bytes(whole.run_uri)
+    assert per_step(result.run_uri) == per_step(whole.run_uri)
+    assert [event["event"] for event in events_of(result.run_uri)] == ["resumed"]
+
+
+def test_accumulation_and_recomputing_change_nothing(finished, tables, tmp_path):
+    kind, whole = finished
+    scaling = {"accumulate_steps": 3, "activation_checkpointing": True}
+    result = pretrain.run(config_for(kind, tables, tmp_path / "run", scaling=scaling))
+    assert losses(result.run_uri) == pytest.approx(losses(whole.run_uri), abs=2e-5)
+
+
+def test_a_probe_does_not_disturb(finished, tables, tmp_path):
+    kind, whole = finished
+    probe = {"images": tables[0], "every_steps": 6}
+    result = pretrain.run(config_for(kind, tables, tmp_path / "run", probe=probe))
+    assert [event["step"] for event in events_of(result.run_uri)] == [6, 12]
+    assert weight_bytes(result.run_uri) == weight_bytes(whole.run_uri)
+
+
+def train_as_worker(rank, size, port, tables, root):
+    """One of `size` processes that train every objective, without Ray."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size
+    )
+    world = World(rank, size, torch.device("cpu"))
+    for kind in KINDS:
+        config = config_for(kind, tables, f"{root}/{kind}", optim={"steps": 6, "warmup_steps": 2})
+        run = RunDir(config.output)
+        plan = make_plan(config, open_tables(config))
+        if rank == 0:
+            run.begin(config, plan.fingerprints, may_change=MAY_CHANGE)
+        world.barrier()
+        with TrainLog(
+            run, world, launched_at=time.time(), tracking_uri="", mlflow_run_id=""
+        ) as log:
+            pretrain.train_loop(config, plan, world, log)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_three_workers_of_which_one_is_idle_have_the_losses_of_one(tables, tmp_path):
+    """Equal up to the order of sums in float32; two of three divide the four shards."""
+    mp.spawn(train_as_worker, args=(3, free_port(), tables, str(tmp_path / "many")), nprocs=3)
+    for kind in KINDS:
+        output = tmp_path / "one" / kind
+        one = pretrain.run(config_for(kind, tables, output, optim={"steps": 6, "warmup_steps": 2}))
+        expected, found = per_step(one.run_uri), per_step(str(tmp_path / "many" / kind))
+        assert sorted(found) == list(range(6))
+        for step, (loss, samples) in found.items():
+            assert samples == expected[step][1]
+            assert loss == pytest.approx(expected[step][0], abs=5e-5)
+
+
+def free_port():
+    """A TCP port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
