@@ -60,7 +60,11 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def predict(self, pixels: Tensor, mask: Tensor) -> Tensor:
-        """Most likely token of every patch, masked or not: int64 (B, N)."""
+        """Most likely token of every patch, masked or not: int64 (B, N).
+
+        Where nothing predicts tokens: the images with masked patches painted, float32
+        (B, 3, H, W), normalised as `pixels`.
+        """
         raise NotImplementedError
 
     def features(self, pixels: Tensor, *, layer: int) -> Tensor:

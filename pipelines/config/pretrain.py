@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from beit.view_policy import ViewPolicy
 from pipelines.config import common
 from pipelines.config.checks import Ge, Gt, Lt, check, require
 from pipelines.config.tracking import TrackingConfig
@@ -96,15 +97,30 @@ class ModelConfig:
 class ObjectiveConfig:
     """What is predicted of what is hidden."""
 
-    kind: Literal["beit", "beitv2"] = "beit"
-    """beit: the tokens of masked patches; beitv2: those twice, also by patch aggregation."""
+    kind: Literal["beit", "beitv2", "mae"] = "beit"
+    """beit: the tokens of masked patches; beitv2: those twice, also by patch aggregation; mae:
+    their pixels, by an encoder that sees visible patches only (needs no tokens)."""
     early_layer: Annotated[int, Ge(1)] = 9
     """beitv2: block whose patch states are aggregated (9 of base's 12, 21 of large's 24)."""
     head_layers: Annotated[int, Ge(1)] = 2
     """beitv2: blocks of the aggregation head, which is dropped after pretraining."""
+    decoder_dim: Annotated[int, Ge(1)] = 512
+    """mae: width of the decoder, which is dropped after pretraining."""
+    decoder_depth: Annotated[int, Ge(1)] = 8
+    """mae: blocks of the decoder."""
+    decoder_heads: Annotated[int, Ge(1)] = 16
+    """mae: attention heads of the decoder; must divide decoder_dim."""
+    normalise_pixels: bool = True
+    """mae: predict the pixels of a patch less their mean, over their deviation."""
 
     def __post_init__(self) -> None:
         check(self, "objective.")
+        require(
+            self.decoder_dim % self.decoder_heads == 0,
+            "objective.decoder_dim",
+            self.decoder_dim,
+            f"must be a multiple of objective.decoder_heads = {self.decoder_heads}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,14 +287,18 @@ class ProbeConfig:
         check(self, "probe.")
 
 
+# The views of MAE's paper: crops and flips.
+CROPS = ViewPolicy(min_area=0.2, brightness=0.0, contrast=0.0, saturation=0.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """Masked image modelling on visual tokens that a token table holds."""
+    """Masked image modelling, on visual tokens that a token table holds or on pixels."""
 
     images: str
     """URI of the image table."""
-    tokens: list[str]
-    """URIs of one or more token tables of that image table; more tables add views."""
+    tokens: list[str] = field(default_factory=list)
+    """URIs of one or more token tables of that image table; more tables add views. None for mae."""
     output: str
     """URI of the run directory. The same one continues the run."""
     name: str = ""
@@ -293,6 +313,8 @@ class PretrainConfig:
     """Steps between pictures of predictions in MLflow; 0: at the end only."""
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    policy: ViewPolicy = field(default_factory=lambda: CROPS)
+    """The views of mae, a new one each epoch; token tables bring their own."""
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -316,6 +338,15 @@ class PretrainConfig:
             self.objective.early_layer,
             f"must be below model.depth = {self.model.depth}",
         )
+        if self.objective.kind == "mae":
+            _check_mae(self)
+        else:
+            require(
+                self.policy == CROPS,
+                "policy",
+                self.policy,
+                "token tables bring their own views (beit tokenize --policy...); leave it out",
+            )
         most = self.scaling.worker_range[1]
         require(
             most <= self.data.num_shards,
@@ -323,6 +354,28 @@ class PretrainConfig:
             self.data.num_shards,
             f"must be at least the largest number of workers, {most}",
         )
+
+
+def _check_mae(config: PretrainConfig) -> None:
+    model, masking = config.model, config.masking
+    unfit = {
+        "model.absolute_positions=true": not model.absolute_positions,
+        "model.relative_positions=none": model.relative_positions != "none",
+        "masking.kind=random": masking.kind != "random" and not masking.exact,
+    }
+    flags = " ".join(f"--{flag}" for flag, missing in unfit.items() if missing)
+    require(
+        not flags,
+        "objective.kind",
+        "mae",
+        "its encoder sees visible patches only, as many in each image, at fixed positions; "
+        f"give {flags} (jobs/configs/mae_base_in1k.yaml is the paper's recipe)",
+    )
+    for name, dim in (
+        ("model.dim", model.dim),
+        ("objective.decoder_dim", config.objective.decoder_dim),
+    ):
+        require(dim % 4 == 0, name, dim, "mae's positions need a multiple of 4")
 
 
 # A function, not a method: the command-line parser takes the methods of a top-level configuration

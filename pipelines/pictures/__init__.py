@@ -88,6 +88,38 @@ def masked_input_grid(
     )
 
 
+def painted_grid(
+    images: Any,
+    mask: Any,
+    painted: Any,
+    *,
+    patch_size: int,
+    title: str = "Pixels: true and painted",
+    max_images: int = 6,
+) -> Image.Image:
+    """Input, masked input, and the input with masked patches as the model paints them.
+
+    Args:
+        images: uint8 (B, 3, H, W).
+        mask: bool (B, N), True = masked.
+        painted: uint8 (B, 3, H, W).
+        patch_size: pixels.
+        title: heading.
+        max_images: how many of the batch are shown.
+    """
+    arrays = _as_images(images)[:max_images]
+    masks = _as_grid(mask, arrays, patch_size)[:max_images]
+    pairs = list(zip(arrays, masks, strict=True))
+    columns = [
+        Column(title="input", tiles=[_tile(array) for array in arrays]),
+        Column(title="masked input", tiles=[_tile(_masked(*pair)) for pair in pairs]),
+        Column(title="painted", tiles=[_tile(array) for array in _as_images(painted)[:max_images]]),
+    ]
+    share = 100 * float(masks.mean()) if len(masks) else 0.0
+    note = f"{share:.0f} % of the patches are masked (grey) and painted from the rest"
+    return _sheet(columns, title=title, note=note)
+
+
 def reconstruction_grid(
     images: Any,
     mask: Any,

@@ -82,8 +82,16 @@ def open_tables(config: PretrainConfig) -> ingest.TrainingTables:
     Raises:
         InputError: naming field and values.
     """
+    if config.objective.kind == "mae":
+        if config.tokens:
+            raise InputError(
+                f"tokens = {config.tokens}: objective.kind = mae predicts pixels and reads none"
+            )
+        return ingest.open_training_tables(config.images, policy=config.policy)
     if not config.tokens:
-        raise InputError("tokens = []: name at least one token table")
+        raise InputError(
+            "tokens = []: name at least one token table, or train without (--objective.kind mae)"
+        )
     data = ingest.open_training_tables(config.images, config.tokens)
     if data.grid_size != config.model.grid_size:
         raise InputError(
@@ -132,6 +140,10 @@ class WorkerData:
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) to float32, by the configured mean and standard deviation."""
         return (pixels.float() - self._mean) / self._std
+
+    def denormalise(self, pixels: Tensor) -> Tensor:
+        """The inverse, rounded and cut to uint8."""
+        return (pixels * self._std + self._mean).round().clamp(0, 255).to(torch.uint8)
 
     def my_rows(self, values: Tensor) -> Tensor:
         """This worker's rows of something drawn for the whole global batch."""
@@ -193,6 +205,7 @@ class WorkerData:
             start_step=first,
             stop_step=first + count,
             masking=config.masking,
+            grid_size=config.model.grid_size,
             rank=self.world.rank,
             num_ranks=self.active,
             executor=config.data.executor,

@@ -2,6 +2,7 @@
 
 import torch
 
+from beit.mae import Mae, MaeNetwork
 from beit.mim import BeitMIM, BeitV2MIM
 from beit.objectives import Beit, BeitV2, Objective
 from beit.vit import EncoderOptions
@@ -26,23 +27,35 @@ def build_objective(config: PretrainConfig, vocab_size: int | None) -> Objective
         layer_scale_init=m.layer_scale_init,
         drop_path=m.drop_path,
     )
-    assert vocab_size is not None
     objective: Objective
-    network: BeitMIM
-    if how.kind == "beitv2":
+    network: BeitMIM | MaeNetwork
+    if how.kind == "mae":
+        network = MaeNetwork(
+            **options,
+            decoder_dim=how.decoder_dim,
+            decoder_depth=how.decoder_depth,
+            decoder_heads=how.decoder_heads,
+        )
+        objective = Mae(network, normalise=how.normalise_pixels)
+    elif how.kind == "beitv2":
         network = BeitV2MIM(
             **options,
-            vocab_size=vocab_size,
+            vocab_size=_known(vocab_size),
             early_layer=how.early_layer,
             head_layers=how.head_layers,
         )
         objective = BeitV2(network)
     else:
-        network = BeitMIM(**options, vocab_size=vocab_size)
+        network = BeitMIM(**options, vocab_size=_known(vocab_size))
         objective = Beit(network)
     network.init_weights(torch.Generator().manual_seed(config.seed))
     network.activation_checkpointing = config.scaling.activation_checkpointing
     return objective
+
+
+def _known(vocab_size: int | None) -> int:
+    assert vocab_size is not None, "open_tables refuses a run that predicts tokens and has none"
+    return vocab_size
 
 
 def flops_per_image(config: PretrainConfig, vocab_size: int | None) -> float:

@@ -110,23 +110,26 @@ def log_pictures(
     log: TrainLog,
     step: int,
 ) -> None:
-    """Masked input, true and predicted tokens of a few images of the current batch, to MLflow.
+    """What is predicted of a few images of the current batch, beside what is true, to MLflow.
 
-    With a tokenizer its decoder shows the tokens; without, they are shown as maps of colours. An
-    objective that predicts no tokens has no such pictures.
+    Tokens are shown by the decoder of the tokenizer; without one, as maps of colours. An
+    objective that predicts no tokens paints pixels.
     """
     host = batch.host
-    if host.token_ids is None:
-        return
     pixels, mask = host.pixels[:PICTURES], host.mask[:PICTURES]
-    true = host.token_ids[:PICTURES]
     objective.eval()
     with torch.no_grad():
         normalised = data.normalise(pixels.to(world.device))
-        guesses = objective.predict(normalised, mask.to(world.device)).cpu()
+        guesses = objective.predict(normalised, mask.to(world.device))
     objective.train()
     if not log.active:
         return
+    if host.token_ids is None:
+        painted = data.denormalise(guesses).cpu()
+        sheet = pictures.painted_grid(pixels, mask, painted, patch_size=config.model.patch_size)
+        log.picture("painted", sheet, step)
+        return
+    guesses, true = guesses.cpu(), host.token_ids[:PICTURES]
     predicted = torch.where(mask, guesses, true)
     hits = ((guesses == true) & mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
     tokenizer = _tokenizer(config.tokenizer) if config.tokenizer else None

@@ -48,6 +48,17 @@ def test_masked_input_shows_images_and_greys_the_masked_patches():
     assert has_tile(picture, hidden)
 
 
+def test_what_is_painted_stands_beside_what_was_seen():
+    images, painted = batch(2), batch(2, seed=3)
+    mask = np.zeros((2, 16), bool)
+    mask[:, 5] = True
+    picture = pictures.painted_grid(torch.from_numpy(images), mask, painted, patch_size=8)
+    assert all(has_tile(picture, enlarged(image, 4)) for image in (*images, *painted))
+    hidden = enlarged(images[0], 4)
+    hidden[32:64, 32:64] = MASKED
+    assert has_tile(picture, hidden)
+
+
 def test_reconstruction_shows_four_columns_and_outlines_the_prediction():
     images, true, predicted = batch(2, 64), batch(2, 32, 1), batch(2, 32, 2)
     mask = np.zeros((2, 8, 8), bool)

@@ -9,14 +9,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from beit.weights import load_weights
+from beit.weights import load_weights, read_weights_config
 from pipelines import pretrain
 from pipelines.config.pretrain import MAY_CHANGE
+from pipelines.errors import InputError
 from pipelines.reading import ingest
-from pipelines.training.data import open_tables
+from pipelines.training.data import WorkerData, open_tables
 from pipelines.training.distributed import World
 from pipelines.training.log import TrainLog
-from pipelines.training.pretraining import make_plan
+from pipelines.training.objective import build_objective
+from pipelines.training.pretraining import input_datasets, make_plan
+from pipelines.training.probing import log_pictures
 from pipelines.training.run_dir import RunDir
 from tests.pipelines.pretrain_fixtures import (
     Killed,
@@ -29,12 +32,18 @@ from tests.pipelines.pretrain_fixtures import (
     weight_bytes,
 )
 
-KINDS = ("beitv2",)
+KINDS = ("beitv2", "mae")
 SECTIONS = {
     "beitv2": {
         "objective": {"kind": "beitv2", "early_layer": 1},
         "masking": {"exact": True},
         "optim": {"beta2": 0.98},
+    },
+    "mae": {
+        "objective": {"kind": "mae", "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
+        "model": {"absolute_positions": True, "relative_positions": "none"},
+        "masking": {"kind": "random", "num_masked": 48},
+        "tokens": [],
     },
 }
 
@@ -72,7 +81,7 @@ def test_it_learns_and_leaves_an_encoder(finished, tables):
     periods = metrics_of(result.run_uri)
     assert result.steps == 12
     assert periods[-1]["loss"] < periods[0]["loss"] - 0.2
-    assert periods[-1]["masked_patches"] == 24 * 16 * 4
+    assert periods[-1]["masked_patches"] == (48 if kind == "mae" else 24) * 16 * 4
     model = load_weights(result.weights_uri)
     assert model.features(torch.zeros(1, 3, 32, 32)).shape == (1, 65, 32)
     assert result.report["flops_per_image"] > 0
@@ -131,6 +140,61 @@ def train_as_worker(rank, size, port, tables, root):
         ) as log:
             pretrain.train_loop(config, plan, world, log)
     dist.destroy_process_group()
+
+
+class TestMae:
+    def test_it_has_no_figures_of_tokens(self, tables, tmp_path):
+        result = pretrain.run(config_for("mae", tables, tmp_path / "run", optim={"steps": 4}))
+        assert (result.mim_accuracy, result.unigram_accuracy) == (None, None)
+        assert "accuracy" not in result.summary()
+        named = {*metrics_of(result.run_uri)[0], *result.report}
+        assert not named & {"mim_accuracy", "predicted_perplexity", "unigram_accuracy"}
+        extra = read_weights_config(result.weights_uri)["extra"]
+        assert set(extra["fingerprints"]) == {"images", "order"}
+
+    def test_each_epoch_draws_a_view_of_its_own(self, tables, tmp_path):
+        config = config_for("mae", tables, tmp_path / "run")
+        data = WorkerData(config, World(0, 1, torch.device("cpu")))
+        hosts = [batch.host for batch in data.batches([(0, 18)])]
+        data.close()
+        assert {int(view) for host in hosts for view in host.views} == {0, 1, 2}
+        assert all(host.token_ids is None for host in hosts)
+
+    def test_what_it_cannot_do_is_refused_with_the_flags_to_give(self, tables, tmp_path):
+        with pytest.raises(ValueError, match=r"absolute_positions=true --model\.relative_pos") as e:
+            small_config(tables, tmp_path, objective={"kind": "mae"})
+        assert "--masking.kind=random" in str(e.value)
+        with pytest.raises(InputError, match=r"tokens = .* reads none"):
+            pretrain.run(config_for("mae", tables, tmp_path / "run", tokens=[tables[1]]))
+        with pytest.raises(InputError, match=r"tokenizer = '.*/T': this run has no token tables"):
+            pretrain.run(config_for("mae", tables, tmp_path / "run", tokenizer="T"))
+        with pytest.raises(InputError, match=r"tokens = .*--objective\.kind mae"):
+            pretrain.run(small_config(tables, tmp_path / "run", tokens=[]))
+
+    def test_its_pictures_are_painted(self, tables, tmp_path):
+        config, world = config_for("mae", tables, tmp_path), World(0, 1, torch.device("cpu"))
+        data, log = WorkerData(config, world), Log()
+        batch = next(data.batches([(0, 1)]))
+        log_pictures(config, build_objective(config, None), data, batch, world, log, 4)
+        data.close()
+        assert list(log.pictures) == ["painted"]
+
+    def test_its_only_input_is_the_image_table(self, tables, tmp_path):
+        config = config_for("mae", tables, tmp_path)
+        assert [d.name for d in input_datasets(config, open_tables(config))] == ["image_table"]
+
+
+class Log:
+    """Keeps pictures."""
+
+    active = True
+
+    def __init__(self):
+        self.pictures = {}
+
+    def picture(self, key, image, step):
+        assert image.size > (0, 0)
+        self.pictures[key] = step
 
 
 @pytest.mark.slow
