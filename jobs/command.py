@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
 from jobs.submission.access import NO_CLUSTER, SUBMISSION_ID, require_cluster, token_file, use_token
+from pipelines.config.pretrain import PretrainConfig, run_uri
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError, StageFailed, printable
 from pipelines.redaction import redacted
@@ -130,7 +131,7 @@ def stage_main(
             print(printable(summary(), keep="\n"))
 
     with terminated_as_interrupted():
-        return exit_code(run, output=lambda: getattr(configs[0], "output", "") if configs else "")
+        return exit_code(run, output=lambda: output_of(configs[0]) if configs else "")
 
 
 def _asks_for_workers(config: Any) -> bool:
@@ -181,6 +182,11 @@ def terminated_as_interrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def output_of(config: Any) -> str:
+    """What a stage writes to; "" where it has no output of its own."""
+    return run_uri(config) if isinstance(config, PretrainConfig) else getattr(config, "output", "")
 
 
 def exit_code(action: Callable[[], None], *, output: Callable[[], str] = str) -> int:

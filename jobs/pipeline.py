@@ -6,6 +6,7 @@ chain that was interrupted goes on where it stopped when the same command is giv
 
 import dataclasses
 import importlib
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -104,3 +105,9 @@ def run(config: PipelineConfig) -> PipelineResult:
     return PipelineResult(
         output=config.output, seconds=time.monotonic() - start, stages=tuple(done)
     )
+
+
+if __name__ == "__main__":
+    from jobs.cli import main
+
+    sys.exit(main(["pipeline", *sys.argv[1:]]))

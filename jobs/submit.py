@@ -12,14 +12,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from jobs.command import ENVIRONMENT, exit_code
-from jobs.submission.access import SUBMISSION_ID, find_address, use_token
+from jobs.command import ENVIRONMENT, exit_code, output_of
+from jobs.submission.access import SUBMISSION_ID, ClusterAwayError, find_address, use_token
 from pipelines import storage
 from pipelines.errors import InputError, StageFailed
 from pipelines.redaction import redacted
@@ -52,12 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     codes: list[int] = []
 
     def act() -> None:
-        if options.what in ACTIONS:
-            if flags:
-                raise InputError(f"submit {options.what}: takes no flags of a stage")
-            codes.append(_act(options))
-        else:
-            codes.append(_submit(options, flags))
+        if options.what in ACTIONS and flags:
+            raise InputError(f"submit {options.what}: takes no flags of a stage")
+        try:
+            codes.append(_act(options) if options.what in ACTIONS else _submit(options, flags))
+        except ClusterAwayError as error:
+            raise StageFailed(
+                f"the cluster does not answer ({error}); jobs run on. Give the command again"
+            ) from error
 
     return exit_code(act) or (codes[0] if codes else 0)
 
@@ -100,6 +102,7 @@ def _submit(options: argparse.Namespace, flags: Sequence[str]) -> int:
 
     job = describe(options.what, flags)
     environment = job_environment(options.env)
+    require_shared_tracking(job.config_text, options.env)
     # Where flags read the terminal's log: the packing is refused before anything is sent.
     with tempfile.TemporaryDirectory(prefix="beit-submit-") as folder:
         size = write_package(
@@ -117,6 +120,12 @@ def _submit(options: argparse.Namespace, flags: Sequence[str]) -> int:
             return 0
         if alive is not None:
             submission_id = str(alive.submission_id)
+            if (alive.metadata or {}).get("beit.config") != job.metadata["beit.config"]:
+                raise InputError(
+                    f"{submission_id} is {alive.status.value.lower()} at the same output with "
+                    f"another configuration; `beit submit stop {submission_id}` first, or give "
+                    "another output"
+                )
             _say(
                 options, f"{submission_id} is {alive.status.value.lower()} already: attached to it"
             )
@@ -157,20 +166,21 @@ def describe(stage: str, flags: Sequence[str]) -> Submission:
 
     config = parse_stage(stage, flags)
     values = dataclasses.asdict(config)
-    for name, value in _uris(values):
-        if storage.is_local(value) and not Path(value.removeprefix("file://")).is_absolute():
+    for name, value in _paths(values):
+        relative = not Path(value.removeprefix("file://")).is_absolute()
+        if storage.is_local(value) and relative:
             raise InputError(
                 f"{name} = {value!r}: on a cluster a relative path is a folder of one node that "
                 "goes with the job; give s3://... or an absolute path that all nodes share"
             )
-    place = str(values.get("output") or values.get("run") or json.dumps(values, sort_keys=True))
+    place = place_of(config)
     return Submission(
         stage=stage,
         prefix=f"beit-{stage}-{storage.fingerprint([stage, place])[:8]}",
         config_text=yaml.safe_dump(_plain(values), sort_keys=False, allow_unicode=True),
         metadata={
             "beit.stage": stage,
-            "beit.output": redacted(place) if values.get("output") or values.get("run") else "",
+            "beit.output": redacted(place),
             "beit.config": storage.fingerprint(_plain(values)),
             "beit.code": code_version(),
             "beit.tracking": redacted(str(values.get("tracking", {}).get("uri", ""))),
@@ -178,13 +188,49 @@ def describe(stage: str, flags: Sequence[str]) -> Submission:
     )
 
 
-def _uris(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    names = ("images", "tokens", "tokenizer", "output", "source", "run", "teacher")
-    found: list[tuple[str, str]] = []
-    for name in names:
-        value = values.get(name)
-        found += [(name, item) for item in (value if isinstance(value, list) else [value]) if item]
-    return found
+def place_of(config: Any) -> str:
+    """What a job writes: two jobs of one place never run at once."""
+    places = [output_of(config)]
+    if not places[0]:  # evaluate and audit: what they read
+        places = [getattr(config, name, "") for name in ("run", "images", "test_images", "table")]
+    return " ".join(place.rstrip("/") for place in places if place)
+
+
+def require_shared_tracking(config_text: str, names: Sequence[str]) -> None:
+    """Raises InputError where a job's runs would be recorded in a folder that goes with it."""
+    import yaml
+
+    if "MLFLOW_TRACKING_URI" in names:
+        return
+    values = yaml.safe_load(config_text)
+    for section in [values, *values.values()]:
+        tracking = section.get("tracking") if isinstance(section, dict) else None
+        if not isinstance(tracking, dict) or not tracking["enabled"]:
+            continue
+        uri = tracking["uri"]
+        if not uri or (uri.startswith("sqlite:///") and not uri.startswith("sqlite:////")):
+            raise InputError(
+                f"tracking.uri = {uri!r}: on a cluster runs would be recorded in a folder that "
+                "goes with the job; name a server (--tracking.uri http://mlflow:5000, or --env "
+                "MLFLOW_TRACKING_URI), or pass --tracking.enabled false"
+            )
+
+
+# Fields that name files or directories, in any section.
+PATHS = (
+    "images", "tokens", "tokenizer", "output", "source", "run", "table", "test_images", "decoder",
+    "teacher",
+)  # fmt: skip
+
+
+def _paths(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _paths(value, f"{prefix}{name}.")
+        elif name in PATHS:
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, str) and item and not item.startswith("sample:"):
+                    yield prefix + name, item
 
 
 def _plain(value: Any) -> Any:
@@ -224,7 +270,7 @@ def code_version() -> str:
 
 def _follow(options: argparse.Namespace, client: Any, submission_id: str) -> int:
     """Follows to the end. Ctrl-C lets the job run on; a second one stops it."""
-    from jobs.submission.cluster import ClusterAwayError
+    from jobs.submission.cluster import job_log
     from jobs.submission.follow import follow, job_exit_code
 
     stream = sys.stderr if options.json else sys.stdout
@@ -232,17 +278,12 @@ def _follow(options: argparse.Namespace, client: Any, submission_id: str) -> int
         try:
             details = follow(client, submission_id, stream=stream)
             break
-        except ClusterAwayError as error:
-            raise StageFailed(
-                f"{submission_id}: the cluster is away ({error}); the job may run on. When it is "
-                f"back: beit submit logs {submission_id}"
-            ) from error
         except KeyboardInterrupt:
             if not _stop_wanted(submission_id):
                 return 130
             client.stop_job(submission_id)
             print(f"\nstopping {submission_id}; up to {STOP_SECONDS} s to save", file=sys.stderr)
-    code = job_exit_code(details, lambda: client.get_job_logs(submission_id))
+    code = job_exit_code(details, lambda: job_log(client, submission_id))
     message = (details.message or "").partition(", last available logs")[0]
     _say(options, f"{submission_id}: {details.status.value.lower()}, exit code {code}. {message}")
     return _report(options, client, submission_id, code=code)

@@ -293,8 +293,13 @@ def train_loop(  # noqa: PLR0912, PLR0915
                     save(step)
             if ending:
                 with books.spend("checkpoint"):
-                    saver.wait()
-                raise StopRequested(f"saved at step {step} of {plan.total_steps}")
+                    saved = saver.wait()
+                lost = world.rank == 0 and saved != step
+                raise StopRequested(
+                    f"step {step} could not be saved, see the events"
+                    if lost
+                    else f"saved at step {step} of {plan.total_steps}"
+                )
             # Probe and pictures.
             with books.spend("evaluation"):
                 if at_probe:

@@ -5,10 +5,10 @@ from typing import Any
 
 HIDDEN = "***"
 # scheme://user:password@host: the user's name alone may be a token.
-_USER_INFO = re.compile(r"(?<=://)[^/@\s?#]+@")
+_USER_INFO = re.compile(r"(?<=://)[^/\s?#]+@")
 _QUERY = re.compile(
-    r"(?<=[?&])((?:[\w.-]*(?:secret|token|password|passwd|signature|credential|access_key|apikey)"
-    r"[\w.-]*)=)[^&\s#]*",
+    r"(?<=[?&])((?:[\w.-]*(?:secret|token|passw|passphrase|pwd|signature|credential|access_?key|account_?key"
+    r"|api_?key)[\w.-]*|sig)=)[^&\s#]*",
     re.IGNORECASE,
 )
 

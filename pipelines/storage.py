@@ -5,6 +5,7 @@ and rename; on object stores by one upload that becomes visible when it complete
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -72,7 +73,13 @@ def beside(uri: str, suffix: str) -> str:
 
 
 def absolute(uri: str) -> str:
-    """A local path made absolute, so that worker processes with another directory find it."""
+    """A local path made absolute, so that worker processes with another directory find it.
+
+    Raises:
+        InputError: it looks like a URI that lost a slash.
+    """
+    if re.match(r"(s3a?|gs|gcs|az|abfss?|hf|https?):/?[^/]", uri):
+        raise InputError(f"{uri!r}: a URI has two slashes after its scheme, as in s3://bucket/name")
     return str(Path(local_path(uri)).expanduser().absolute()) if is_local(uri) else uri
 
 
@@ -164,6 +171,13 @@ def create(uri: str, data: bytes) -> bool:
                 os.link(temporary, absolute(uri))
             except FileExistsError:
                 return False
+            except OSError as error:
+                # Many network and USB file systems have no hard links.
+                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise
+                if Path(absolute(uri)).exists():
+                    return False
+                temporary.replace(absolute(uri))
             return True
     if store_writes.keeps_creations(uri):
         return store_writes.create(uri, data)
@@ -273,8 +287,9 @@ def canonical_json(value: Any) -> bytes:
 
 def read_json(uri: str) -> Any:
     """Parsed JSON. Raises FileNotFoundError, or InputError naming the file if it is not JSON."""
+    data = read_bytes(uri)
     try:
-        return json.loads(read_bytes(uri))
+        return json.loads(data)
     except ValueError as error:
         raise InputError(f"{uri}: not valid JSON ({error}); write the artefact again") from error
 

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import re
+import threading
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -22,7 +23,8 @@ from pyarrow import fs as pafs
 
 from pipelines.errors import InputError, StoreError
 
-# With the tries of s3fs around them: a store may be away for about a minute.
+# With the tries of s3fs around them a store may be away for about a minute. One that takes
+# connections and says nothing is waited for much longer.
 S3_CONFIG = {
     "retries": {"mode": "standard", "max_attempts": 5},
     "max_pool_connections": 64,
@@ -47,6 +49,7 @@ REMEDIES = {
 # A forked process that let go of what it has inherited would close the connections of its parent,
 # whose next request would then wait for ever.
 _KEPT: list[Any] = []
+_MAKING = threading.Lock()
 
 
 class Listed(NamedTuple):
@@ -109,16 +112,17 @@ def locate(uri: str) -> tuple[Any, str]:
 
 def _s3(query: str) -> Any:
     filesystem = fsspec.filesystem("s3", **_s3_options(query))
-    if filesystem.session is None:
-        from aiobotocore.session import AioSession
+    with _MAKING:  # threads share the instance
+        if filesystem.session is None:
+            from aiobotocore.session import AioSession
 
-        # Four fifths of the time of a listing went into times that nobody looks at.
-        session = AioSession(**filesystem.kwargs)
-        parsers = session.get_component("response_parser_factory")
-        parsers.set_parser_defaults(timestamp_parser=str)
-        filesystem.retries = S3_TRIES
-        filesystem.session = session
-        _KEPT.append(filesystem)
+            # Four fifths of the time of a listing went into times that nobody looks at.
+            session = AioSession(**filesystem.kwargs)
+            parsers = session.get_component("response_parser_factory")
+            parsers.set_parser_defaults(timestamp_parser=str)
+            filesystem.retries = S3_TRIES
+            filesystem.session = session
+            _KEPT.append(filesystem)
     return filesystem
 
 

@@ -119,30 +119,34 @@ def run(config: TrainTokenizerConfig) -> TrainTokenizerResult:
     )
     images = ImageTable.open(config.images)
     plan = make_plan(config, images)
-    manifest = tokenizer_store.read_manifest(config.output)
-    if manifest is not None:
-        require_same(manifest["source"], config, plan)
-        return _result(config.output, manifest, already_done=True)
-
-    # Until the tokenizer is finished its directory is a run's: new, this run's, or another's.
     run_dir = RunDir(config.output)
-    begin(run_dir, config, plan)
-
-    # Training, and what becomes of it.
     inputs = [
         Dataset(name="image_table", uri=images.uri, digest=images.fingerprint, context="training")
     ]
+    manifest = tokenizer_store.read_manifest(config.output)
+    already_done = manifest is not None
+    if manifest is not None:
+        require_same(manifest["source"], config, plan)
+        if not storage.exists(run_dir.at("run.json")):
+            return _result(config.output, manifest, already_done=True)
+        # Killed between the tokenizer and its record: that is made up for below.
+    else:
+        # Until the tokenizer is finished its directory is a run's: new, this run's, or another's.
+        begin(run_dir, config, plan)
+
+    # Training, and what becomes of it.
     with driver.start_tracking(config, run_dir, stage=STAGE, inputs=inputs) as tracked:
-        driver.train(
-            train_loop, config, plan, run_dir, tracked, stage=STAGE, launched_at=launched_at
-        )
-        manifest = tokenizer_store.read_manifest(config.output)
+        if manifest is None:
+            driver.train(
+                train_loop, config, plan, run_dir, tracked, stage=STAGE, launched_at=launched_at
+            )
+            manifest = tokenizer_store.read_manifest(config.output)
         assert manifest is not None, "the end of the loop writes it"
         tracked.set_output(
             Dataset(name="tokenizer", uri=config.output, digest=manifest["fingerprint"])
         )
     run_dir.remove()
-    return _result(config.output, manifest, already_done=False)
+    return _result(config.output, manifest, already_done=already_done)
 
 
 def train_loop(  # noqa: PLR0915
@@ -240,8 +244,10 @@ def train_loop(  # noqa: PLR0915
             metrics.close_step(grad_norm, host.row_ids.numpy())
             step += 1
 
+            # Also at checkpoints: a run that goes on from one begins its next period there.
+            at_checkpoint = step % config.checkpoint.every_steps == 0 or step == total
             ending = False
-            if step % config.log_every == 0 or step == total:
+            if step % config.log_every == 0 or at_checkpoint:
                 elapsed, wait = books.pace()
                 period = metrics.reduce(world, first_step=period_start)
                 images_done = (step - period_start) * config.data.global_batch_size
@@ -266,7 +272,7 @@ def train_loop(  # noqa: PLR0915
                 _check_health(tracked, step, config)
                 period_start = step
                 ending = step < total and log.end_requested(world)
-            if step % config.checkpoint.every_steps == 0 or step == total or ending:
+            if at_checkpoint or ending:
                 with books.spend("checkpoint"):
                     weights, moments = snapshot(tokenizer, optimizer, keep=first)
                     if first:
@@ -277,8 +283,13 @@ def train_loop(  # noqa: PLR0915
                         log.flush()
             if ending:
                 with books.spend("checkpoint"):
-                    saver.wait()
-                raise StopRequested(f"saved at step {step} of {total}")
+                    saved = saver.wait()
+                lost = world.rank == 0 and saved != step
+                raise StopRequested(
+                    f"step {step} could not be saved, see the events"
+                    if lost
+                    else f"saved at step {step} of {total}"
+                )
 
         # The end: judge the averaged weights and make them the tokenizer.
         with books.spend("checkpoint"):

@@ -13,6 +13,10 @@ ANSWER_SECONDS = 10.0
 NO_CLUSTER = "unset it to start Ray here, or name a running cluster (host:6379)"
 
 
+class ClusterAwayError(Exception):
+    """The dashboard did not answer; it may again."""
+
+
 def token_file() -> Path:
     """Where Ray keeps a token for its commands."""
     return Path(TOKEN_FILE).expanduser()

@@ -9,16 +9,12 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
-from jobs.submission.access import TOKEN_FILE
+from jobs.submission.access import TOKEN_FILE, ClusterAwayError
 from pipelines.errors import InputError, StageFailed
 
 CONNECT_SECONDS, ANSWER_SECONDS, UPLOAD_SECONDS = 8.0, 30.0, 300.0
 START_SECONDS = 120.0
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
-
-
-class ClusterAwayError(Exception):
-    """The dashboard did not answer; it may again."""
 
 
 class Client(JobSubmissionClient):
@@ -103,6 +99,16 @@ def job_info(client: Client, submission_id: str) -> JobDetails:
                 f"{submission_id}: the cluster knows no such job; `beit submit list` shows them"
             ) from error
         raise StageFailed(f"{submission_id}: {error}") from error
+
+
+def job_log(client: Client, submission_id: str) -> str:
+    """The job's whole log; "" where it went with the node that held it."""
+    try:
+        log: str = client.get_job_logs(submission_id)
+    except RuntimeError as error:
+        print(f"-- its log cannot be had any more ({error}) --", file=sys.stderr)
+        return ""
+    return log
 
 
 def newest_attempt(client: Client, prefix: str) -> tuple[int, JobDetails | None]:

@@ -15,7 +15,8 @@ from typing import TextIO
 import aiohttp
 from ray.job_submission import JobDetails
 
-from jobs.submission.cluster import ENDED, Client, ClusterAwayError, job_info
+from jobs.submission.access import ClusterAwayError
+from jobs.submission.cluster import ENDED, Client, job_info, job_log
 
 PAUSE = 2.0
 EXPLAIN_AFTER, EXPLAIN_EVERY = 10.0, 30.0
@@ -69,7 +70,7 @@ def follow(client: Client, submission_id: str, *, stream: TextIO = sys.stdout) -
                 print("-- the cluster answers again --", file=sys.stderr)
             seen, away = time.monotonic(), False
             if status in ENDED:
-                printer.finish(client.get_job_logs(submission_id))
+                printer.finish(job_log(client, submission_id))
                 return details
             if status == "RUNNING":
                 asyncio.run(_tail(client, submission_id, printer))

@@ -14,6 +14,12 @@ class DamagedFileError(Exception):
     """A file's bytes are not what was written; the message says in what."""
 
 
+def is_damage(error: Exception) -> bool:
+    """Whether an error of pyarrow is about a file's bytes, and not about reaching them."""
+    marks = ("CRC checksum", "deserialize")
+    return isinstance(error, pa.ArrowInvalid) or any(mark in str(error) for mark in marks)
+
+
 class OpenPart:
     """A file and its parsed footer. Both may be shared by threads; a reader may not."""
 
@@ -31,7 +37,9 @@ class OpenPart:
                 raise DamagedFileError(f"{file.size()} bytes instead of {num_bytes}")
             try:
                 self.metadata = pq.read_metadata(file)
-            except pa.ArrowInvalid as error:
+            except (pa.ArrowInvalid, OSError) as error:
+                if not is_damage(error):
+                    raise
                 raise DamagedFileError(str(error)) from error
         self.shared = storage.open_shared(uri)
         rows = [self.metadata.row_group(i).num_rows for i in range(self.metadata.num_row_groups)]
@@ -60,12 +68,10 @@ class OpenPart:
                 file, metadata=self.metadata, pre_buffer=True, page_checksum_verification=True
             )
             return reader.read_row_groups(indices, columns=names, use_threads=False).select(names)
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowInvalid, OSError) as error:
+            if not is_damage(error):
+                raise
             raise DamagedFileError(str(error)) from error
-        except OSError as error:
-            if "CRC checksum" in str(error) or "deserialize" in str(error):
-                raise DamagedFileError(str(error)) from error
-            raise
 
 
 class OpenParts:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from beit.views import ViewPolicy
 from pipelines import storage
 from pipelines.errors import InputError
+from pipelines.tables.open_parts import is_damage
 
 # Rows of one Parquet row group: a reader of a short run fetches little more than it needs.
 ROW_GROUP_ROWS = 256
@@ -170,7 +171,9 @@ def _footer(uri: str, content_hash: str) -> pq.FileMetaData:
             return pq.read_metadata(file)
     except FileNotFoundError as error:
         raise InputError(f"{uri}: missing, though the manifest lists it; tokenize again") from error
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:
+        if not is_damage(error):
+            raise
         raise InputError(f"{uri}: not a file of a token table ({error})") from error
 
 
@@ -219,6 +222,9 @@ def read_rows(
             )
             table = reader.read_row_groups(groups, use_threads=False)
     except (pa.ArrowInvalid, OSError) as error:
+        # A store that is away is no bad input: another try may help.
+        if not is_damage(error) and not isinstance(error, FileNotFoundError):
+            raise
         raise InputError(
             f"{uri}: cannot be read ({str(error).splitlines()[0]}); `beit audit` lists all damage"
         ) from error

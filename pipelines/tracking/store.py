@@ -75,11 +75,20 @@ def _require_answer(uri: str) -> None:
     """
     import requests
 
+    parts = urlsplit(uri)
+    # Without the user: who answers is not known yet.
+    health = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}/health"
     for attempt in range(3):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the certificate, which MLflow will check
-                requests.get(f"{uri.rstrip('/')}/health", timeout=10, verify=False)
+                requests.get(
+                    health,
+                    timeout=10,
+                    verify=False,
+                    allow_redirects=False,
+                    auth=lambda request: request,  # nothing of .netrc either
+                )
         except requests.RequestException as error:
             if attempt == 2:
                 raise InputError(

@@ -6,7 +6,9 @@ worker is an event there, how far it got is its attempt, and the driver shows an
 """
 
 import json
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -261,11 +263,16 @@ def _train_on_ray(loop: Loop[Config_, Plan_], config: Config_, plan: Plan_, laun
         ),
     )
     failed: TrainingFailedError | None = None
+    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit()
     except TrainingFailedError as error:
         failed = error
+    except SystemExit as end:  # Ray's own way to end on Ctrl-C, with code 0
+        raise KeyboardInterrupt("The workers were ended.") from end
     finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, on_interrupt)  # Ray leaves its own
         storage.delete_prefix(run.at("ray"))
     if message := _bad_input(run, launch.launched_at):
         raise InputError(message) from failed
@@ -349,5 +356,8 @@ def _last_period(run: RunDir) -> dict[str, Any]:
         return {}
     if not lines:
         return {}
-    period: dict[str, Any] = json.loads(lines[-1])
+    try:
+        period: dict[str, Any] = json.loads(lines[-1])
+    except ValueError:  # torn by a kill
+        return {}
     return {name: value for name, value in period.items() if not isinstance(value, list)}

@@ -119,7 +119,8 @@ class TrainLog:
         if not self.active:
             return
         assert self.metrics and self.tracker
-        self.metrics.append(clean({"step": step, **record}))
+        with tolerated():
+            self.metrics.append(clean({"step": step, **record}))
         self.tracker.log({k: v for k, v in tracked.items() if math.isfinite(v)}, step)
         if time.monotonic() - self.written >= self.pause:
             with tolerated():

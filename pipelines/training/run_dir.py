@@ -94,7 +94,7 @@ class RunDir:
     def event(self, kind: str, **fields: Any) -> dict[str, Any]:
         """Writes one event down and returns it."""
         now = time.time()
-        event = {"event": kind, "time": now, **fields}
+        event = {"event": kind, "time": now, **redacted_values(fields)}
         storage.write_json(self.at("events", f"{now:017.6f}-{kind}.json"), event)
         return event
 
@@ -117,7 +117,7 @@ class RunDir:
     def write_attempt(self, attempt: Attempt) -> None:
         """Creates or updates the record of an attempt."""
         name = f"{attempt.number:06d}.json"
-        storage.write_json(self.at("attempts", name), dataclasses.asdict(attempt))
+        storage.write_json(self.at("attempts", name), redacted_values(dataclasses.asdict(attempt)))
 
     def skips(self) -> "Skips":
         """The data skipped so far."""
@@ -155,7 +155,7 @@ class RunDir:
 
     def write_report(self, report: Mapping[str, Any]) -> None:
         """Writes report.json."""
-        storage.write_json(self.at("report.json"), dict(report))
+        storage.write_json(self.at("report.json"), redacted_values(dict(report)))
 
     def remove(self) -> None:
         """Deletes all that a run keeps here, and nothing else."""

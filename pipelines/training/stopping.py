@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
+from pipelines.errors import InputError
 from pipelines.training.run_dir import RunDir
 
 # Schedulers kill a minute or two after they have asked.
@@ -22,6 +23,15 @@ class StopRequested(Exception):  # noqa: N818 - no error: what was asked for has
     """All workers have saved and end."""
 
 
+def _raise_interrupt(*_: object) -> None:
+    raise KeyboardInterrupt("Asked to end (SIGTERM).")
+
+
+def _interrupt() -> None:
+    # Not SIGINT: its handler may be Ray's, which ends the process with code 0.
+    _thread.interrupt_main(signal.SIGTERM)
+
+
 @contextlib.contextmanager
 def saved_on_sigterm(run: RunDir, *, launched_at: float) -> Iterator[None]:
     """Inside, SIGTERM asks the workers to save and end; a second one, or workers that have not
@@ -30,20 +40,21 @@ def saved_on_sigterm(run: RunDir, *, launched_at: float) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    timer = threading.Timer(SAVE_SECONDS, _thread.interrupt_main)
+    timer = threading.Timer(SAVE_SECONDS, _interrupt)
     timer.daemon = True
 
     def request() -> None:
         # A thread: the driver may hold any lock at the moment of the signal.
-        if all(attempt.launched_at != launched_at for attempt in run.attempts()):
-            _thread.interrupt_main()
-            return
-        print("\nasked to end (SIGTERM): saving after the steps of this log", file=sys.stderr)
         timer.start()
-        run.request_end()
+        with contextlib.suppress(OSError, InputError):
+            if any(attempt.launched_at == launched_at for attempt in run.attempts()):
+                print("\nasked to end (SIGTERM): saving after this log", file=sys.stderr)
+                run.request_end()
+                return
+        _interrupt()
 
     def on_signal(*_: object) -> None:
-        signal.signal(signal.SIGTERM, lambda *_: _thread.interrupt_main())
+        signal.signal(signal.SIGTERM, _raise_interrupt)
         threading.Thread(target=request, name="stop", daemon=True).start()
 
     before = signal.signal(signal.SIGTERM, on_signal)

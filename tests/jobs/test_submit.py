@@ -15,7 +15,7 @@ from jobs.command import shipped_recipes
 from jobs.submission import package
 from jobs.submission.follow import LogPrinter, job_exit_code
 from pipelines.errors import InputError
-from pipelines.redaction import HIDDEN
+from pipelines.redaction import HIDDEN, redacted
 
 PREPARE = ["--source", "s3://raw/photos", "--output", "s3://beit/images"]
 
@@ -63,6 +63,48 @@ def test_the_configuration_that_is_sent_is_the_one_that_was_meant(name, tmp_path
     sent = tmp_path / "job.yaml"
     sent.write_text(submit.describe(stage, flags).config_text)
     assert parse_stage(stage, ["--config", str(sent)]) == parse_stage(stage, flags)
+
+
+def test_jobs_of_other_runs_and_evaluations_are_other_jobs():
+    def prefix(stage, *flags):
+        return submit.describe(stage, flags).prefix
+
+    run = ["--images", "/i", "--tokens", "/t", "--output", "/runs"]
+    assert prefix("pretrain", *run, "--name", "a") != prefix("pretrain", *run, "--name", "b")
+    assert prefix("prepare", *PREPARE) == prefix("prepare", *PREPARE[:-1], PREPARE[-1] + "/")
+    one, other = (["--run", "/r", "--images", images] for images in ("/a", "/b"))
+    assert prefix("evaluate", *one) != prefix("evaluate", *other)
+
+
+def test_tracking_that_would_go_with_the_job_is_refused():
+    for flags, fits in (
+        ([], False),
+        (["--tracking.uri", "sqlite:///here.db"], False),
+        (["--tracking.uri", "sqlite:////shared/mlflow.db"], True),
+        (["--tracking.uri", "http://mlflow:5000"], True),
+        (["--tracking.enabled", "false"], True),
+    ):
+        text = submit.describe("prepare", [*PREPARE, *flags]).config_text
+        submit.require_shared_tracking(text, ["MLFLOW_TRACKING_URI"])
+        if fits:
+            submit.require_shared_tracking(text, [])
+        else:
+            with pytest.raises(InputError, match=r"tracking\.uri"):
+                submit.require_shared_tracking(text, [])
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags"),
+    [
+        ("audit", ["tables/tokens"]),
+        ("pretrain", ["--images", "/i", "--tokens", "/t", "--output", "/o",
+                      "--probe.images", "labelled"]),
+        ("pipeline", ["--config", "quickstart", "--output", "/o", "--prepare.source", "photos"]),
+    ],
+)  # fmt: skip
+def test_relative_paths_are_found_in_every_section(stage, flags):
+    with pytest.raises(InputError, match="relative path"):
+        submit.describe(stage, flags)
 
 
 def test_the_id_follows_from_stage_and_output():
@@ -137,7 +179,7 @@ def test_the_drivers_own_exit_code(status, driver, log, code):
 def test_one_sentence_instead_of_a_traceback(flags, named, monkeypatch, capsys):
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
-    stage_flags = ["--", *PREPARE] if flags[0] == "prepare" else []
+    stage_flags = ["--", *PREPARE, "--tracking.enabled", "false"] if flags[0] == "prepare" else []
     assert main(["submit", *flags, *stage_flags]) == 2
     said = capsys.readouterr().err
     assert named in said
@@ -172,3 +214,18 @@ def test_the_tracking_environment_counts_and_is_said(tmp_path, monkeypatch, caps
     assert updated.pretrain.tracking.uri == updated.prepare.tracking.uri == config.tracking.uri
     assert yaml.safe_load(submit.describe("prepare", PREPARE).config_text)["tracking"]["uri"] == ""
     assert os.environ["MLFLOW_TRACKING_URI"]
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://anna:geheim@host/x",
+        "http://anna:ge@heim@host",
+        "az://box/x?account_key=geheim",
+        "https://box/x?sig=geheim&sv=1",
+        "s3://bucket/x?secret_key=geheim",
+    ],
+)
+def test_secrets_are_taken_out_of_uris(uri):
+    assert "heim" not in redacted(f"see {uri} there")
+    assert redacted("s3://bucket/a@b/c?region=eu") == "s3://bucket/a@b/c?region=eu"

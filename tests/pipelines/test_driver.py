@@ -1,6 +1,5 @@
 """The driver of every training run, with loops of three lines and without Ray."""
 
-import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +38,7 @@ class Plan:
 @pytest.fixture
 def run(tmp_path):
     run = RunDir(str(tmp_path / "run"))
-    run.begin(dataclasses.asdict(Config()), {"images": "a"}, may_change=("scaling",))
+    run.begin(Config(), {"images": "a"}, may_change=("scaling",))
     return run
 
 

@@ -364,7 +364,7 @@ def test_parts_of_a_data_set_are_not_taken_for_classes(tmp_path: Path) -> None:
 def test_the_class_is_the_folder_at_its_level_however_deep_the_file(tmp_path: Path) -> None:
     source = tree(tmp_path / "in", "ant/1.png", "ant/x/y/2.png", "bee/x/3.png", "4.png")
     assert list(named(source).values()) == [None, "ant", "ant", "bee"]
-    with pytest.raises(InputError, match="label_level = 0: folders count from 1"):
+    with pytest.raises(InputError, match="label_level = 0: must be at least 1"):
         named(source, label_level=0)
     with pytest.raises(InputError, match="no folders 4 below"):
         named(source, label_level=4, labels="folder")

@@ -492,7 +492,7 @@ def test_wrong_options_are_named() -> None:
     for fields, message in [
         ({"output": ""}, "output is empty"),
         ({"source": ""}, "source is empty"),
-        ({"quality": 0}, "quality = 0: give 1 to 100"),
+        ({"quality": 0}, "quality = 0: must be at least 1 and at most 100"),
         ({"group_pattern": "("}, r"group_pattern = '\('"),
         ({"group_pattern": "a"}, "put a part in parentheses"),
         ({"group_pattern": "(a)", "group_field": "b"}, "group_pattern is set too"),

@@ -71,6 +71,10 @@ def runs(output):
     return MlflowClient(f"sqlite:///{output}.db").search_runs(["1"])
 
 
+def runs_begun(output):
+    return storage.read_json(f"{output}/run.json")["mlflow_run_id"]
+
+
 def check_stopped_and_continued(config, tables, tmp_path):
     output = config.output
     command = begin(config, tmp_path)
@@ -115,3 +119,21 @@ def test_a_request_of_an_earlier_start_is_forgotten(tables, tmp_path):
     config = small_config(tables, tmp_path / "run")
     RunDir(config.output).request_end()
     assert pretrain.run(config).steps == config.optim.steps
+
+
+@pytest.mark.ray
+def test_sigterm_before_the_workers_have_begun_ends_the_run(ray_turn, tables, tmp_path):
+    config = config_for(tables, str(tmp_path / "run"), workers=64)  # for which there is no place
+    command = begin(config, tmp_path)
+    try:
+        for _ in range(2400):
+            if storage.exists(f"{config.output}/run.json") and runs_begun(config.output):
+                break
+            time.sleep(0.05)
+        time.sleep(5)  # into Ray Train's waiting
+        command.send_signal(signal.SIGTERM)
+        _, said = command.communicate(timeout=120)
+    finally:
+        command.kill()
+    assert command.returncode == 130, said
+    assert [run.info.status for run in runs(config.output)] == ["KILLED"]
