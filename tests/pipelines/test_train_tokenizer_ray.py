@@ -70,8 +70,9 @@ def test_two_workers_compute_what_one_process_does(images, tmp_path, capfd):
         start.named_parameters(), alone.parameters(), together.parameters(), strict=True
     ):
         moved = (first - begin).norm()
-        assert moved > 0, name
-        assert (first - second).norm() < 0.01 * moved, name
+        # The scale of the Laplace likelihood has no part in this loss, and stays.
+        assert moved > 0 or name == "decoder.log_scale.weight", name
+        assert (first - second).norm() <= 0.01 * moved, name
     pictures = torch.randint(0, 256, (32, 3, 16, 16), dtype=torch.uint8)
     assert (alone.encode(pictures) == together.encode(pictures)).float().mean() > 0.98
     assert {path.name for path in Path(result.output).iterdir()} == {
