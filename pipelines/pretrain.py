@@ -53,7 +53,7 @@ from pipelines.training.pretraining import (
 from pipelines.training.probing import log_pictures, run_probe
 from pipelines.training.run_dir import RunDir, Skips
 from pipelines.training.step_metrics import StepMetrics
-from pipelines.training.stopping import StopRequested
+from pipelines.training.stopping import stop_requested
 
 STAGE = "pretrain"
 
@@ -293,13 +293,7 @@ def train_loop(  # noqa: PLR0912, PLR0915
                     save(step)
             if ending:
                 with books.spend("checkpoint"):
-                    saved = saver.wait()
-                lost = world.rank == 0 and saved != step
-                raise StopRequested(
-                    f"step {step} could not be saved, see the events"
-                    if lost
-                    else f"saved at step {step} of {plan.total_steps}"
-                )
+                    raise stop_requested(saver, step, plan.total_steps, world)
             # Probe and pictures.
             with books.spend("evaluation"):
                 if at_probe:

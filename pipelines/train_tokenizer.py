@@ -45,7 +45,7 @@ from pipelines.training.distributed import (
 from pipelines.training.log import TrainLog
 from pipelines.training.run_dir import RunDir, refuse_changes
 from pipelines.training.step_metrics import StepMetrics
-from pipelines.training.stopping import StopRequested
+from pipelines.training.stopping import stop_requested
 from pipelines.training.tokenizer_step import (
     AveragedWeights,
     RelaxedVae,
@@ -283,13 +283,7 @@ def train_loop(  # noqa: PLR0915
                         log.flush()
             if ending:
                 with books.spend("checkpoint"):
-                    saved = saver.wait()
-                lost = world.rank == 0 and saved != step
-                raise StopRequested(
-                    f"step {step} could not be saved, see the events"
-                    if lost
-                    else f"saved at step {step} of {total}"
-                )
+                    raise stop_requested(saver, step, total, world)
 
         # The end: judge the averaged weights and make them the tokenizer.
         with books.spend("checkpoint"):

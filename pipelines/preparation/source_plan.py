@@ -115,7 +115,8 @@ def make_plan(config: PrepareConfig, output: str) -> SourcePlan:
     """Lists the source, writes the listing of every unit and then the plan.
 
     Raises:
-        InputError: the source is not there, or has no such fields.
+        InputError: the source is not there, or has no such fields; another driver has planned
+            with other options meanwhile.
     """
     source = open_source(config.source, config.format)
     _check_apart(source, output)
@@ -164,8 +165,10 @@ def make_plan(config: PrepareConfig, output: str) -> SourcePlan:
         num_bytes=counter.bytes,
         listings=listings,
     )
-    storage.write_json(work_uri(output, "plan.json"), plan.to_dict())
-    return plan
+    if storage.create(work_uri(output, "plan.json"), storage.canonical_json(plan.to_dict())):
+        return plan
+    # Another driver has planned meanwhile: its plan holds, and other options are refused by name.
+    return read_plan(config, output) or plan
 
 
 def read_listing(output: str, unit: int, listing: str) -> list[Entry]:

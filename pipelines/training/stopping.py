@@ -13,6 +13,8 @@ import threading
 from collections.abc import Iterator
 
 from pipelines.errors import InputError
+from pipelines.training.checkpoint import Saver
+from pipelines.training.distributed import World
 from pipelines.training.run_dir import RunDir
 
 # Schedulers kill a minute or two after they have asked.
@@ -21,6 +23,14 @@ SAVE_SECONDS = 50.0
 
 class StopRequested(Exception):  # noqa: N818 - no error: what was asked for has been done
     """All workers have saved and end."""
+
+
+def stop_requested(saver: Saver, step: int, total_steps: int, world: World) -> StopRequested:
+    """What all workers raise after the checkpoint of `step`, when it is written; or was not."""
+    saved = saver.wait()
+    if world.rank == 0 and saved != step:
+        return StopRequested(f"step {step} could not be saved, see the events")
+    return StopRequested(f"saved at step {step} of {total_steps}")
 
 
 def _raise_interrupt(*_: object) -> None:

@@ -1,6 +1,7 @@
 """A label is right or it is refused: tars, Parquet files and folders that could be read wrongly."""
 
 import json
+import tempfile
 from decimal import Decimal
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def items(plan: SourcePlan, config: PrepareConfig) -> list[Item]:
 
 def named(source: Path, **fields) -> dict[str, str | None]:
     """Class names (or the reason for none) by key."""
-    config = config_of(source, source.parent / "out", **fields)
+    config = config_of(source, Path(tempfile.mkdtemp(dir=source.parent)), **fields)
     plan = make_plan(config, config.output)
     names = plan.reader.class_names
     return {

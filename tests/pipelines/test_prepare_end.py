@@ -1,11 +1,14 @@
 """The end of a prepare, where it may be killed or meet another driver; no unit is left to do."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from pipelines import prepare
 from pipelines.config.prepare import PrepareConfig
+from pipelines.errors import InputError
+from pipelines.preparation.source_plan import make_plan, read_plan
 from tests.pipelines.image_sources import write_folder
 from tests.pipelines.prepare_fixtures import config_of, work_off
 
@@ -71,3 +74,14 @@ def test_what_killed_drivers_and_writers_left_is_cleared(config) -> None:
     (output / left[1]).write_bytes(b"left")
     assert prepare.run(config).already_done
     assert names(config) == whole
+
+
+def test_two_drivers_that_plan_at_once_with_other_options_do_not_mix(config, monkeypatch) -> None:
+    """The second one has seen no plan when it begins to list the source."""
+    make_plan(config, config.output)
+    same = make_plan(config, config.output)
+    assert same.options == read_plan(config, config.output).options
+    other = dataclasses.replace(config, max_side=32)
+    with pytest.raises(InputError, match="max_side"):
+        make_plan(other, config.output)
+    assert read_plan(config, config.output).options["max_side"] == config.max_side
