@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
 from pydoc import locate
 from typing import Any
 
@@ -134,10 +136,12 @@ def parse_stage(name: str, flags: Sequence[str]) -> Any:
 def _recipes() -> str:
     recipes = shipped_recipes()
     width = max(map(len, recipes)) + 2
-    return "\n".join(
-        f"{name:<{width}}{path.read_text().splitlines()[0].lstrip('# ')}"
-        for name, path in recipes.items()
-    )
+    return "\n".join(f"{name:<{width}}{_first_sentence(path)}" for name, path in recipes.items())
+
+
+def _first_sentence(recipe: Path) -> str:
+    comment = takewhile(lambda line: line.startswith("#"), recipe.read_text().splitlines())
+    return " ".join(line.lstrip("# ") for line in comment).partition(". ")[0].rstrip(".")
 
 
 def _usage() -> str:
