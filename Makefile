@@ -69,7 +69,7 @@ tests-with-ray:
 tests-without-ray: lint
 	$(PYTEST) -m "not long and not ray" > $(BESIDE) 2>&1
 
-test-long: $(BIN)/.dev  ## the tests that take minutes each: lost nodes, killed drivers, failing stores
+test-long: $(BIN)/.dev  ## the tests that take minutes: lost nodes, killed drivers, failing stores, published sizes
 	$(BIN)/python -m pytest -m long $(ARGS)
 
 lint: $(BIN)/.dev  ## lint, types and import rules

@@ -119,7 +119,7 @@ def test_logits_and_loss_equal_transformers(config, attention, folder):
     ("architecture", "size"),
     [
         ("shared_bias", "tiny"),
-        ("shared_bias", "base"),
+        pytest.param("shared_bias", "base", marks=pytest.mark.long),
         ("plain", "tiny"),
         pytest.param("plain", "base", marks=pytest.mark.long),
     ],

@@ -238,7 +238,7 @@ def test_captured_graphs_give_the_same_logits_and_gradients():
     check_compiled("aot_eager", (True, False))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_kernels_give_the_same_logits_and_gradients():
     check_compiled("inductor", (True,))
 

@@ -225,8 +225,8 @@ def trained_run(tmp_path_factory):
     return str(path)
 
 
-def test_the_stage_reports_files_and_tracks(shapes, trained_run, tmp_path):
-    tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
+def test_the_stage_reports_files_and_tracks(shapes, trained_run, tmp_path, mlflow_uri):
+    tracking = TrackingConfig(uri=mlflow_uri)
     config = EvaluateConfig(
         run=trained_run, images=shapes, output=str(tmp_path / "out"), num_folds=3, knn_k=5,
         tracking=tracking,

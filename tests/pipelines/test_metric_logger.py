@@ -18,7 +18,6 @@ from pipelines.tracking.metric_logger import MetricLogger, known_pictures
 from tests.pipelines.tracking_fixtures import (  # noqa: F401 - fixtures
     REPOSITORY,
     config_fixture,
-    empty_store_fixture,
     free_port,
     start,
     steps,

@@ -561,18 +561,20 @@ def test_s3_in_and_out_through_a_network_that_fails(
     }
 
 
-def test_the_run_is_tracked(folder: Path, tmp_path: Path) -> None:
+def test_the_run_is_tracked(folder: Path, tmp_path: Path, mlflow_uri: str) -> None:
     from mlflow import MlflowClient
 
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "good.png").write_bytes(encoded(1, "PNG"))
     (tmp_path / "source" / "bad.png").write_bytes(b"")
     config = config_of(
-        tmp_path / "source", tmp_path / "out", max_rejected=1, tracking=TrackingConfig(uri=uri)
+        tmp_path / "source",
+        tmp_path / "out",
+        max_rejected=1,
+        tracking=TrackingConfig(uri=mlflow_uri),
     )
     result = prepare.run(config)
-    client = MlflowClient(uri)
+    client = MlflowClient(mlflow_uri)
     run = client.get_run(result.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params["source"] == config.source

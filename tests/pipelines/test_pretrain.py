@@ -483,20 +483,25 @@ class TestProbes:
 
 
 class TestTracking:
-    def test_a_killed_and_resumed_run_is_one_mlflow_run(self, tables, tmp_path, monkeypatch):
+    def test_a_killed_and_resumed_run_is_one_mlflow_run(
+        self, tables, tmp_path, monkeypatch, mlflow_uri
+    ):
         from mlflow import MlflowClient
 
-        uri = f"sqlite:///{tmp_path}/mlflow.db"
         config = small_config(
             tables,
             tmp_path / "run",
-            tracking={"enabled": True, "uri": uri, "artifact_uri": str(tmp_path / "artifacts")},
+            tracking={
+                "enabled": True,
+                "uri": mlflow_uri,
+                "artifact_uri": str(tmp_path / "artifacts"),
+            },
         )
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(ingest, "train_batches", dies_after(6))
             pretrain.run(config)
         result = pretrain.run(config)
-        client = MlflowClient(uri)
+        client = MlflowClient(mlflow_uri)
         experiment = client.search_experiments(filter_string="name = 'beit'")[0]
         runs = client.search_runs([experiment.experiment_id])
         assert [run.info.run_id for run in runs] == [result.mlflow_run_id]

@@ -1,6 +1,7 @@
 """What holds for BEiT in training holds for every objective: resume, accumulation, workers."""
 
 import math
+import multiprocessing
 import socket
 import time
 
@@ -200,7 +201,10 @@ class Log:
 @pytest.mark.slow
 def test_three_workers_of_which_one_is_idle_have_the_losses_of_one(tables, tmp_path):
     """Equal up to the order of sums in float32; two of three divide the four shards."""
-    mp.spawn(train_as_worker, args=(3, free_port(), tables, str(tmp_path / "many")), nprocs=3)
+    # Children of one process that has imported everything once.
+    multiprocessing.set_forkserver_preload(["pipelines.pretrain", "torch._dynamo"])
+    arguments = (3, free_port(), tables, str(tmp_path / "many"))
+    mp.start_processes(train_as_worker, arguments, nprocs=3, start_method="forkserver")
     for kind in KINDS:
         output = tmp_path / "one" / kind
         one = pretrain.run(config_for(kind, tables, output, optim={"steps": 6, "warmup_steps": 2}))

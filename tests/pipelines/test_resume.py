@@ -148,6 +148,7 @@ class TestDriver:
 
 
 class TestWorkerCount:
+    @pytest.mark.long
     def test_two_then_one_then_two_workers_see_the_same_samples(
         self, tables, tmp_path, undisturbed, monkeypatch
     ):

@@ -328,17 +328,18 @@ def test_other_options_on_the_same_output_are_refused_by_name(
 
 
 @pytest.mark.ray
-def test_views_can_be_added_later_and_a_run_is_recorded(finished, images, tokenizer, tmp_path):
+def test_views_can_be_added_later_and_a_run_is_recorded(
+    finished, images, tokenizer, tmp_path, mlflow_uri
+):
     from mlflow import MlflowClient
 
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
     config = world.make_config(
         images,
         tokenizer,
         tmp_path / "more",
         first_view=1,
         num_views=2,
-        tracking=TrackingConfig(uri=uri, experiment="x"),
+        tracking=TrackingConfig(uri=mlflow_uri, experiment="x"),
     )
     result = tokenize_images.run(config)
     first, more = TokenTable.open(finished[0]), TokenTable.open(str(tmp_path / "more"))
@@ -350,7 +351,7 @@ def test_views_can_be_added_later_and_a_run_is_recorded(finished, images, tokeni
     with pytest.raises(InputError, match="view 1 is in both"):
         check_together([first, more])
 
-    client = MlflowClient(uri)
+    client = MlflowClient(mlflow_uri)
     (run,) = client.search_runs([client.get_experiment_by_name("x").experiment_id])
     assert run.info.status == "FINISHED"
     assert run.data.tags["beit.input.image_table"] == ImageTable.open(images).fingerprint

@@ -24,7 +24,6 @@ from tests.pipelines.tracking_fixtures import (  # noqa: F401 - fixtures
     REPOSITORY,
     config_fixture,
     dataset,
-    empty_store_fixture,
     free_port,
     start,
     steps,

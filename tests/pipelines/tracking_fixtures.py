@@ -1,11 +1,9 @@
 """A real MLflow store for tests, and how to read it."""
 
-import shutil
 import socket
 from pathlib import Path
 
 import pytest
-from mlflow import MlflowClient
 
 from pipelines import tracking
 from pipelines.config.tracking import TrackingConfig
@@ -13,18 +11,9 @@ from pipelines.config.tracking import TrackingConfig
 REPOSITORY = Path(__file__).parent.parent.parent
 
 
-@pytest.fixture(scope="session", name="empty_store")
-def empty_store_fixture(tmp_path_factory):
-    """An SQLite store with MLflow's tables, made once: its migrations take seconds."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture(name="config")
-def config_fixture(empty_store, tmp_path):
-    shutil.copy(empty_store, tmp_path / "mlflow.db")
-    return TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
+def config_fixture(mlflow_uri):
+    return TrackingConfig(uri=mlflow_uri)
 
 
 def start(config, stage="tokenize", **options):
