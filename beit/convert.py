@@ -23,7 +23,7 @@ from torch import Tensor
 
 from beit.classifier import BeitClassifier, per_block_tables
 from beit.mim import BeitMIM
-from beit.vit import relative_position_index
+from beit.position_bias import relative_position_index
 from beit.weights import check_state
 
 State: TypeAlias = dict[str, Tensor]

@@ -11,7 +11,7 @@ buffers are not saved; drop-path takes its randomness as an argument.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NotRequired, TypedDict, cast
+from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from beit import counters, cpu_attention
+from beit.position_bias import RelativePositionBias, add_bias_table, look_up_bias
 
 RelativePositions = Literal["none", "shared", "per_block"]
 
@@ -35,30 +36,6 @@ def image_hw(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, i
             f"use a multiple of {patch_size} for height and width"
         )
     return height, width
-
-
-def relative_position_index(grid_size: tuple[int, int]) -> Tensor:
-    """Row of the bias table for each (query, key) pair: int64 (1+H*W, 1+H*W), cls first.
-
-    The table has (2H-1)(2W-1) rows for patch offsets, row-major in (dy, dx), then three for
-    cls -> patch, patch -> cls and cls -> cls.
-    """
-    H, W = grid_size
-    row, col = torch.arange(H * W) // W, torch.arange(H * W) % W
-    dy = row[:, None] - row[None, :] + H - 1
-    dx = col[:, None] - col[None, :] + W - 1
-    num_offsets = (2 * H - 1) * (2 * W - 1)
-    index = torch.empty(H * W + 1, H * W + 1, dtype=torch.int64)
-    index[1:, 1:] = dy * (2 * W - 1) + dx
-    index[0, :] = num_offsets
-    index[:, 0] = num_offsets + 1
-    index[0, 0] = num_offsets + 2
-    return index
-
-
-def bias_table_rows(grid_size: tuple[int, int]) -> int:
-    """Rows of a relative position bias table for this grid (732 for 14 x 14)."""
-    return (2 * grid_size[0] - 1) * (2 * grid_size[1] - 1) + 3
 
 
 def drop_path_noise(*, seed: int, step: int, num_samples: int, num_branches: int) -> Tensor:
@@ -85,51 +62,6 @@ class PatchEmbed(nn.Module):
         return out.flatten(2).transpose(1, 2)
 
 
-class RelativePositionBias(nn.Module):
-    """One table of biases, looked up for every (query, key) pair of tokens."""
-
-    relative_position_bias_table: nn.Parameter
-    relative_position_index: Tensor
-
-    def __init__(self, grid_size: tuple[int, int], num_heads: int) -> None:
-        super().__init__()
-        _add_bias_table(self, grid_size, num_heads)
-
-    def forward(self) -> Tensor:
-        """Bias to add to attention logits: (1, heads, 1+N, 1+N)."""
-        return _look_up(self.relative_position_bias_table, self.relative_position_index)
-
-
-def _add_bias_table(module: nn.Module, grid_size: tuple[int, int], num_heads: int) -> None:
-    table = nn.Parameter(torch.zeros(bias_table_rows(grid_size), num_heads))
-    module.register_parameter("relative_position_bias_table", table)
-    index = relative_position_index(grid_size)
-    module.register_buffer("relative_position_index", index, persistent=False)
-    module.register_load_state_dict_pre_hook(_accept_index_buffer)  # type: ignore[no-untyped-call]
-
-
-def _look_up(table: Tensor, index: Tensor) -> Tensor:
-    flat = F.embedding(index.flatten(), table)
-    return flat.view(*index.shape, -1).permute(2, 0, 1).unsqueeze(0).contiguous()
-
-
-def _accept_index_buffer(
-    module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object
-) -> None:
-    """Official files carry the index as a buffer: take it only where it says what ours says."""
-    name = prefix + "relative_position_index"
-    if name not in state_dict:
-        return
-    ours = cast(Tensor, module.relative_position_index)
-    theirs = state_dict.pop(name)
-    if theirs.shape != ours.shape or not torch.equal(theirs.to(ours), ours):
-        raise ValueError(
-            f"{name}: {tuple(theirs.shape)} is the index of another patch grid than this "
-            f"model's {tuple(ours.shape)}; build the model for that image_size, or resize the "
-            "weights with beit.positions.resize_positions"
-        )
-
-
 class Attention(nn.Module):
     """Multi-head self-attention whose key projection has no bias."""
 
@@ -146,7 +78,7 @@ class Attention(nn.Module):
         if own_bias_grid is None:
             self.register_parameter("relative_position_bias_table", None)
         else:
-            _add_bias_table(self, own_bias_grid, num_heads)
+            add_bias_table(self, own_bias_grid, num_heads)
 
     def forward(self, x: Tensor, bias: Tensor | None, rows: Tensor | None) -> Tensor:
         """(B, T, dim) -> (B, T, dim), or (len(rows), dim) for flat indices into B*T."""
@@ -154,7 +86,7 @@ class Attention(nn.Module):
         qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
         qkv = F.linear(x, self.qkv.weight, qkv_bias)
         if self.relative_position_bias_table is not None:
-            own = _look_up(self.relative_position_bias_table, self.relative_position_index)
+            own = look_up_bias(self.relative_position_bias_table, self.relative_position_index)
             bias = own if bias is None else bias + own
         if bias is not None and cpu_attention.wanted(qkv, bias):
             out = cpu_attention.attention(qkv, bias, self.num_heads)

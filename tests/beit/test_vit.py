@@ -8,13 +8,8 @@ import torch
 
 from beit.initialisation import truncated_normal_
 from beit.mim import BeitMIM, model_config
-from beit.vit import (
-    Attention,
-    BeitEncoder,
-    bias_table_rows,
-    drop_path_noise,
-    relative_position_index,
-)
+from beit.position_bias import bias_table_rows, relative_position_index
+from beit.vit import Attention, BeitEncoder, drop_path_noise
 
 SMALL = {
     "image_size": 32,
