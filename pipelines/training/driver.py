@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 from pipelines import storage, tracking
 from pipelines.config.checks import flatten, to_dict
+from pipelines.config.common import ScalingConfig
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError, StageFailed
 from pipelines.training.checkpoint import complete_steps
@@ -32,31 +33,11 @@ WORKER_FAILED, GAVE_UP = "worker_failed", "gave_up"
 INTERRUPTED = "interrupted"
 
 
-class ScalingSection(Protocol):
-    """On how much a run is computed."""
-
-    @property
-    def worker_range(self) -> tuple[int, int]:
-        """Smallest and largest number of workers; (0, 0): this process alone."""
-
-    @property
-    def use_gpu(self) -> bool:
-        """One CUDA device per worker."""
-
-    @property
-    def cpus_per_worker(self) -> int:
-        """CPUs reserved per worker."""
-
-    @property
-    def max_failures(self) -> int:
-        """Restarts of the worker group before the run fails."""
-
-
 class TrainConfig(Protocol):
     """What the driver needs of a stage's configuration."""
 
     @property
-    def scaling(self) -> ScalingSection:
+    def scaling(self) -> ScalingConfig:
         """On how much it is computed."""
 
     @property
@@ -313,7 +294,7 @@ def _has_cuda() -> bool:
     return torch.version.cuda is not None and ray.cluster_resources().get("GPU", 0) > 0
 
 
-def _say_if_too_small(scaling: ScalingSection, stage: str) -> None:
+def _say_if_too_small(scaling: ScalingConfig, stage: str) -> None:
     import ray
 
     need = scaling.worker_range[0] * scaling.cpus_per_worker
