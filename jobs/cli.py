@@ -77,6 +77,7 @@ STAGES = {
 }
 OTHERS = {
     "quickstart": "`pipeline` on a small real sample, or on your own folder",
+    "doctor": "can every node do what a stage needs; makes nothing",
     "submit": "any of these as a job on a Ray cluster; status, logs, stop, list",
     "recipes": "the configurations that ship, by the name that --config takes",
 }
@@ -93,6 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from jobs import submit
 
         return submit.main(rest)
+    if name == "doctor":
+        from jobs import doctor
+
+        return doctor.main(rest)
     if name == "recipes":
         print(_recipes())
         return 0

@@ -125,6 +125,7 @@ def stage_main(
         prepare_environment()
         if ray == "always" or (ray == "workers" and _asks_for_workers(config)):
             connect_to_ray()
+            preflight(stage, config)
         result = importlib.import_module(module).run(config)
         summary = getattr(result, "summary", None)
         if summary is not None:
@@ -132,6 +133,22 @@ def stage_main(
 
     with terminated_as_interrupted():
         return exit_code(run, output=lambda: output_of(configs[0]) if configs else "")
+
+
+def preflight(stage: str, config: Any) -> None:
+    """Asks the nodes whether they can do it, before accelerators are asked for.
+
+    A Ray that has just been started here is asked for its GPUs alone; the stage itself looks at
+    the rest from the same machine.
+    """
+    from jobs.needs import is_done, needs_of
+    from pipelines.preflight import Needs, require
+
+    needs = needs_of(stage, config)
+    if not os.environ.get("RAY_ADDRESS"):
+        needs = Needs(gpu=needs.gpu)
+    if not is_done(stage, config):
+        require(needs)
 
 
 def _asks_for_workers(config: Any) -> bool:
@@ -221,7 +238,8 @@ def _leave_outcome(code: int, cause: str, output: str) -> None:
         with contextlib.suppress(OSError, InputError):  # the log says it, too
             storage.write_json(storage.beside(output, ".result.json"), record)
     sys.stderr.flush()
-    print(f"beit: exit code {code}" + (f": {' '.join(cause.split())}" if cause else ""), flush=True)
+    told = "; ".join(" ".join(line.split()) for line in cause.splitlines())
+    print(f"beit: exit code {code}" + (f": {told}" if told else ""), flush=True)
 
 
 def prepare_environment() -> None:

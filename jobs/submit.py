@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -36,7 +36,8 @@ USAGE = """beit submit STAGE [--address http://head:8265] [options] -- STAGE FLA
 class Submission:
     """A stage as it is sent."""
 
-    stage: str
+    command: str
+    """The stage, or `doctor` and the stage."""
     prefix: str
     """Of the submission id; the attempt's number follows."""
     config_text: str
@@ -92,7 +93,11 @@ def _parser() -> argparse.ArgumentParser:
         help="send this code, or use what is installed in the cluster's image",
     )  # fmt: skip
     parser.add_argument("--detach", action="store_true", help="do not follow the log")
-    parser.add_argument("--dry_run", action="store_true", help="check and show; submit nothing")
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="ask the cluster by a small job (`beit doctor`) whether it can; start nothing else",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser
 
@@ -116,8 +121,9 @@ def _submit(options: argparse.Namespace, flags: Sequence[str]) -> int:
         ended, alive = cluster.newest_attempt(client, job.prefix)
         if options.dry_run:
             _say(options, f"would submit {job.prefix}-{ended + 1} ({size / 1024:.0f} kB)")
-            print(json.dumps(dict(job.metadata), indent=1))
-            return 0
+            _say(options, json.dumps(dict(job.metadata), indent=1))
+            job = _rehearsal(job)
+            ended, alive = cluster.newest_attempt(client, job.prefix)
         if alive is not None:
             submission_id = str(alive.submission_id)
             if (alive.metadata or {}).get("beit.config") != job.metadata["beit.config"]:
@@ -133,7 +139,7 @@ def _submit(options: argparse.Namespace, flags: Sequence[str]) -> int:
             submission_id = f"{job.prefix}-{ended + 1}"
             cluster.submit(
                 client,
-                entrypoint=f"python -m jobs {job.stage} --config job.yaml",
+                entrypoint=f"python -m jobs {job.command} --config job.yaml",
                 submission_id=submission_id,
                 runtime_env={
                     "working_dir": folder,
@@ -163,10 +169,11 @@ def describe(stage: str, flags: Sequence[str]) -> Submission:
     import yaml
 
     from jobs.cli import parse_stage
+    from jobs.needs import READ, named
 
     config = parse_stage(stage, flags)
     values = dataclasses.asdict(config)
-    for name, value in _paths(values):
+    for name, value in named(values, (*READ, "output")):
         relative = not Path(value.removeprefix("file://")).is_absolute()
         if storage.is_local(value) and relative:
             raise InputError(
@@ -175,7 +182,7 @@ def describe(stage: str, flags: Sequence[str]) -> Submission:
             )
     place = place_of(config)
     return Submission(
-        stage=stage,
+        command=stage,
         prefix=f"beit-{stage}-{storage.fingerprint([stage, place])[:8]}",
         config_text=yaml.safe_dump(_plain(values), sort_keys=False, allow_unicode=True),
         metadata={
@@ -185,6 +192,16 @@ def describe(stage: str, flags: Sequence[str]) -> Submission:
             "beit.code": code_version(),
             "beit.tracking": redacted(str(values.get("tracking", {}).get("uri", ""))),
         },
+    )
+
+
+def _rehearsal(job: Submission) -> Submission:
+    """What asks the cluster whether it can do the job."""
+    return Submission(
+        command=f"doctor {job.command}",
+        prefix=job.prefix.replace("beit-", "beit-doctor-", 1),
+        config_text=job.config_text,
+        metadata={**job.metadata, "beit.stage": "doctor"},
     )
 
 
@@ -214,23 +231,6 @@ def require_shared_tracking(config_text: str, names: Sequence[str]) -> None:
                 "goes with the job; name a server (--tracking.uri http://mlflow:5000, or --env "
                 "MLFLOW_TRACKING_URI), or pass --tracking.enabled false"
             )
-
-
-# Fields that name files or directories, in any section.
-PATHS = (
-    "images", "tokens", "tokenizer", "output", "source", "run", "table", "test_images", "decoder",
-    "teacher",
-)  # fmt: skip
-
-
-def _paths(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _paths(value, f"{prefix}{name}.")
-        elif name in PATHS:
-            for item in value if isinstance(value, list) else [value]:
-                if isinstance(item, str) and item and not item.startswith("sample:"):
-                    yield prefix + name, item
 
 
 def _plain(value: Any) -> Any:

@@ -27,7 +27,7 @@ from pipelines.redaction import redacted_values
 from pipelines.tracking import Dataset
 from pipelines.training import driver, goodput
 from pipelines.training.checkpoint import Checkpoint, Saver, resume_point
-from pipelines.training.data import WorkerData, open_tables
+from pipelines.training.data import WorkerData
 from pipelines.training.distributed import (
     World,
     clip_gradients,
@@ -42,11 +42,8 @@ from pipelines.training.objective import build_objective
 from pipelines.training.pretraining import (
     PretrainPlan,
     PretrainResult,
-    check_probe,
-    check_tokenizer,
-    check_workers,
     input_datasets,
-    make_plan,
+    plan_run,
     result_of,
     with_absolute_uris,
 )
@@ -69,14 +66,10 @@ def run(config: PretrainConfig) -> PretrainResult:
 
     # Everything that can be refused is refused before anything is written.
     config = with_absolute_uris(config)
-    run_dir = RunDir(run_uri(config))
-    tables = open_tables(config)
-    plan = make_plan(config, tables)
-    check_workers(config)
-    check_tokenizer(config, tables)
-    check_probe(config)
+    tables, plan = plan_run(config)
 
     # The run directory: new, this run's, or another's.
+    run_dir = RunDir(run_uri(config))
     run_dir.begin(config, plan.fingerprints, may_change=MAY_CHANGE)
     before = driver.newest_step(run_dir)
     finished = run_dir.finished_report()

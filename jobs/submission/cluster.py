@@ -47,8 +47,9 @@ def connect(address: str, token_place: str) -> Client:
         InputError: nothing answers there within seconds, it is no Ray dashboard, or it refuses the
             token.
     """
-    for module in ("job.sdk", "dashboard_sdk"):  # uploads, closed connections
-        logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.ERROR)
+    for module in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk",
+                   "_private.runtime_env.packaging"):  # fmt: skip
+        logging.getLogger(f"ray.{module}").setLevel(logging.ERROR)  # uploads, closed connections
     try:
         return Client(address)
     except AuthenticationError as error:

@@ -12,6 +12,7 @@ one whose work ended in an error, and tried alone after all others (`run_alone`)
 
 import json
 import os
+import platform
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -179,9 +180,15 @@ def open_tokenizer(task: TokenizeTask) -> ImageTokenizer:
     """The tokenizer on the worker's device.
 
     Raises:
-        InputError: it is not the one the driver saw.
+        InputError: it is not the one the driver saw, or a promised GPU is none.
     """
     token_work.set_reference_arithmetic()
+    if task.num_gpus and not torch.cuda.is_available():
+        raise InputError(
+            f"encoders.num_gpus = {task.num_gpus:g}: torch {torch.__version__} on node "
+            f"{platform.node()} finds no CUDA device, although Ray counts GPUs there; install a "
+            "CUDA build of torch, start Ray there with --num-gpus 0, or give --encoders.num_gpus 0"
+        )
     if not task.num_gpus:
         token_work.keep_freed_memory()
         torch.set_num_threads(max(1, int(task.num_cpus)))

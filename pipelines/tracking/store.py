@@ -51,7 +51,7 @@ def connect(tracking_uri: str) -> "MlflowClient":
         InputError: nobody answers, or the answer is a refusal.
     """
     if tracking_uri.startswith("http"):
-        _require_answer(tracking_uri)
+        require_answer(tracking_uri)
     from mlflow import MlflowClient
 
     try:
@@ -67,7 +67,7 @@ def connect(tracking_uri: str) -> "MlflowClient":
     return client
 
 
-def _require_answer(uri: str) -> None:
+def require_answer(uri: str) -> None:
     """Waits a moment for the server: MLflow itself would try for minutes. Raises InputError.
 
     Only asks whether somebody is there; whether it can be trusted, and what it thinks of us, is

@@ -6,6 +6,7 @@ by the number of workers, and hide what is wrapped.
 
 import contextlib
 import functools
+import platform
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from beit.vit import Block
+from pipelines.errors import InputError
 
 # Moments of AdamW, and its own step count, as they are named in optimizer.state.
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -75,10 +77,18 @@ class World:
 def join_world(*, use_gpu: bool, in_ray: bool) -> World:
     """This process's place; in a Ray Train worker the process group exists already.
 
-    The device is CUDA only if it was asked for and is there: a GPU that Ray merely counts (tests,
-    a CPU build of torch) is none.
+    Without Ray the device is CUDA if it was asked for and is there.
+
+    Raises:
+        InputError: a GPU that Ray counts (a CPU build of torch, no driver) is none.
     """
     device = torch.device("cpu")
+    if use_gpu and in_ray and not torch.cuda.is_available():
+        raise InputError(
+            f"scaling.use_gpu = True: torch {torch.__version__} on node {platform.node()} finds no "
+            "CUDA device, although Ray counts GPUs there; install a CUDA build of torch, or start "
+            "Ray there with --num-gpus 0"
+        )
     if use_gpu and torch.cuda.is_available():
         index = 0
         if in_ray:

@@ -14,7 +14,7 @@ from pipelines.errors import InputError
 from pipelines.reading.ingest import TrainingTables
 from pipelines.tables import tokenizer_store
 from pipelines.tracking import Dataset
-from pipelines.training.data import largest_divisor, make_order
+from pipelines.training.data import largest_divisor, make_order, open_tables
 from pipelines.training.objective import flops_per_image
 from pipelines.training.probing import probe_rows
 from pipelines.training.run_dir import RunDir
@@ -70,6 +70,20 @@ def with_absolute_uris(config: PretrainConfig) -> PretrainConfig:
         tokenizer=absolute(config.tokenizer),
         probe=dataclasses.replace(config.probe, images=absolute(config.probe.images)),
     )
+
+
+def plan_run(config: PretrainConfig) -> tuple[TrainingTables, PretrainPlan]:
+    """Opens the inputs and works the run out; writes nothing.
+
+    Raises:
+        InputError: a value, table or fingerprint does not fit; names it.
+    """
+    tables = open_tables(config)
+    plan = make_plan(config, tables)
+    check_workers(config)
+    check_tokenizer(config, tables)
+    check_probe(config)
+    return tables, plan
 
 
 def make_plan(config: PretrainConfig, data: TrainingTables) -> PretrainPlan:

@@ -30,7 +30,6 @@ EXTRA_OF = {
 USED_BY = {
     "boto3": "MLflow, for artifacts on S3",
     "psutil": "MLflow, for the load of the machine",
-    "nvidia-ml-py": "MLflow, for the load of its GPUs",
     "docstring-parser": "jsonargparse, for the meaning of the flags in --help",
     "onnx": "torch.onnx",
     "psycopg": "SQLAlchemy, for MLflow's store in PostgreSQL",
