@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from beit.tokenizers.base import map_pixels
 from beit.tokenizers.dalle import DalleEncoder, DalleTokenizer
+from beit.tokenizers.discrete_vae import map_pixels
 
 IMAGE_SIZE = 112
 

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from beit.tokenizers.dalle_import import openai_layout, role_of, tokenizer_from
 from beit.tokenizers.torch_file import read_tensors
-from pipelines import pictures, storage
+from pipelines import storage
 from pipelines.config.import_tokenizer import ImportTokenizerConfig
 from pipelines.config.train_tokenizer import require_uris
 from pipelines.errors import InputError
+from pipelines.pictures.scorecards import scorecard_pictures
 from pipelines.scorecard import Scorecard, score, scorecard_record
 from pipelines.tables import tokenizer_store
 from pipelines.tables.image_table import ImageTable
@@ -118,15 +119,14 @@ def run(config: ImportTokenizerConfig) -> ImportTokenizerResult:
             scorecard = score(tokenizer, images, num_images=config.num_images)
             print(scorecard.summary(), file=sys.stderr)
             tracking.log_metrics({f"scorecard/{k}": v for k, v in scorecard.metrics().items()})
-            tracking.log_image("codebook_usage", pictures.codebook_usage(scorecard.counts))
-            if scorecard.reconstructions is not None:
-                grid = pictures.tokenizer_grid(scorecard.images, scorecard.reconstructions)
-                tracking.log_image("tokenizer", grid)
+            for name, picture in scorecard_pictures(scorecard).items():
+                tracking.log_image(name, picture)
         manifest = tokenizer_store.save(
             tokenizer,
             output,
             source=source,
             scorecard=scorecard_record(scorecard) if scorecard else None,
+            patches=scorecard.nearest.patches if scorecard and scorecard.nearest else None,
         )
         tracking.set_output(Dataset(name="tokenizer", uri=output, digest=manifest["fingerprint"]))
     return _result(output, manifest, files, already_done=False)

@@ -147,8 +147,9 @@ def measure_rate(tokenizer_uri: str) -> tuple[float, str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         token_work.keep_freed_memory()
-    precision = "float16" if device == "cuda" else "float32"
-    tokenizer = tokenizer_store.load(tokenizer_uri, device=device, precision=precision)  # type: ignore[arg-type]
+    tokenizer = tokenizer_store.load(tokenizer_uri, device=device)
+    if device == "cuda":
+        tokenizer.set_precision(tokenizer.precisions[-1])
     size = tokenizer.image_size
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (MEASURE_BATCH, size, size, 3), dtype=np.uint8)

@@ -16,12 +16,15 @@ from torch import Tensor
 from beit.tokenizers import ImageTokenizer
 from beit.views import ViewPolicy
 from pipelines.errors import StageFailed
+from pipelines.painting import nearest_patches, patchwork
 from pipelines.reading.pixels import drawn, read_pixels
 from pipelines.tables.image_table import ImageTable
 
 SCORE_VIEW = 2**48
 """Index of the view that is scored: one that neither training nor a token table ever uses."""
 NUM_PICTURES = 8
+NEAREST_IMAGES = 1024
+NUM_CODES, NUM_EXAMPLES = 24, 8
 MAX_GROUPS = 64
 
 
@@ -56,6 +59,18 @@ class TokenStatistics:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Nearest:
+    """Image patches nearest to codes, among those of the first NEAREST_IMAGES images."""
+
+    patches: Tensor
+    """uint8 (vocab_size, 3, s, s): one for each code; grey where no image has it."""
+    codes: Tensor
+    """int64 (C,): a few of the codes in use, from the most frequent one to the rarest."""
+    examples: Tensor
+    """uint8 (C, NUM_EXAMPLES, 3, s, s): the patches nearest to each of these, best first."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Scorecard:
     """Token statistics and reconstruction of one tokenizer on one sample of images."""
 
@@ -69,10 +84,12 @@ class Scorecard:
     """int64 (vocab_size,): how often each code occurs."""
     images: np.ndarray
     """uint8 (P, 3, H, W): a few of the images, for pictures."""
-    reconstructions: np.ndarray | None
-    """uint8 (P, 3, H, W): what the decoder makes of their tokens."""
+    reconstructions: np.ndarray
+    """uint8 (P, 3, H, W): what the decoder makes of their tokens, or the nearest patches."""
     token_ids: np.ndarray
     """int64 (P, h, w): the tokens of these few images."""
+    nearest: "Nearest | None"
+    """What codes stand for, where there is no decoder to show it."""
 
     @property
     def psnr(self) -> float | None:
@@ -187,38 +204,70 @@ def score_batches(
     tokenizer: ImageTokenizer, batches: Iterable[Tensor], *, device: str | torch.device = "cpu"
 ) -> Scorecard:
     """Score a tokenizer on uint8 batches (B,3,H,W)."""
-    grids: list[np.ndarray] = []
-    pictures: list[np.ndarray] = []
+    seen = _Seen()
     reconstructions: list[np.ndarray] = []
     squared = absolute = 0.0
     num_values = 0
-    rows, columns = tokenizer.grid_size
     for batch in batches:
-        token_ids = tokenizer.encode(batch.to(device))
-        grids.append(token_ids.cpu().numpy().reshape(-1, rows, columns))
-        kept = sum(len(picture) for picture in pictures)
-        if kept < NUM_PICTURES:
-            pictures.append(batch[: NUM_PICTURES - kept].numpy())
-        if tokenizer.decoder is None:
+        token_ids, logits = tokenizer.match(batch.to(device))
+        # Of a tokenizer with a decoder only what is shown is kept.
+        kept = NUM_PICTURES if tokenizer.has_decoder else NEAREST_IMAGES
+        shown = seen.add(batch, token_ids.cpu(), logits.cpu(), limit=kept)
+        if not tokenizer.has_decoder:
             continue
         decoded = tokenizer.decode(token_ids).cpu()
         difference = (decoded.float() - batch.float()) / 255
         squared += float(difference.square().sum())
         absolute += float(difference.abs().sum())
         num_values += difference.numel()
-        if kept < NUM_PICTURES:
-            reconstructions.append(decoded[: NUM_PICTURES - kept].numpy())
-    all_grids = np.concatenate(grids)
-    shown = np.concatenate(pictures)
+        reconstructions.append(decoded[:shown].numpy())
+    token_ids = torch.cat(seen.token_ids)
+    grids = token_ids.view(-1, *tokenizer.grid_size).numpy()
+    counts = np.bincount(grids.ravel(), minlength=tokenizer.vocab_size)
+    images = torch.cat(seen.images)
+    nearest = None
+    if not tokenizer.has_decoder:
+        nearest = _nearest(images, token_ids[: len(images)], torch.cat(seen.logits), counts)
+        painted = patchwork(token_ids[:NUM_PICTURES], nearest.patches, tokenizer.grid_size)
+        reconstructions.append(painted.numpy())
     return Scorecard(
-        num_images=len(all_grids),
-        tokens=token_statistics(all_grids, tokenizer.vocab_size),
+        num_images=len(grids),
+        tokens=token_statistics(grids, tokenizer.vocab_size),
         mse=squared / num_values if num_values else None,
         mae=absolute / num_values if num_values else None,
-        counts=np.bincount(all_grids.ravel(), minlength=tokenizer.vocab_size),
-        images=shown,
-        reconstructions=np.concatenate(reconstructions) if reconstructions else None,
-        token_ids=all_grids[: len(shown)],
+        counts=counts,
+        images=images[:NUM_PICTURES].numpy(),
+        reconstructions=np.concatenate(reconstructions),
+        token_ids=grids[:NUM_PICTURES],
+        nearest=nearest,
+    )
+
+
+class _Seen:
+    """Tokens of all images; pixels and logits of the first ones."""
+
+    def __init__(self) -> None:
+        self.images: list[Tensor] = []
+        self.token_ids: list[Tensor] = []
+        self.logits: list[Tensor] = []
+
+    def add(self, images: Tensor, token_ids: Tensor, logits: Tensor, *, limit: int) -> int:
+        """Takes a batch over, and says of how many of its images the pixels were kept."""
+        kept = min(len(images), limit - sum(len(some) for some in self.images))
+        self.images.append(images[:kept])
+        self.logits.append(logits[:kept])
+        self.token_ids.append(token_ids)
+        return kept
+
+
+def _nearest(images: Tensor, token_ids: Tensor, logits: Tensor, counts: np.ndarray) -> Nearest:
+    used = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+    codes = torch.from_numpy(used[evenly_spaced(len(used), NUM_CODES)])
+    every = torch.arange(len(counts))
+    return Nearest(
+        patches=nearest_patches(images, token_ids, logits, every, 1)[:, 0],
+        codes=codes,
+        examples=nearest_patches(images, token_ids, logits, codes, NUM_EXAMPLES),
     )
 
 

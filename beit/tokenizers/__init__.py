@@ -1,4 +1,4 @@
-"""Image tokenizers: pictures to visual tokens and back.
+"""Image tokenizers: pictures to visual tokens, and back where they can.
 
 `save_tokenizer` and `load_tokenizer` work on a local directory with `tokenizer.safetensors` (all
 weights, float32) and `config.json`; no pickle is involved.
@@ -14,6 +14,8 @@ from beit.git_lfs import check_fetched
 from beit.tokenizers.base import ImageTokenizer, Precision
 from beit.tokenizers.dalle import DalleTokenizer
 from beit.tokenizers.dvae import DvaeTokenizer
+from beit.tokenizers.kmeans import KmeansTokenizer
+from beit.tokenizers.projection import ProjectionTokenizer
 
 __all__ = [
     "ARCHITECTURES",
@@ -22,14 +24,19 @@ __all__ = [
     "DalleTokenizer",
     "DvaeTokenizer",
     "ImageTokenizer",
+    "KmeansTokenizer",
     "Precision",
+    "ProjectionTokenizer",
     "load_tokenizer",
     "save_tokenizer",
 ]
 
 WEIGHTS_FILE = "tokenizer.safetensors"
 CONFIG_FILE = "config.json"
-ARCHITECTURES: dict[str, type[ImageTokenizer]] = {"dalle": DalleTokenizer, "dvae": DvaeTokenizer}
+ARCHITECTURES: dict[str, type[ImageTokenizer]] = {
+    kind.architecture: kind
+    for kind in (DalleTokenizer, DvaeTokenizer, KmeansTokenizer, ProjectionTokenizer)
+}
 
 
 def save_tokenizer(tokenizer: ImageTokenizer, directory: str | Path) -> str:

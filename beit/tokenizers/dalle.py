@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from beit.tokenizers.base import ImageTokenizer
+from beit.tokenizers.discrete_vae import DiscreteVae
 
 NUM_GROUPS = 4
 STRIDE = 8
@@ -195,7 +195,7 @@ class DalleDecoder(nn.Module):
         return out
 
 
-class DalleTokenizer(ImageTokenizer):
+class DalleTokenizer(DiscreteVae):
     """The DALL-E encoder, and its decoder where one is at hand, as an image tokenizer."""
 
     architecture: ClassVar[str] = "dalle"

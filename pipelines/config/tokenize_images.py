@@ -61,8 +61,9 @@ class TokenizeConfig:
     """Index of the first view. Views added later: this is where the earlier table ended."""
     policy: ViewPolicy = field(default_factory=ViewPolicy)
     precision: Literal["auto", "float32", "float16"] = "auto"
-    """Arithmetic of the tokenizer. auto: float16 on GPUs, float32 on CPUs; bfloat16 is not offered,
-    it changes 2 to 3 % of the tokens."""
+    """Arithmetic of the tokenizer. auto: float16 on GPUs where the tokenizer has it (k-means and
+    projection have not), float32 on CPUs; bfloat16 is not offered, it changes 2 to 3 % of the
+    tokens."""
     rows_per_unit: Annotated[int, Ge(1)] = 1024
     """Images in one unit of work (one file). A unit should take 2 to 60 seconds: units are what
     an interruption loses, and the cost of scheduling is per unit."""

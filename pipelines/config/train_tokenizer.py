@@ -25,17 +25,24 @@ MAY_CHANGE = (
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The discrete VAE. The defaults of `dalle` are the published DALL-E networks."""
+    """What kind of tokenizer, and its network. The defaults of `dalle` are the published ones."""
 
+    kind: Literal["dvae", "kmeans", "projection"] = "dvae"
+    """dvae: a discrete VAE, trained to paint the image from its tokens; kmeans: raw patches by the
+    nearest of their own k-means centres; projection: raw patches by a random projection and a
+    random codebook. The last two are placed, not trained: optim and loss say nothing to them."""
     architecture: Literal["dvae", "dalle"] = "dvae"
-    """dvae: space-to-depth stem, convolutions on the token grid, codebook started at k-means
-    centres; dalle: OpenAI's encoder and decoder (stride 8), 20 times the compute."""
+    """Network of a discrete VAE. dvae: space-to-depth stem, convolutions on the token grid,
+    codebook started at k-means centres; dalle: OpenAI's encoder and decoder (stride 8), 20 times
+    the compute."""
     image_size: Annotated[int, Ge(1)] = 112
     """Side of the square token view, in pixels."""
     vocab_size: Annotated[int, Ge(2), Le(65535)] = 8192
     """Number of visual tokens. Token tables hold uint16, of which one value says 'none'."""
     patch_size: Annotated[int, Ge(1)] = 8
-    """dvae: pixels per token and side; the grid is image_size / patch_size."""
+    """Pixels per token and side (8 for dalle); the grid is image_size / patch_size."""
+    code_dim: Annotated[int, Ge(1)] = 32
+    """projection: dimensions that patches are projected to."""
     dim: Annotated[int, Ge(1)] = 256
     """dvae: channels on the token grid."""
     encoder_blocks: Annotated[int, Ge(0)] = 4
@@ -61,7 +68,13 @@ class ModelConfig:
     @property
     def stride(self) -> int:
         """Pixels per token and side."""
-        return 8 if self.architecture == "dalle" else self.patch_size
+        dalle = self.kind == "dvae" and self.architecture == "dalle"
+        return 8 if dalle else self.patch_size
+
+    @property
+    def trained(self) -> bool:
+        """Whether there are steps to train; else it is placed at once, see `kind`."""
+        return self.kind not in ("kmeans", "projection")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +126,7 @@ class DataConfig(common.DataConfig):
     """How images are read and put in order."""
 
     codebook_images: Annotated[int, Ge(1)] = 1024
-    """dvae: images whose patches start the codebook."""
+    """dvae, kmeans, projection: images whose patches start or are the codebook."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +177,7 @@ class GateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTokenizerConfig:
-    """A discrete VAE trained on an image table, with a Gumbel-softmax relaxation."""
+    """A tokenizer made from an image table."""
 
     images: str
     """URI of the image table."""
@@ -194,7 +207,7 @@ class TrainTokenizerConfig:
     def __post_init__(self) -> None:
         check(self)
         require(
-            self.loss.temperature_steps <= self.optim.steps,
+            self.model.kind != "dvae" or self.loss.temperature_steps <= self.optim.steps,
             "loss.temperature_steps",
             self.loss.temperature_steps,
             f"must be at most optim.steps = {self.optim.steps}, or the codes never become discrete",

@@ -181,20 +181,21 @@ def tokenizer_grid(
     decoded: Any,
     *,
     title: str = "Tokenizer: pictures through the codebook",
+    note: str = "decoded from token ids alone",
     max_images: int = 16,
 ) -> Image.Image:
-    """Pictures beside their reconstruction from visual tokens, both uint8 (B, 3, h, w)."""
+    """Pictures beside what their visual tokens stand for, both uint8 (B, 3, h, w)."""
     arrays = _as_images(images)[:max_images]
     size = _tile(arrays[0]).size if len(arrays) else (128, 128)
     columns = [
         Column(title="input", tiles=[_tile(array, size=size) for array in arrays]),
         Column(
-            title="decoded",
+            title="tokens",
             tiles=[_tile(array, size=size) for array in _as_images(decoded)[:max_images]],
         ),
     ]
     groups = 4 if len(arrays) >= 8 else 2 if len(arrays) > 3 else 1
-    return _sheet(columns, title=title, note="decoded from token ids alone", groups=groups)
+    return _sheet(columns, title=title, note=note, groups=groups)
 
 
 def token_map(

@@ -2,7 +2,8 @@
 
 `tokenizer.safetensors` and `config.json` are the tokenizer (`beit.tokenizers`); `manifest.json`,
 written last, makes it exist and says where it came from. A directory of the first two files alone,
-put together by hand, can be read as well.
+put together by hand, can be read as well. One that cannot decode has `patches.safetensors` beside
+them: for each code the image patch nearest to it, for pictures; it is no part of the identity.
 """
 
 import contextlib
@@ -11,6 +12,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+from safetensors import torch as safetensors
+from torch import Tensor
 
 from beit.tokenizers import (
     CONFIG_FILE,
@@ -26,6 +31,7 @@ from pipelines.errors import InputError
 KIND = "tokenizer"
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+PATCHES_FILE = "patches.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,23 +118,45 @@ def load(uri: str, *, device: str = "cpu", precision: Precision = "float32") -> 
     return tokenizer
 
 
+def load_patches(uri: str) -> Tensor | None:
+    """For each code the image patch nearest to it, uint8 (V, 3, s, s); None where none are kept.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    path = storage.join(storage.absolute(uri), PATCHES_FILE)
+    try:
+        patches: Tensor = safetensors.load(storage.read_bytes(path))["patches"]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (SafetensorError, KeyError) as error:
+        raise InputError(f"{path} is damaged ({error}): delete it, or make it again") from error
+    return patches
+
+
 def save(
     tokenizer: ImageTokenizer,
     uri: str,
     *,
     source: Mapping[str, Any],
     scorecard: Mapping[str, Any] | None = None,
+    patches: Tensor | None = None,
 ) -> dict[str, Any]:
     """Writes the tokenizer, its manifest last, and returns the manifest.
 
     Args:
         source: how it was made: stage, options, fingerprints or hashes of what it was made from.
         scorecard: how it does on the images it is meant for, see `pipelines.scorecard`.
+        patches: uint8 (V, 3, s, s), for each code the image patch nearest to it.
     """
     with tempfile.TemporaryDirectory() as directory:
         fingerprint = save_tokenizer(tokenizer, directory)
         files = {}
-        for name in (WEIGHTS_FILE, CONFIG_FILE):
+        names = [WEIGHTS_FILE, CONFIG_FILE]
+        if patches is not None:
+            safetensors.save_file({"patches": patches}, Path(directory, PATCHES_FILE))
+            names.append(PATCHES_FILE)
+        for name in names:
             data = Path(directory, name).read_bytes()
             storage.write_bytes(storage.join(uri, name), data)
             files[name] = {"bytes": len(data), "hash": storage.digest(data)}

@@ -10,8 +10,9 @@ import numpy as np
 from pipelines import pictures, storage
 from pipelines.config.tokenize_images import GateConfig
 from pipelines.errors import StageFailed
+from pipelines.painting import open_painter
 from pipelines.scorecard import TokenStatistics, evenly_spaced, token_statistics
-from pipelines.tables import token_files, tokenizer_store
+from pipelines.tables import token_files
 from pipelines.tables.image_table import ImageParts
 from pipelines.tables.token_table import MISSING, TokenTable
 from pipelines.tokenization.task import TokenizeTask
@@ -188,10 +189,10 @@ def log(
 
 
 def views_picture(images: ImageParts, table: TokenTable, tokenizer_uri: str) -> Any:
-    """Some views as the tokenizer saw them, beside what it makes of their tokens."""
+    """Some views as the tokenizer saw them, beside what their tokens stand for."""
     import torch
 
-    tokenizer = tokenizer_store.load(tokenizer_uri)
+    painter = open_painter(tokenizer_uri)
     present = [
         row for row in evenly_spaced(table.num_rows, NUM_PICTURES) if _has_tokens(table, row)
     ]
@@ -205,12 +206,12 @@ def views_picture(images: ImageParts, table: TokenTable, tokenizer_uri: str) -> 
     tokens = [table.read_rows(int(row), int(row) + 1)[1][0, 0] for row in present]
     ids = torch.from_numpy(np.stack(tokens).astype(np.int64))
     shown = np.stack(views)
-    try:
-        decoded = tokenizer.decode(ids).numpy()
-    except ValueError:
-        # Saved without a decoder: the tokens as colours.
+    if painter is None:
         return pictures.token_map(ids.numpy(), grid_size=table.grid_size, images=shown)
-    return pictures.tokenizer_grid(shown, decoded, title="Views and their decoded tokens")
+    painted = painter.paint(ids).numpy()
+    return pictures.tokenizer_grid(
+        shown, painted, title="Views and their tokens", note=painter.note
+    )
 
 
 def _has_tokens(table: TokenTable, row: int) -> bool:

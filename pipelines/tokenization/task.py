@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 
+from beit.tokenizers import ImageTokenizer
 from pipelines import storage
 from pipelines.config.tokenize_images import ActorsConfig, TokenizeConfig
 from pipelines.errors import InputError
@@ -52,15 +53,17 @@ def plan_task(config: TokenizeConfig, images: ImageParts) -> tuple[TokenizeTask,
     gpus = ray.cluster_resources().get("GPU", 0)
     encoders = config.encoders
     num_gpus = (1.0 if gpus else 0.0) if encoders.num_gpus is None else encoders.num_gpus
-    precision = config.precision
-    if precision == "auto":
-        precision = "float16" if num_gpus else "float32"
     tokenizer_uri = storage.absolute(config.tokenizer)
     tokenizer = tokenizer_store.load(tokenizer_uri)
     if tokenizer.vocab_size > MAX_VOCAB_SIZE:
         raise InputError(
             f"{tokenizer_uri}: vocab_size {tokenizer.vocab_size} does not fit token tables, "
             f"which hold at most {MAX_VOCAB_SIZE} codes"
+        )
+    if config.precision not in ("auto", *tokenizer.precisions):
+        raise InputError(
+            f"precision = {config.precision}: the tokenizer {tokenizer_uri} has only "
+            f"{' and '.join(tokenizer.precisions)}; choose auto"
         )
     identity = Identity(
         image_fingerprint=images.fingerprint,
@@ -73,7 +76,7 @@ def plan_task(config: TokenizeConfig, images: ImageParts) -> tuple[TokenizeTask,
         policy=config.policy.to_dict(),
         views=(config.first_view, config.first_view + config.num_views),
         device="cuda" if num_gpus else "cpu",
-        precision=precision,
+        precision=_precision(config, tokenizer, num_gpus),
         # A unit smaller than a batch would be filled up with views nobody wants.
         batch_size=min(config.batch_size, config.rows_per_unit * config.num_views),
     )
@@ -91,6 +94,12 @@ def plan_task(config: TokenizeConfig, images: ImageParts) -> tuple[TokenizeTask,
     )
     _check_room(task, encoders)
     return task, {name: version(name) for name in LIBRARIES}
+
+
+def _precision(config: TokenizeConfig, tokenizer: ImageTokenizer, num_gpus: float) -> str:
+    if config.precision != "auto":
+        return config.precision
+    return tokenizer.precisions[-1] if num_gpus else "float32"
 
 
 def _most_actors(encoders: ActorsConfig, num_gpus: float) -> int:

@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from beit.objectives import Objective
-from beit.tokenizers.base import ImageTokenizer
 from pipelines import pictures
 from pipelines.config.pretrain import PretrainConfig
 from pipelines.evaluation import probes
+from pipelines.painting import Painter, open_painter
 from pipelines.reading.pixels import central, read_pixels
-from pipelines.tables import tokenizer_store
 from pipelines.tables.image_table import ImageTable
 from pipelines.training.data import StepBatch, WorkerData
 from pipelines.training.distributed import World
@@ -112,8 +111,8 @@ def log_pictures(
 ) -> None:
     """What is predicted of a few images of the current batch, beside what is true, to MLflow.
 
-    Tokens are shown by the decoder of the tokenizer; without one, as maps of colours. An
-    objective that predicts no tokens paints pixels.
+    Tokens are shown by the decoder of the tokenizer or the patches nearest to its codes; without
+    either, as maps of colours. An objective that predicts no tokens paints pixels.
     """
     host = batch.host
     pixels, mask = host.pixels[:PICTURES], host.mask[:PICTURES]
@@ -132,8 +131,8 @@ def log_pictures(
     guesses, true = guesses.cpu(), host.token_ids[:PICTURES]
     predicted = torch.where(mask, guesses, true)
     hits = ((guesses == true) & mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
-    tokenizer = _tokenizer(config.tokenizer) if config.tokenizer else None
-    if tokenizer is None or tokenizer.decoder is None:
+    painter = _painter(config.tokenizer) if config.tokenizer else None
+    if painter is None:
         log.picture(
             "masked_input",
             pictures.masked_input_grid(pixels, mask, patch_size=config.model.patch_size),
@@ -150,8 +149,8 @@ def log_pictures(
         pictures.reconstruction_grid(
             pixels,
             mask,
-            tokenizer.decode(true),
-            tokenizer.decode(predicted),
+            painter.paint(true),
+            painter.paint(predicted),
             patch_size=config.model.patch_size,
             accuracy=_floats(hits),
         ),
@@ -160,8 +159,8 @@ def log_pictures(
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer(uri: str) -> ImageTokenizer:
-    return tokenizer_store.load(uri)
+def _painter(uri: str) -> Painter | None:
+    return open_painter(uri)
 
 
 def _floats(values: Tensor) -> Sequence[float]:

@@ -1,27 +1,22 @@
-"""The parts of a tokenizer's training step: network, loss, schedules, noise, averaged weights."""
+"""What tokenizers of all kinds share in training: the protocol, networks, views, schedule."""
 
 import dataclasses
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from beit import counters
 from beit.schedules import warmup_cosine
-from beit.tokenizers import DalleTokenizer, DvaeTokenizer, ImageTokenizer
-from beit.tokenizers.base import map_pixels
-from beit.tokenizers.dvae import (
-    exponential_noise,
-    gumbel_softmax,
-    kl_to_uniform,
-    logit_laplace_loss,
-    mse_loss,
+from beit.tokenizers import (
+    DalleTokenizer,
+    DvaeTokenizer,
+    ImageTokenizer,
+    KmeansTokenizer,
+    ProjectionTokenizer,
 )
 from beit.view_policy import Framing, ViewPolicy
 from pipelines.config.train_tokenizer import (
-    LossConfig,
     ModelConfig,
     TrainTokenizerConfig,
     ViewsConfig,
@@ -35,14 +30,83 @@ from pipelines.training.distributed import World
 
 CODEBOOK_VIEW = 2**48 + 1
 """Index of the view that starts the codebook; training uses the epoch's number."""
-AVERAGE = "average."
-"""Prefix of the averaged weights in a checkpoint."""
+
+
+class Outcome(NamedTuple):
+    """What a batch gives its step; everything on the device."""
+
+    loss: Tensor
+    """(), the mean over the images of this worker; minimised."""
+    terms: Tensor
+    """float32 (K,), likewise and detached: `Learner.terms`."""
+    codes: Tensor
+    """int64 (B*h*w,): the tokens."""
+
+
+class Learner(nn.Module):
+    """What the loop asks of a kind of tokenizer that is trained.
+
+    A module, since DDP and compile wrap it whole. Its parameters are those of `trained`.
+    """
+
+    #: Names of the terms, "loss" first.
+    terms: ClassVar[tuple[str, ...]]
+    tokenizer: ImageTokenizer
+
+    @property
+    def trained(self) -> nn.Module:
+        """What is optimised and checkpointed, whole."""
+        return self.tokenizer
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Groups for AdamW."""
+        return [{"params": list(self.trained.parameters()), "weight_decay": weight_decay}]
+
+    def prepare(self, images: Tensor, step: int) -> tuple[Tensor, ...]:
+        """What `forward` takes beside the images uint8 (B,3,H,W), without a gradient."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor, *prepared: Tensor) -> Outcome:
+        """The loss of a worker's batch."""
+        raise NotImplementedError
+
+    def after_step(self, step: int) -> None:
+        """What follows the update of the weights."""
+        raise NotImplementedError
+
+    def figures(self, images: Tensor, step: int) -> dict[str, float]:
+        """What is logged besides the terms, by the last batch of a period."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps besides `trained`, on the CPU."""
+        return {}
+
+    def restore(self, weights: Mapping[str, Tensor]) -> None:
+        """Takes over what `state` gave."""
+
+    def finish(self) -> ImageTokenizer:
+        """The tokenizer that is judged and saved."""
+        return self.tokenizer
 
 
 def build_tokenizer(config: ModelConfig, *, seed: int) -> ImageTokenizer:
     """The untrained network; its weights follow from the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if config.kind == "kmeans":
+            return KmeansTokenizer(
+                image_size=config.image_size,
+                patch_size=config.patch_size,
+                vocab_size=config.vocab_size,
+            )
+        if config.kind == "projection":
+            return ProjectionTokenizer(
+                image_size=config.image_size,
+                patch_size=config.patch_size,
+                vocab_size=config.vocab_size,
+                code_dim=config.code_dim,
+            )
         if config.architecture == "dalle":
             return DalleTokenizer(
                 image_size=config.image_size,
@@ -68,112 +132,6 @@ def view_policy(config: ViewsConfig, *, seed: int) -> ViewPolicy:
     return ViewPolicy(seed=seed, brightness=jitter, contrast=jitter, saturation=jitter, **framing)
 
 
-class RelaxedVae(nn.Module):
-    """A tokenizer as it is trained: images and noise to the loss."""
-
-    def __init__(self, tokenizer: ImageTokenizer, config: LossConfig) -> None:
-        super().__init__()
-        self.tokenizer = tokenizer
-        self.config = config
-        # DALL-E divides the whole bound by the number of pixel values; the KL of a token spreads
-        # over the 3 stride^2 of them that it stands for.
-        self.kl_share = 1 / (3 * tokenizer.stride**2)
-
-    def reconstruction_loss(self, z: Tensor, pixels: Tensor) -> Tensor:
-        """Negative log-likelihood per pixel value of the pictures decoded from z."""
-        decoder = self.tokenizer.decoder
-        assert decoder is not None
-        outputs = decoder(z)
-        if self.config.likelihood == "mse":
-            return mse_loss(outputs, pixels)
-        return logit_laplace_loss(outputs, pixels, min_log_scale=self.config.min_log_scale)
-
-    def forward(
-        self, images: Tensor, noise: Tensor, temperature: Tensor, kl_weight: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """uint8 (B,3,H,W), exponential noise (B,V,h,w) -> loss, (loss, reconstruction, KL), codes.
-
-        The second is detached; codes int64 (B*h*w,) are the most likely ones.
-        """
-        pixels = map_pixels(images).contiguous(memory_format=torch.channels_last)
-        logits = self.tokenizer.encoder(pixels).float()
-        z = gumbel_softmax(logits, noise, temperature)
-        reconstruction = self.reconstruction_loss(z, pixels)
-        kl = kl_to_uniform(logits)
-        loss = reconstruction + kl_weight * self.kl_share * kl
-        with torch.no_grad():
-            codes = logits.argmax(1).flatten()
-            terms = torch.stack([loss, reconstruction, kl])
-        return loss, terms, codes
-
-    @torch.no_grad()
-    def hard_reconstruction(self, images: Tensor) -> Tensor:
-        """The reconstruction loss from the tokens themselves, as a user of them gets it."""
-        pixels = map_pixels(images).contiguous(memory_format=torch.channels_last)
-        token_ids = self.tokenizer.encoder(pixels).argmax(1)
-        one_hot = F.one_hot(token_ids, self.tokenizer.vocab_size).movedim(-1, 1)
-        return self.reconstruction_loss(one_hot.to(torch.float32), pixels)
-
-
-def cosine_between(step: int, *, num_steps: int, start: float, end: float) -> float:
-    """`start` at step 0, `end` from `num_steps` on, half a cosine in between."""
-    if step >= num_steps:
-        return end
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
-
-
-def relaxation_noise(
-    *, seed: int, step: int, shards: Iterable[int], shape: tuple[int, int, int, int], device: str
-) -> Tensor:
-    """Noise for the images of one rank: `shape` (B,V,h,w) for each of its canonical shards.
-
-    A pure function of seed, step and shard, so it does not depend on the number of workers.
-    """
-    parts = []
-    for shard in shards:
-        generator = torch.Generator(device)
-        generator.manual_seed(counters.device_seed(seed, step, shard))
-        parts.append(exponential_noise(shape, generator))
-    return torch.cat(parts)
-
-
-class AveragedWeights:
-    """Exponential moving average of parameters.
-
-    The first steps count less than the decay says, or the average would remember the start.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.parameters = dict(model.named_parameters())
-        self.values = {name: p.detach().clone() for name, p in self.parameters.items()}
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Takes over the parameters after `step` (counted from 0) by one step of the average."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        averages = list(self.values.values())
-        torch._foreach_lerp_(averages, list(self.parameters.values()), 1 - decay)
-
-    def state(self) -> dict[str, Tensor]:
-        """For a checkpoint, on the CPU."""
-        return {
-            AVERAGE + name: value.to("cpu", copy=True).contiguous()
-            for name, value in self.values.items()
-        }
-
-    def restore(self, weights: Mapping[str, Tensor]) -> None:
-        """From a checkpoint's weights."""
-        for name, value in self.values.items():
-            value.copy_(weights[AVERAGE + name])
-
-    @torch.no_grad()
-    def copy_to(self, model: nn.Module) -> None:
-        """Overwrites the parameters of `model`."""
-        for name, parameter in model.named_parameters():
-            parameter.copy_(self.values[name])
-
-
 def sample_order(config: TrainTokenizerConfig, images: ImageTable) -> SampleOrder:
     """The order of samples. Raises InputError for a batch larger than the table."""
     return SampleOrder(
@@ -197,24 +155,15 @@ def learning_rate(config: TrainTokenizerConfig, step: int) -> float:
     )
 
 
-def relaxation(config: TrainTokenizerConfig, step: int) -> tuple[float, float]:
-    """Temperature and KL weight of a step (counted from 0)."""
-    loss = config.loss
-    temperature = cosine_between(
-        step,
-        num_steps=loss.temperature_steps,
-        start=loss.start_temperature,
-        end=loss.end_temperature,
-    )
-    kl_weight = cosine_between(step, num_steps=loss.kl_warmup_steps, start=0.0, end=loss.kl_weight)
-    return temperature, kl_weight
-
-
 def start_codebook(
     tokenizer: ImageTokenizer, config: TrainTokenizerConfig, images: ImageTable, device: str
 ) -> None:
-    """K-means centres of real patches, see `beit.tokenizers.dvae`."""
-    if not isinstance(tokenizer, DvaeTokenizer):
+    """Places what a codebook starts from, or consists of, by real patches.
+
+    Raises:
+        InputError: fewer patches than codes.
+    """
+    if isinstance(tokenizer, DalleTokenizer):
         return
     rows = sample_rows(images, config.data.codebook_images)
     policy = view_policy(config.views, seed=config.seed)
@@ -230,7 +179,12 @@ def start_codebook(
     tokenizer.to(device)
     generator = torch.Generator().manual_seed(config.seed)
     try:
-        tokenizer.initialise_from(batch, generator=generator)
+        if isinstance(tokenizer, DvaeTokenizer):
+            tokenizer.initialise_from(batch, generator=generator)
+        elif isinstance(tokenizer, KmeansTokenizer):
+            tokenizer.fit(batch, generator=generator)
+        elif isinstance(tokenizer, ProjectionTokenizer):
+            tokenizer.fit(batch)
     except ValueError as error:
         raise InputError(f"data.codebook_images = {len(batch)}: {error}") from error
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from beit.tokenizers.base import map_pixels, unmap_pixels
 from beit.tokenizers.dalle import DalleDecoder, DalleEncoder, DalleTokenizer
+from beit.tokenizers.discrete_vae import map_pixels, unmap_pixels
 
 
 def flava_key(key: str) -> str:

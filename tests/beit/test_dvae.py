@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from beit.tokenizers.base import map_pixels
+from beit.tokenizers.clustering import kmeans
+from beit.tokenizers.discrete_vae import map_pixels
 from beit.tokenizers.dvae import (
     DvaeTokenizer,
     exponential_noise,
     gumbel_softmax,
     kl_to_uniform,
-    kmeans,
     logit_laplace_loss,
     mse_loss,
 )

@@ -10,6 +10,8 @@ from beit.tokenizers import (
     DalleTokenizer,
     DvaeTokenizer,
     ImageTokenizer,
+    KmeansTokenizer,
+    ProjectionTokenizer,
     load_tokenizer,
     save_tokenizer,
 )
@@ -20,6 +22,10 @@ MAKERS = {
         image_size=32, hidden_dim=8, vocab_size=32, has_decoder=False
     ),
     "dvae": lambda: DvaeTokenizer(image_size=16, patch_size=4, dim=16, vocab_size=32),
+    "kmeans": lambda: KmeansTokenizer(image_size=16, patch_size=4, vocab_size=32),
+    "projection": lambda: ProjectionTokenizer(
+        image_size=16, patch_size=4, vocab_size=32, code_dim=8
+    ),
 }
 
 
@@ -42,9 +48,12 @@ def test_round_trip(tokenizer, pictures, tmp_path):
     assert (loaded.vocab_size, loaded.grid_size) == (32, (4, 4))
     assert torch.equal(loaded.encode(pictures), tokenizer.encode(pictures))
     assert not any(p.requires_grad for p in loaded.parameters())
-    if loaded.decoder is not None:
+    if loaded.has_decoder:
         token_ids = tokenizer.encode(pictures[:, :, : loaded.image_size, : loaded.image_size])
         assert torch.equal(loaded.decode(token_ids), tokenizer.decode(token_ids))
+    match = loaded.match(pictures)
+    assert torch.equal(match.token_ids, loaded.encode(pictures))
+    assert torch.equal(match.logits, loaded.logits(pictures).amax(1).flatten(1))
     # Saving what was loaded gives the same bytes.
     save_tokenizer(loaded, tmp_path / "again")
     for name in ("tokenizer.safetensors", "config.json"):
@@ -76,6 +85,9 @@ def test_float16_on_load(tmp_path, pictures):
     assert load_tokenizer(tmp_path / "dvae", precision="float16").encode(pictures).shape == (4, 64)
     with pytest.raises(ValueError, match="choose float32 or float16"):
         load_tokenizer(tmp_path, precision="bfloat16")
+    save_tokenizer(MAKERS["kmeans"](), tmp_path / "kmeans")
+    with pytest.raises(ValueError, match="'kmeans' has only float32"):
+        load_tokenizer(tmp_path / "kmeans", precision="float16")
 
 
 def rewrite(path, **changes):
@@ -100,7 +112,7 @@ def test_damage_is_named(tmp_path):
 
     target = damaged("architecture")
     rewrite(target / "config.json", architecture="vqgan")
-    with pytest.raises(ValueError, match=r"\['dalle', 'dvae'\].*vqgan"):
+    with pytest.raises(ValueError, match=r"\['dalle', 'dvae', .*vqgan"):
         load_tokenizer(target)
 
     target = damaged("vocab")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save as save_safetensors
 
-from beit.tokenizers.base import map_pixels
+from beit.tokenizers.discrete_vae import map_pixels
 from pipelines import storage
 from pipelines.config.import_tokenizer import ImportTokenizerConfig
 from pipelines.config.tracking import TrackingConfig

@@ -10,6 +10,7 @@ from beit.tokenizers import DalleTokenizer, DvaeTokenizer
 from beit.views import ViewPolicy
 from pipelines import scorecard
 from pipelines.errors import StageFailed
+from pipelines.pictures.scorecards import scorecard_pictures
 from pipelines.reading.pixels import drawn, read_pixels
 from pipelines.scorecard import (
     SCORE_VIEW,
@@ -143,12 +144,43 @@ def test_score_of_a_table(images, tokenizer):
 
 
 def test_score_without_decoder():
+    """Each code is shown by the patches nearest to it, found here by brute force."""
     torch.manual_seed(0)
     tokenizer = DalleTokenizer(image_size=16, hidden_dim=8, vocab_size=32, has_decoder=False)
-    card = score_batches(tokenizer, [torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)])
-    assert card.mse is card.mae is card.psnr is card.reconstructions is None
+    images = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8)
+    card = score_batches(tokenizer, images.split(15))
+    assert card.mse is card.mae is card.psnr is None
     assert "mse" not in card.metrics()
     assert "reconstruction" not in card.summary()
+    logits = tokenizer.logits(images).detach()
+    best = {}
+    for image in range(40):
+        for cell in range(4):
+            y, x = divmod(cell, 2)
+            code = int(logits[image, :, y, x].argmax())
+            patch = images[image, :, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8]
+            best.setdefault(code, []).append((float(logits[image, code, y, x]), patch))
+    nearest = card.nearest
+    assert nearest.patches.shape == (32, 3, 8, 8)
+    for code in range(32):
+        found = sorted(best.get(code, []), key=lambda pair: -pair[0])
+        expected = found[0][1] if found else torch.full((3, 8, 8), 128)
+        assert torch.equal(nearest.patches[code].int(), expected.int())
+    assert nearest.codes.tolist() == sorted(best, key=lambda code: (-len(best[code]), code))
+    for code, examples in zip(nearest.codes.tolist(), nearest.examples, strict=True):
+        found = sorted(best[code], key=lambda pair: -pair[0])[:8]
+        for example, (_, patch) in zip(examples, found, strict=False):
+            assert torch.equal(example, patch)
+        assert (examples[len(found) :] == 128).all()
+    # Pictures of tokens are laid out of those patches.
+    tokens = tokenizer.encode(images[:8]).unflatten(1, (2, 2))
+    for picture, grid in zip(card.reconstructions, tokens, strict=True):
+        for y in range(2):
+            for x in range(2):
+                tile = picture[:, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8]
+                assert np.array_equal(tile, nearest.patches[grid[y, x]])
+    drawn = scorecard_pictures(card)
+    assert set(drawn) == {"tokenizer", "codebook_usage", "codes"}
 
 
 def test_gate(images, tokenizer):

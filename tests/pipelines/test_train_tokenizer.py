@@ -28,19 +28,18 @@ from pipelines.config.train_tokenizer import (
 from pipelines.errors import InputError, StageFailed
 from pipelines.reading.ingest import open_training_tables, train_batches
 from pipelines.tables import tokenizer_store
-from pipelines.train_tokenizer import OLD_RECORD, run
+from pipelines.train_tokenizer import run
 from pipelines.training import checkpoint
-from pipelines.training.log import TrainLog
-from pipelines.training.tokenizer_step import (
+from pipelines.training.dvae_learner import (
     AveragedWeights,
     RelaxedVae,
-    build_tokenizer,
     cosine_between,
     relaxation,
     relaxation_noise,
-    sample_order,
-    view_policy,
 )
+from pipelines.training.log import TrainLog
+from pipelines.training.tokenizer_run import OLD_RECORD
+from pipelines.training.tokenizer_step import build_tokenizer, sample_order, view_policy
 from tests.pipelines.tokenizer_fixtures import disc, image_table
 
 
@@ -328,7 +327,12 @@ def test_kl_is_weighted_as_dalle_states_it():
     model = ModelConfig(
         architecture="dalle", image_size=16, hidden_dim=8, init_dim=4, vocab_size=16
     )
-    relaxed = RelaxedVae(build_tokenizer(model, seed=0), LossConfig(likelihood="mse"))
+    config = TrainTokenizerConfig(
+        images="i", output="o", model=model, loss=LossConfig(likelihood="mse")
+    )
+    relaxed = RelaxedVae(
+        build_tokenizer(model, seed=0), config, shards=range(1), shard_batch_size=2
+    )
     pictures = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     noise = torch.ones(2, 16, 2, 2)
     loss, terms, codes = relaxed(pictures, noise, torch.tensor(1.0), torch.tensor(6.6))

@@ -1,0 +1,18 @@
+"""From a configuration to the learner that a tokenizer is trained by."""
+
+from beit.tokenizers import ImageTokenizer
+from beit.tokenizers.discrete_vae import DiscreteVae
+from pipelines.config.train_tokenizer import TrainTokenizerConfig
+from pipelines.sample_order import SampleOrder
+from pipelines.training.distributed import World
+from pipelines.training.dvae_learner import RelaxedVae
+from pipelines.training.tokenizer_step import Learner
+
+
+def build_learner(
+    tokenizer: ImageTokenizer, config: TrainTokenizerConfig, order: SampleOrder, world: World
+) -> Learner:
+    """The learner of this worker, on the tokenizer's device."""
+    shards = order.shards_of(world.rank, world.size)
+    assert isinstance(tokenizer, DiscreteVae)
+    return RelaxedVae(tokenizer, config, shards=shards, shard_batch_size=order.shard_batch_size)
