@@ -15,7 +15,7 @@ tensors that are missing, unknown or misshapen.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -54,7 +54,8 @@ _ENCODER_NAMES = (
     ("norm.", "layernorm."),
     ("head.", "classifier."),
 )
-_HEADS = ("lm_head.", "head.")  # neither these nor the norm before them are inside `beit.`
+_HEADS = ("lm_head.", "head.")  # neither these nor the norm before lm_head are inside `beit.`
+_TIMM_POOL = {"mean": "avg", "cls": "token"}
 # Module names that transformers 5 uses in memory, and what it writes for them.
 _TRANSFORMERS_5 = (
     (r"\bshared_position_bias\.", "encoder.relative_position_bias."),
@@ -100,12 +101,14 @@ def to_unilm(model: Network) -> dict[str, State]:
     return {"model": state}
 
 
-def to_huggingface(model: Network, *, encoder_only: bool = False) -> tuple[State, dict[str, Any]]:
+def to_huggingface(
+    model: Network, *, encoder_only: bool = False, class_names: Sequence[str] = ()
+) -> tuple[State, dict[str, Any]]:
     """Tensors and `config.json` of a folder that `from_pretrained` loads.
 
     A `BeitMIM` becomes a BeitForMaskedImageModeling, a `BeitClassifier` a
     BeitForImageClassification; `encoder_only` gives a BeitModel, whose last_hidden_state is
-    then `BeitMIM.features`.
+    then `BeitMIM.features`. `class_names` are a classifier's, where they are known.
 
     ValueError for a grid that is not square (transformers lays out such a bias table
     differently, and its numbers would be wrong) and for an odd MLP width.
@@ -119,14 +122,19 @@ def to_huggingface(model: Network, *, encoder_only: bool = False) -> tuple[State
     for name, value in model.state_dict().items():
         if encoder_only and name.startswith(_HEADS):
             continue
-        prefix = "" if encoder_only or name.startswith((*_HEADS, "norm.")) else "beit."
+        outside = (*_HEADS, "norm.") if isinstance(model, BeitMIM) else _HEADS
+        prefix = "" if encoder_only or name.startswith(outside) else "beit."
         if name.endswith("attn.qkv.weight"):
             for part, weight in zip(("query", "key", "value"), value.chunk(3), strict=True):
                 theirs = _huggingface_name(name).replace("{query,key,value}", part)
                 state[prefix + theirs] = weight.contiguous()
         else:
             state[prefix + _huggingface_name(name)] = value
-    return state, _huggingface_config(model, encoder_only=encoder_only)
+    config = _huggingface_config(model, encoder_only=encoder_only)
+    if class_names and "id2label" in config:
+        config["id2label"] = {str(i): name for i, name in enumerate(class_names)}
+        config["label2id"] = {name: i for i, name in enumerate(class_names)}
+    return state, config
 
 
 def from_huggingface(
@@ -178,7 +186,7 @@ def to_timm(model: Network) -> tuple[State, dict[str, Any]]:
         "use_abs_pos_emb": model.pos_embed is not None,
         "use_rel_pos_bias": model.relative_positions != "none",
         "num_classes": 0 if isinstance(model, BeitMIM) else model.num_classes,
-        "global_pool": "" if pretraining else "avg",
+        "global_pool": "" if isinstance(model, BeitMIM) else _TIMM_POOL[model.pooling],
     }
     return state, arguments
 
@@ -243,7 +251,8 @@ def infer_config(
         config["relative_positions"] = "per_block"
     if "fc_norm.weight" in state or "head.weight" in state:
         head = state.get("head.weight")
-        return {**config, "num_classes": 0 if head is None else len(head)}
+        pooling = "mean" if "fc_norm.weight" in state else "cls"
+        return {**config, "num_classes": 0 if head is None else len(head), "pooling": pooling}
     head = state.get("lm_head.weight")
     return {**config, "vocab_size": 0 if head is None else len(head)}
 
@@ -341,6 +350,7 @@ def _huggingface_config(model: Network, *, encoder_only: bool) -> dict[str, Any]
     pretraining = isinstance(model, BeitMIM)
     head = "BeitForMaskedImageModeling" if pretraining else "BeitForImageClassification"
     hidden = int(model.dim * model.mlp_ratio)
+    pools_cls = isinstance(model, BeitClassifier) and model.pooling == "cls"
     config: dict[str, Any] = {
         "architectures": ["BeitModel" if encoder_only else head],
         "model_type": "beit",
@@ -364,7 +374,7 @@ def _huggingface_config(model: Network, *, encoder_only: bool) -> dict[str, Any]
         "layer_scale_init_value": model.layer_scale_init or 0.0,
         "drop_path_rate": model.drop_path,
         # BeitModel norms its last state only where it does not pool by the mean.
-        "use_mean_pooling": not (encoder_only and pretraining),
+        "use_mean_pooling": not (encoder_only and pretraining) and not pools_cls,
     }
     if isinstance(model, BeitMIM):
         config["vocab_size"] = model.vocab_size or 8192

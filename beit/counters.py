@@ -19,6 +19,11 @@ MASKS: Final = int.from_bytes(b"beitmask", "big")
 ORDER_GROUPS: Final = int.from_bytes(b"ordgroup", "big")
 ORDER_ROTATION: Final = int.from_bytes(b"ordrotat", "big")
 ORDER_WINDOWS: Final = int.from_bytes(b"ordwindo", "big")
+# Fine-tuning: operations on a view, what is erased of it, the noise there, mixtures of views.
+AUGMENTATIONS: Final = int.from_bytes(b"augments", "big")
+ERASURES: Final = int.from_bytes(b"erasures", "big")
+ERASED_PIXELS: Final = int.from_bytes(b"erasedpx", "big")
+MIXES: Final = int.from_bytes(b"mixtures", "big")
 
 Position = tuple[int, int, int]
 

@@ -25,7 +25,7 @@ from beit.convert import (
 )
 from beit.git_lfs import check_fetched
 from beit.mim import BeitMIM
-from beit.weights import FORMAT, load_weights
+from beit.weights import FORMATS, is_ours, load_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -58,7 +58,7 @@ def load_network(
         if not file.exists():
             raise ValueError(f"{place} has no config.json and no {UNILM_FILE}: no BEiT weights")
         return load_network(file, image_size=image_size, num_heads=num_heads)
-    if config.get("format") == FORMAT:
+    if is_ours(config):
         return load_weights(place)
     if config.get("model_type") == "beit":
         return from_huggingface(_read_folder(place), config, source=str(place))
@@ -71,8 +71,9 @@ def load_network(
             source=str(place),
         )
     raise ValueError(
-        f"{place / 'config.json'} describes no BEiT: expected format {FORMAT!r}, model_type "
-        "'beit' (transformers) or architecture 'beit...' (timm)"
+        f"{place / 'config.json'} describes no BEiT: expected format "
+        f"{' or '.join(map(repr, FORMATS))}, model_type 'beit' (transformers) or architecture "
+        "'beit...' (timm)"
     )
 
 
@@ -90,10 +91,11 @@ def write_huggingface(
     encoder_only: bool = False,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
+    class_names: Sequence[str] = (),
 ) -> list[str]:
     """A folder for `from_pretrained`: weights, configuration and image preprocessing."""
     directory = _made(folder)
-    state, config = to_huggingface(model, encoder_only=encoder_only)
+    state, config = to_huggingface(model, encoder_only=encoder_only, class_names=class_names)
     _save(state, directory / "model.safetensors")
     _write_json(directory / "config.json", config)
     preprocessing = {

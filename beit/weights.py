@@ -1,38 +1,48 @@
 """Weights of a trained network as a folder: `weights.safetensors` and `config.json`.
 
-Tensors carry the names of the official pretraining code; the configuration rebuilds the network,
-and says how its input pixels were normalised. Reading executes nothing.
+Tensors carry the names of the official code, for pretraining or for fine-tuning; the configuration
+rebuilds the network, and says how its input pixels were normalised. Reading executes nothing.
 """
 
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from beit.classifier import BeitClassifier
 from beit.git_lfs import check_fetched
 from beit.mim import BeitMIM
 
 WEIGHTS_FILE = "weights.safetensors"
 CONFIG_FILE = "config.json"
-FORMAT = "beit-mim"
+#: What `config.json` calls the two networks that have such a folder.
+FORMATS: Mapping[str, type[BeitMIM] | type[BeitClassifier]] = {
+    "beit-mim": BeitMIM,
+    "beit-classifier": BeitClassifier,
+}
 
 
 def save_weights(
-    model: BeitMIM, directory: str | Path, *, extra: Mapping[str, Any] | None = None
+    model: BeitMIM | BeitClassifier,
+    directory: str | Path,
+    *,
+    extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `model` into `directory` (made if absent), float32 on disk as in memory.
 
     `extra` is anything JSON that a later user needs and weights cannot tell: by convention
-    `pixel_mean` and `pixel_std` (per channel, of pixels in [0, 1]) and fingerprints.
+    `pixel_mean` and `pixel_std` (per channel, of pixels in [0, 1]), fingerprints, and of a
+    classifier `class_names`.
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    config = {"format": FORMAT, "version": 1, "model": model.config(), "extra": dict(extra or {})}
+    kind = next(name for name, network in FORMATS.items() if isinstance(model, network))
+    config = {"format": kind, "version": 1, "model": model.config(), "extra": dict(extra or {})}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -46,14 +56,20 @@ def read_weights_config(directory: str | Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT or "model" not in config:
-        raise ValueError(f"{path}: format is not {FORMAT!r}; expected what save_weights writes")
+    if not is_ours(config) or "model" not in config:
+        expected = " or ".join(map(repr, FORMATS))
+        raise ValueError(f"{path}: format is not {expected}; expected what save_weights writes")
     if config.get("version") != 1:
         raise ValueError(f"{path}: version {config.get('version')!r} is unknown, expected 1")
     return config
 
 
-def load_weights(directory: str | Path) -> BeitMIM:
+def is_ours(config: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether the contents of a `config.json` are those of a weights folder."""
+    return isinstance(config, dict) and config.get("format") in FORMATS
+
+
+def load_weights(directory: str | Path) -> BeitMIM | BeitClassifier:
     """The network of a weights folder, on the CPU, in training mode.
 
     ValueError names what is missing or does not fit.
@@ -63,11 +79,12 @@ def load_weights(directory: str | Path) -> BeitMIM:
     if not path.is_file():
         raise ValueError(f"{path} does not exist: the folder has a configuration but no weights")
     check_fetched(path)
+    network = FORMATS[config["format"]]
     with torch.device("meta"):
-        expected = BeitMIM(**config["model"]).state_dict()
+        expected = network(**config["model"]).state_dict()
     state = load_file(path)
     check_state(state, expected, source=str(path))
-    model = BeitMIM(**config["model"])
+    model = network(**config["model"])
     model.load_state_dict(state, strict=True)
     return model
 

@@ -36,7 +36,7 @@ from pipelines.config.pretrain import (
 from pipelines.reading import ingest
 from pipelines.training import goodput
 from pipelines.training.data import WorkerData
-from pipelines.training.distributed import clip_gradients, join_world
+from pipelines.training.distributed import clip_gradients, join_world, resolve_precision
 from pipelines.training.objective import build_objective, flops_per_image
 
 VOCAB = 8192
@@ -48,7 +48,7 @@ class Trainer:
     def __init__(self, config: PretrainConfig, *, online: bool, steps: int) -> None:
         self.config = config
         self.world = join_world(use_gpu=config.scaling.use_gpu, in_ray=False)
-        self.precision = pretrain.resolve_precision(config, self.world.device)
+        self.precision = resolve_precision(config.scaling, self.world.device)
         self.data = WorkerData(config, self.world)
         self.objective = build_objective(config, VOCAB).to(self.world.device)
         self.optimizer = pretrain.build_optimizer(config, self.objective.network)

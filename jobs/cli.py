@@ -58,6 +58,11 @@ STAGES = {
         "pretrain:PretrainConfig",
         ray="workers",
     ),
+    "finetune": _stage(
+        "a pretrained network and labelled images to a classifier",
+        "finetune:FinetuneConfig",
+        ray="workers",
+    ),
     "evaluate": _stage(
         "kNN and linear probe beside random initialisation and pixels",
         "evaluate:EvaluateConfig",

@@ -92,8 +92,13 @@ def _pretrain(config: Any) -> None:
     pretraining.plan_run(pretraining.with_absolute_uris(config))
 
 
+def _finetune(config: Any) -> None:
+    finetuning = importlib.import_module("pipelines.training.finetuning")
+    finetuning.plan_run(finetuning.with_absolute_uris(config))
+
+
 # Stages that can say, without making anything, whether their inputs belong together.
-REHEARSALS = {"tokenize": _tokenize, "pretrain": _pretrain}
+REHEARSALS = {"tokenize": _tokenize, "pretrain": _pretrain, "finetune": _finetune}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from pipelines.preflight import Bundle, Needs, Place
 
 # Fields that name what a stage reads, in any section.
 READ = (
-    "images", "tokens", "tokenizer", "source", "run", "table", "test_images", "decoder", "teacher",
+    "images", "tokens", "tokenizer", "source", "run", "table", "test", "test_images", "decoder",
+    "teacher",
 )  # fmt: skip
 # The file of an output that is written last.
 LAST = {
@@ -21,6 +22,7 @@ LAST = {
     "train-tokenizer": "manifest.json",
     "tokenize": "manifest.json",
     "pretrain": "weights/config.json",
+    "finetune": "weights/config.json",
 }
 
 

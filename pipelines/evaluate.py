@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from beit.mim import BeitMIM
+from beit.convert import Network
 from pipelines import pictures, storage, tracking
 from pipelines.config.checks import changed_fields
 from pipelines.config.evaluate import MAY_CHANGE, EvaluateConfig
@@ -146,7 +146,7 @@ def run(config: EvaluateConfig) -> Result:
 Split = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def _read(config: EvaluateConfig, model: BeitMIM) -> tuple[LabelledImages, LabelledImages | None]:
+def _read(config: EvaluateConfig, model: Network) -> tuple[LabelledImages, LabelledImages | None]:
     # All rows, and those of the test table (if there is one), which are the last of them.
     if model.image_size[0] != model.image_size[1]:
         raise InputError(f"run: image_size {model.image_size} is not square")
@@ -190,9 +190,9 @@ def _evaluate(
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    networks = {PRETRAINED: weights.model}
+    networks: dict[str, Network] = {PRETRAINED: weights.model}
     if config.baselines:
-        untrained = BeitMIM(**weights.model.config())
+        untrained = type(weights.model)(**weights.model.config())
         untrained.init_weights(torch.Generator().manual_seed(config.seed))
         networks[RANDOM] = untrained
     features: dict[str, Sequence[np.ndarray]] = {

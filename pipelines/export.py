@@ -14,18 +14,16 @@ from typing import Any
 
 import torch
 
-from beit.classifier import BeitClassifier
+from beit.convert import Network
 from beit.foreign import IMAGENET_MEAN, IMAGENET_STD, ONNX_FILE, WRITERS, load_network
 from beit.mim import BeitMIM
-from beit.positions import resize_positions
-from beit.weights import FORMAT, read_weights_config, save_weights
+from beit.weights import save_weights
 from pipelines import storage
 from pipelines.config.export import ExportConfig
 from pipelines.errors import InputError, StageFailed
+from pipelines.tables.weights_store import open_network
 
 ONNX_TOLERANCE = 1e-4
-WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
-Network = BeitMIM | BeitClassifier
 
 USE = {
     "hf": "{cls}.from_pretrained({output!r})",
@@ -68,8 +66,8 @@ def run(config: ExportConfig) -> ExportResult:
     if storage.list_files(output):
         raise InputError(f"output = {config.output}: holds files already; give an empty folder")
     with tempfile.TemporaryDirectory(prefix="beit-export-") as scratch:
-        network, extra = _load(config, Path(scratch, "in"))
-        network.eval()
+        stored = open_network(config.run, image_size=config.image_size, num_heads=config.num_heads)
+        network, extra = stored.network.eval(), stored.extra
         folder = Path(scratch, "out")
         try:
             files = _write(config, network, extra, folder)
@@ -85,60 +83,10 @@ def run(config: ExportConfig) -> ExportResult:
     )
 
 
-def _load(config: ExportConfig, local: Path) -> tuple[Network, dict[str, Any]]:
-    local = _fetch(config.run, local)
-    try:
-        network = load_network(local, image_size=config.image_size, num_heads=config.num_heads)
-        if config.image_size is not None and network.image_size != (config.image_size,) * 2:
-            network = resize_positions(network, config.image_size)
-    except ValueError as error:
-        raise InputError(str(error).replace(str(local), config.run)) from error
-    return network, _extra(local)
-
-
-def _fetch(run: str, local: Path) -> Path:
-    """A local copy of the weights that `run` names: a folder or a file."""
-    if Path(run.partition("?")[0]).suffix in WEIGHT_FILES:
-        if not storage.exists(run):
-            raise InputError(f"run = {run}: there is no such file")
-        local.mkdir()
-        file = local / Path(run.partition("?")[0]).name
-        file.write_bytes(storage.read_bytes(run))
-        return file
-    weights = storage.join(run, "weights")
-    if storage.list_files(weights):
-        storage.fetch_dir(weights, local)
-    elif storage.exists(storage.join(run, "run.json")):
-        raise InputError(
-            f"run = {run}: the run has no finished weights yet; start the same pretrain command "
-            "again and let it finish"
-        )
-    elif storage.list_files(run):
-        storage.fetch_dir(run, local)
-    else:
-        raise InputError(f"run = {run}: nothing is there")
-    return local
-
-
-def _extra(local: Path) -> dict[str, Any]:
-    """What is known beside the tensors: above all how pixels were normalised."""
-    if (local / "config.json").is_file():
-        values = storage.read_json(str(local / "config.json"))
-        if values.get("format") == FORMAT:
-            return dict(read_weights_config(local)["extra"])
-    processor = local / "preprocessor_config.json"
-    if processor.is_file():
-        values = storage.read_json(str(processor))
-        return {"pixel_mean": values["image_mean"], "pixel_std": values["image_std"]}
-    return {}
-
-
 def _write(
     config: ExportConfig, network: Network, extra: dict[str, Any], folder: Path
 ) -> list[str]:
     if config.format == "weights":
-        if not isinstance(network, BeitMIM):
-            raise ValueError("a fine-tuned classifier; format weights holds pretrained networks")
         save_weights(network, folder, extra=extra)
         return ["weights.safetensors", "config.json"]
     options: dict[str, Any] = {}
@@ -147,6 +95,7 @@ def _write(
         options["std"] = extra.get("pixel_std", IMAGENET_STD)
     if config.format == "hf":
         options["encoder_only"] = config.encoder_only
+        options["class_names"] = extra.get("class_names", ())
     if config.format == "onnx":
         if importlib.util.find_spec("onnxscript") is None:
             raise InputError("format = onnx: needs onnxscript; install the extra beit-ray[onnx]")
@@ -178,9 +127,11 @@ def _difference(config: ExportConfig, network: Network, folder: Path) -> float |
                 folder, image_size=network.image_size, num_heads=network.num_heads
             ).eval()
             # An encoder alone has no head to compare.
-            headless = isinstance(again, BeitClassifier) and not again.num_classes
+            headless = config.encoder_only
             expected = _output(network, pixels, headless=headless)
             found = _output(again, pixels, headless=headless)
+            if found.dim() > expected.dim():  # pooled by the class token, which is normed already
+                found = found[:, 0]
             limit = 0.0
     difference = (found - expected).abs().max().item()
     if not difference <= limit:
@@ -195,9 +146,7 @@ def _output(network: Network, pixels: torch.Tensor, *, headless: bool = False) -
     if isinstance(network, BeitMIM):
         return network.features(pixels)
     if headless:
-        x = network.run_blocks(network.embed(pixels, None, None))
-        pooled: torch.Tensor = network.fc_norm(x[:, 1:].mean(dim=1))
-        return pooled
+        return network.pooled(pixels)
     logits: torch.Tensor = network(pixels)
     return logits
 

@@ -8,7 +8,6 @@ one worker, in the order in which things happen. See docs/pretrain.md.
 import contextlib
 import tempfile
 import time
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +18,17 @@ from beit.schedules import warmup_cosine
 from beit.vit import drop_path_noise
 from beit.weights import save_weights
 from pipelines import storage
-from pipelines.config.checks import to_dict
 from pipelines.config.pretrain import MAY_CHANGE, PretrainConfig, run_uri
 from pipelines.errors import StageFailed
-from pipelines.evaluation.features import weights_fingerprint
-from pipelines.redaction import redacted_values
+from pipelines.tables.weights_store import weights_fingerprint
 from pipelines.tracking import Dataset
 from pipelines.training import driver, goodput
-from pipelines.training.checkpoint import Checkpoint, Saver, resume_point
+from pipelines.training.checkpoint import Checkpoint, Saver
 from pipelines.training.data import WorkerData
 from pipelines.training.distributed import (
     World,
     clip_gradients,
-    restore,
+    resolve_precision,
     snapshot,
     without_sync,
     wrap_model,
@@ -48,7 +45,8 @@ from pipelines.training.pretraining import (
     with_absolute_uris,
 )
 from pipelines.training.probing import log_pictures, run_probe
-from pipelines.training.run_dir import RunDir, Skips
+from pipelines.training.recovery import checkpoint_state, resume, roll_back
+from pipelines.training.run_dir import RunDir
 from pipelines.training.step_metrics import StepMetrics
 from pipelines.training.stopping import stop_requested
 
@@ -102,7 +100,7 @@ def train_loop(  # noqa: PLR0912, PLR0915
     run_dir, books = log.run, log.books
 
     # --- Set-up: what do I train on, what do I train.
-    precision = resolve_precision(config, world.device)
+    precision = resolve_precision(config.scaling, world.device)
     if config.scaling.tf32 and world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     data = WorkerData(config, world)
@@ -140,7 +138,7 @@ def train_loop(  # noqa: PLR0912, PLR0915
         def save(at: int) -> None:
             weights, moments = snapshot(model, optimizer, keep=world.rank == 0)
             if world.rank == 0:
-                state = checkpoint_state(config, plan, monitor, skips, precision)
+                state = checkpoint_state(config, plan.fingerprints, monitor, skips, precision)
                 saver.save(Checkpoint(step=at, weights=weights, moments=moments, state=state))
                 log.flush()
 
@@ -256,24 +254,11 @@ def train_loop(  # noqa: PLR0912, PLR0915
             if severe and severe.action == "rollback":
                 if len(skips.entries) < config.health.max_rollbacks:
                     with books.spend("restart"):
-                        world.broadcast(saver.wait() if world.rank == 0 else None)
-                        back = resume(log, world, model, optimizer, monitor)
-                        assert back is not None, "a checkpoint is made before the first step"
-                        skipped = skips.position(step) - skips.position(back)
-                        skips = skips.add(from_step=back, batches=skipped)
-                        if world.rank == 0:
-                            run_dir.write_skips(skips)
-                        log.rewind(back)
-                        log.event(
-                            "rolled_back",
-                            step=step,
-                            to_step=back,
-                            skipped_batches=skipped,
-                            message=f"back to step {back}; {skipped} batches are skipped",
+                        step, skips = roll_back(
+                            log, world, model, optimizer, monitor, saver, skips, step
                         )
-                        batches = data.batches(skips.segments(back, plan.total_steps))
-                        step = period_start = back
-                        first_period = True
+                        batches = data.batches(skips.segments(step, plan.total_steps))
+                        period_start, first_period = step, True
                     continue
                 severe = severe.stopping("health.max_rollbacks is reached")
             if severe:
@@ -303,13 +288,6 @@ def train_loop(  # noqa: PLR0912, PLR0915
         world.barrier()
 
 
-def resolve_precision(config: PretrainConfig, device: torch.device) -> str:
-    """float32 or bf16; `auto` is bf16 on CUDA."""
-    if config.scaling.precision != "auto":
-        return config.scaling.precision
-    return "bf16" if device.type == "cuda" else "float32"
-
-
 def build_optimizer(config: PretrainConfig, model: nn.Module) -> torch.optim.AdamW:
     """Fused AdamW with the groups of the official code."""
     optim = config.optim
@@ -320,40 +298,6 @@ def build_optimizer(config: PretrainConfig, model: nn.Module) -> torch.optim.Ada
         eps=optim.eps,
         fused=True,
     )
-
-
-def resume(
-    log: TrainLog,
-    world: World,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    monitor: HealthMonitor,
-) -> int | None:
-    """Loads the newest whole checkpoint: its step, or None if there is none."""
-    found = resume_point(log.run.checkpoints, world, rejected=log.checkpoint_rejected)
-    if found is None:
-        return None
-    restore(model, optimizer, found.weights, found.moments)
-    monitor.restore(found.state["health"])
-    return found.step
-
-
-def checkpoint_state(
-    config: PretrainConfig, plan: PretrainPlan, monitor: HealthMonitor, skips: Skips, precision: str
-) -> dict[str, Any]:
-    """What a checkpoint says beside tensors."""
-    return {
-        "config": redacted_values(to_dict(config)),
-        "fingerprints": dict(plan.fingerprints),
-        "health": monitor.state(),
-        "skips": skips.entries,
-        # No generator has a state to save: order, masks and drop-path are functions of these and
-        # of the step. bf16 needs no loss scaler.
-        "rng": {"seed": config.seed, "state": "functions of (seed, step) and (seed, image, epoch)"},
-        "scaler": None,
-        "precision": precision,
-        "torch": torch.__version__,
-    }
 
 
 def write_weights(

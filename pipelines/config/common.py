@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 from pipelines.config.checks import Ge, Gt, Lt, check, require
 
+Action = Literal["off", "warn", "stop", "rollback"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -105,3 +107,33 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         check(self, "checkpoint.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealthConfig:
+    """What is watched, and what happens: off, warn, stop, or rollback to the last checkpoint.
+
+    A rollback skips the data between that checkpoint and the offence.
+    """
+
+    non_finite: Action = "rollback"
+    """NaN or infinite loss or gradient. Such an update is never applied, whatever the action."""
+    exploding_gradient: Action = "warn"
+    """Gradient norm above gradient_ratio times its recent median."""
+    gradient_ratio: Annotated[float, Gt(1)] = 50.0
+    """See exploding_gradient."""
+    data_starvation: Action = "warn"
+    """Waiting for data takes more than max_data_wait of a logging period; names the cause."""
+    max_data_wait: Annotated[float, Ge(0)] = 0.3
+    """Share of wall-clock."""
+    max_rollbacks: Annotated[int, Ge(0)] = 3
+    """Rollbacks before the run stops."""
+
+    def __post_init__(self) -> None:
+        check(self, "health.")
+        require(
+            self.data_starvation != "rollback",
+            "health.data_starvation",
+            self.data_starvation,
+            "choose off, warn, stop; going back does not bring data",
+        )

@@ -7,9 +7,8 @@ from typing import Annotated, Literal
 from beit.view_policy import ViewPolicy
 from pipelines.config import common
 from pipelines.config.checks import Ge, Gt, Lt, check, require
+from pipelines.config.common import Action
 from pipelines.config.tracking import TrackingConfig
-
-Action = Literal["off", "warn", "stop", "rollback"]
 
 # What a resumed run may change: how it is computed, watched and reported. Everything else decides
 # what is computed, and a change to it asks for another run directory. `images` and `tokens` may
@@ -233,18 +232,12 @@ class CheckpointConfig(common.CheckpointConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HealthConfig:
+class HealthConfig(common.HealthConfig):
     """What is watched, and what happens: off, warn, stop, or rollback to the last checkpoint.
 
     A rollback skips the data between that checkpoint and the offence.
     """
 
-    non_finite: Action = "rollback"
-    """NaN or infinite loss or gradient. Such an update is never applied, whatever the action."""
-    exploding_gradient: Action = "warn"
-    """Gradient norm above gradient_ratio times its recent median."""
-    gradient_ratio: Annotated[float, Gt(1)] = 50.0
-    """See exploding_gradient."""
     code_collapse: Action = "warn"
     """Predicted tokens use fewer than min_perplexity codes."""
     min_perplexity: Annotated[float, Ge(0)] = 2.0
@@ -253,21 +246,6 @@ class HealthConfig:
     """Masked-token accuracy no better than always guessing the most frequent token."""
     grace_steps: Annotated[int, Ge(0)] = 1000
     """Steps, after warm-up, before collapse and floor are judged."""
-    data_starvation: Action = "warn"
-    """Waiting for data takes more than max_data_wait of a logging period; names the cause."""
-    max_data_wait: Annotated[float, Ge(0)] = 0.3
-    """Share of wall-clock."""
-    max_rollbacks: Annotated[int, Ge(0)] = 3
-    """Rollbacks before the run stops."""
-
-    def __post_init__(self) -> None:
-        check(self, "health.")
-        require(
-            self.data_starvation != "rollback",
-            "health.data_starvation",
-            self.data_starvation,
-            "choose off, warn, stop; going back does not bring data",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

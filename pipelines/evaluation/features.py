@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from beit.mim import BeitMIM
-from beit.weights import CONFIG_FILE, WEIGHTS_FILE, load_weights, read_weights_config
+from beit.convert import Network
+from beit.weights import load_weights, read_weights_config
 from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.progress import Progress
 from pipelines.reading.pixels import central, read_pixels
 from pipelines.tables.image_table import ImageTable
+from pipelines.tables.weights_store import weights_fingerprint
 
 MAX_PIXEL_SIDE = 64
 GRID_REGIONS = 4
@@ -27,7 +28,7 @@ GRID_REGIONS = 4
 class Weights:
     """A pretrained network and where it comes from."""
 
-    model: BeitMIM
+    model: Network
     uri: str
     """The weights directory itself."""
     fingerprint: str
@@ -36,16 +37,6 @@ class Weights:
     """Of pixels in [0, 1], as in training."""
     run_id: str
     """MLflow run that made them; "" where unknown."""
-
-
-def weights_fingerprint(uri: str) -> str:
-    """Identity of weights: the hash of the names and contents of the files that make them up."""
-    names = (WEIGHTS_FILE, CONFIG_FILE)
-    files = [file for file in storage.list_files(uri, recursive=False) if file.path in names]
-    return storage.fingerprint(
-        {file.path: storage.digest(storage.read_bytes(storage.join(uri, file.path)))
-         for file in files}
-    )  # fmt: skip
 
 
 def open_weights(uri: str) -> Weights:
@@ -166,8 +157,8 @@ def joined(train: LabelledImages, test: LabelledImages) -> LabelledImages:
     Raises:
         InputError: the table of `train` has no image of a class of `test`.
     """
-    numbers = {_comparable(name): number for number, name in enumerate(train.known)}
-    strange = [name for name in test.class_names if _comparable(name) not in numbers]
+    numbers = {comparable(name): number for number, name in enumerate(train.known)}
+    strange = [name for name in test.class_names if comparable(name) not in numbers]
     if strange:
         raise InputError(
             f"test_images: {train.uri} has no image of {', '.join(map(repr, strange[:5]))}"
@@ -176,7 +167,7 @@ def joined(train: LabelledImages, test: LabelledImages) -> LabelledImages:
             "give tables whose classes have the same names"
         )
     own, others = (
-        np.asarray([numbers[_comparable(name)] for name in names])
+        np.asarray([numbers[comparable(name)] for name in names])
         for names in (train.class_names, test.class_names)
     )
     used = np.union1d(own, others)
@@ -189,14 +180,14 @@ def joined(train: LabelledImages, test: LabelledImages) -> LabelledImages:
     )
 
 
-def _comparable(name: str) -> str:
-    # Macs and others write the same accent in two ways.
+def comparable(name: str) -> str:
+    """A class's name as names are compared: Macs and others write the same accent in two ways."""
     return unicodedata.normalize("NFC", name)
 
 
 @torch.no_grad()
 def block_features(
-    model: BeitMIM,
+    model: Network,
     pixels: np.ndarray,
     *,
     layers: list[int],

@@ -4,6 +4,7 @@ Pure functions of arrays: features float (n, d), labels int (n,). Nothing draws 
 generator, so the same features give the same figures.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -232,6 +233,19 @@ def accuracy_interval(
         means[draw] = total[chosen].sum() / size[chosen].sum()
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
+
+
+def wilson_interval(hits: int, total: int) -> tuple[float, float]:
+    """95 % interval of a share of which `hits` of `total` were seen, drawn independently.
+
+    Wilson's score interval (1927): sensible at 0 and 1, too, unlike the normal one.
+    """
+    z = 1.959963984540054
+    share, shrink = hits / total, 1 + z * z / total
+    centre = (share + z * z / (2 * total)) / shrink
+    half = z / shrink * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    # At its ends the interval closes exactly, whatever rounding makes of it.
+    return 0.0 if hits == 0 else centre - half, 1.0 if hits == total else centre + half
 
 
 def _features(x: Any) -> Tensor:

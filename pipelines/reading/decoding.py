@@ -9,8 +9,10 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from beit.augment import Erasure, apply_operations, augmentation_of, erasure_of
 from beit.masking import mask_of
 from beit.views import Interpolation, ViewPolicy
+from pipelines.config.finetune import AugmentConfig
 from pipelines.config.pretrain import MaskingConfig
 from pipelines.errors import InputError
 from pipelines.reading.encoded_rows import EncodedRows
@@ -42,9 +44,13 @@ class RenderSpec:
     token_view: tuple[int, Interpolation] | None = None
     """Size and filter of the tokenizer's view, where tokens are computed online. Always exact."""
     masking: MaskingConfig | None = None
+    augment: AugmentConfig | None = None
+    """What else happens to the patch view, for fine-tuning."""
+    fill: tuple[int, int, int] = (128, 128, 128)
+    """Colour of what an augmentation brings in from outside of the view."""
     grid_size: tuple[int, int]
     seed: int
-    """Of the masks."""
+    """Of masks and augmentations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +63,8 @@ class RenderedRows:
     """uint8 (n, 3, side, side) of the tokenizer's view, if asked for."""
     masks: np.ndarray
     """bool (n, N), True = masked; all False without masking."""
+    erasures: list[Erasure | None]
+    """What is to be erased of each row's pixels, once they are normalised."""
     seconds: float
     """Spent here by one thread."""
 
@@ -83,10 +91,14 @@ def render_rows(
         outputs.append(spec.token_view)
         token_pixels = np.empty((count, 3, spec.token_view[0], spec.token_view[0]), np.uint8)
     masks = np.zeros((count, spec.grid_size[0] * spec.grid_size[1]), np.bool_)
+    erasures: list[Erasure | None] = [None] * count
     for i, (data, digest, key) in enumerate(zip(images, digests, keys, strict=True)):
         view = drawn(spec.policy, int(views[i]))
         rendered = render_encoded(data, digest, [view], outputs, key=key)
-        pixels[i] = rendered[0].transpose(2, 0, 1)
+        patch_view = rendered[0]
+        if spec.augment is not None:
+            patch_view, erasures[i] = augmented(patch_view, digest, epoch, spec)
+        pixels[i] = patch_view.transpose(2, 0, 1)
         if token_pixels is not None:
             token_pixels[i] = rendered[1].transpose(2, 0, 1)
         if spec.masking is not None:
@@ -101,7 +113,31 @@ def render_rows(
                 exact=spec.masking.exact,
             )
     seconds = time.perf_counter() - started
-    return RenderedRows(pixels=pixels, token_pixels=token_pixels, masks=masks, seconds=seconds)
+    return RenderedRows(
+        pixels=pixels, token_pixels=token_pixels, masks=masks, erasures=erasures, seconds=seconds
+    )
+
+
+def augmented(
+    pixels: np.ndarray, digest: bytes, epoch: int, spec: RenderSpec
+) -> tuple[np.ndarray, Erasure | None]:
+    """A patch view uint8 (size, size, 3) after its augmentation, and what is still to be erased."""
+    assert spec.augment is not None
+    how = spec.augment
+    augmentation = augmentation_of(
+        digest,
+        epoch,
+        seed=spec.seed,
+        size=spec.image_size,
+        num_operations=how.num_operations,
+        magnitude=how.magnitude,
+        magnitude_std=how.magnitude_std,
+        erase_probability=how.erase_probability,
+    )
+    pixels = apply_operations(pixels, augmentation.operations, spec.fill)
+    if augmentation.erased is None:
+        return pixels, None
+    return pixels, erasure_of(digest, epoch, augmentation.erased, seed=spec.seed)
 
 
 class Decoder(Protocol):

@@ -37,6 +37,8 @@ class EncodedRows:
     """int64 (n,): the view of each row in this epoch."""
     token_ids: np.ndarray | None
     """uint16 (n, N): the tokens of that view; None without token tables."""
+    labels: np.ndarray | None = None
+    """int64 (n,): classes; None where they are not read."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -55,6 +57,7 @@ class EncodedRows:
             digests=[self.digests[i] for i in positions],
             views=self.views[positions],
             token_ids=None if self.token_ids is None else self.token_ids[positions],
+            labels=None if self.labels is None else self.labels[positions],
         )
 
     def take(self, start: int, stop: int) -> Self:
@@ -67,6 +70,7 @@ class EncodedRows:
     def join(cls, pieces: Sequence[Self]) -> Self:
         """All rows of all pieces, in order."""
         tokens = [piece.token_ids for piece in pieces if piece.token_ids is not None]
+        labels = [piece.labels for piece in pieces if piece.labels is not None]
         return cls(
             row_ids=np.concatenate([piece.row_ids for piece in pieces]),
             keys=[key for piece in pieces for key in piece.keys],
@@ -74,6 +78,7 @@ class EncodedRows:
             digests=[digest for piece in pieces for digest in piece.digests],
             views=np.concatenate([piece.views for piece in pieces]),
             token_ids=np.concatenate(tokens) if tokens else None,
+            labels=np.concatenate(labels) if labels else None,
         )
 
 
@@ -85,9 +90,15 @@ class TrainingTables:
     """
 
     def __init__(
-        self, images: ImageTable, tokens: Sequence[TokenTable], policy: ViewPolicy
+        self,
+        images: ImageTable,
+        tokens: Sequence[TokenTable],
+        policy: ViewPolicy,
+        *,
+        labelled: bool = False,
     ) -> None:
         self.images = images
+        self.labelled = labelled
         self.tokens = tuple(sorted(tokens, key=lambda table: table.views.start))
         self.policy = policy
         self.views = np.array([view for table in self.tokens for view in table.views], np.int64)
@@ -139,6 +150,7 @@ class TrainingTables:
             digests=digests,
             views=views,
             token_ids=self._read_tokens(start, stop, keys, views),
+            labels=table["label"].to_numpy().astype(np.int64) if self.labelled else None,
         )
 
     def _read_tokens(
@@ -182,7 +194,8 @@ class TrainingTables:
             if table is not None:
                 self._row_groups.move_to_end(position)
                 return table
-        table = self.images.read_row_group(position, COLUMNS)
+        columns = (*COLUMNS, "label") if self.labelled else COLUMNS
+        table = self.images.read_row_group(position, columns)
         with self._lock:
             self._row_groups[position] = table
             total = sum(kept.nbytes for kept in self._row_groups.values())
@@ -196,6 +209,7 @@ def open_training_tables(
     token_uris: Sequence[str] = (),
     *,
     policy: ViewPolicy | None = None,
+    labelled: bool = False,
     grid_size: tuple[int, int] | None = None,
     vocab_size: int | None = None,
     tokenizer_fingerprint: str | None = None,
@@ -203,13 +217,17 @@ def open_training_tables(
     """Open an image table with token tables of the same images, tokenizer and view policy.
 
     ``policy``, ``grid_size``, ``vocab_size`` and ``tokenizer_fingerprint`` are what the caller
-    relies on, where it does. Without token tables ``policy`` is needed: it draws the views.
+    relies on, where it does. Without token tables ``policy`` is needed: it draws the views. With
+    ``labelled`` labels are read, too, which all rows must have.
 
     Raises:
         InputError: a table is missing, unfinished, altered, stale or of something else than the
-            others; the message names the field and both values.
+            others; the message names the field and both values. Labels are asked for, and
+            images have none.
     """
     images = ImageTable.open(images_uri)
+    if labelled:
+        check_labelled(images)
     tokens = [TokenTable.open(uri) for uri in token_uris]
     for table in tokens:
         table.check_compatible(
@@ -224,4 +242,14 @@ def open_training_tables(
         policy = tokens[0].policy
     elif policy is None:
         raise InputError("tokens: none given, and no view policy to draw views from; give one")
-    return TrainingTables(images, tokens, policy)
+    return TrainingTables(images, tokens, policy, labelled=labelled)
+
+
+def check_labelled(images: ImageTable) -> None:
+    """Raises InputError unless every image has a label."""
+    missing = int((images.labels() < 0).sum())
+    if missing:
+        raise InputError(
+            f"images = {images.uri}: {missing} of {images.num_rows} images have no label; prepare "
+            "a table in which all have one (docs/prepare.md says where labels come from)"
+        )

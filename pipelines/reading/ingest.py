@@ -12,7 +12,7 @@ given up row by row as they are used: about window * shards rows at a time, plus
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -21,7 +21,9 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from beit.augment import Erasure
 from beit.views import Interpolation
+from pipelines.config.finetune import AugmentConfig
 from pipelines.config.pretrain import MaskingConfig
 from pipelines.errors import InputError
 from pipelines.reading.decoding import (
@@ -65,6 +67,10 @@ class Batch:
     """int64 (B, N), row-major; None without token tables."""
     token_pixels: torch.Tensor | None = None
     """uint8 (B, 3, h, w) for tokenizing online, if asked for."""
+    labels: torch.Tensor | None = None
+    """int64 (B,): classes; None without labels."""
+    erasures: Sequence[Erasure | None] = ()
+    """What is to be erased of each image, once it is normalised; empty: nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +121,8 @@ def train_batches(
     start_step: int,
     stop_step: int,
     masking: MaskingConfig | None = None,
+    augment: AugmentConfig | None = None,
+    fill: tuple[int, int, int] = (128, 128, 128),
     grid_size: tuple[int, int] | None = None,
     rank: int = 0,
     num_ranks: int = 1,
@@ -129,7 +137,8 @@ def train_batches(
     """The batches of steps [start_step, stop_step) for one rank, in order; closes at the end.
 
     Args:
-        seed: Of the masks.
+        seed: Of masks and augmentations.
+        augment: What else happens to views, for fine-tuning; `fill` is the colour outside of them.
         grid_size: Patches per column and row; needed only without token tables.
         num_threads: Decoding threads (threads executor only).
         prefetch_batches: Batches decoded ahead of the consumer.
@@ -164,6 +173,8 @@ def train_batches(
         interpolation=interpolation,
         token_view=token_view,
         masking=masking,
+        augment=augment,
+        fill=fill,
         grid_size=grid_size,
         seed=seed,
     )
@@ -344,6 +355,8 @@ class BatchStream(Iterator[Batch]):
             token_pixels=(
                 None if slices[0].token_pixels is None else self._gather(slices, "token_pixels")
             ),
+            labels=None if rows.labels is None else torch.from_numpy(rows.labels),
+            erasures=[erasure for part in slices for erasure in part.erasures],
         )
 
     def _gather(self, slices: list[RenderedRows], name: str) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Batches as the training loop wants them: on the device, in micro-batches, for any worker count.
+"""Batches as a training loop wants them: on the device, in micro-batches, for any worker count.
 
 The order of samples is `pipelines.sample_order`, reading ahead is `pipelines.reading.ingest`; here
 they meet the workers, the steps that a rollback skipped, and the device.
@@ -8,13 +8,14 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines.config.finetune import FinetuneConfig
 from pipelines.config.pretrain import PretrainConfig
 from pipelines.errors import InputError
 from pipelines.reading import ingest
@@ -23,7 +24,7 @@ from pipelines.sample_order import SampleOrder
 from pipelines.training.distributed import World
 from pipelines.training.health import Finding
 
-Tensors = TypeVar("Tensors", Tensor, NDArray[np.int64])
+AnyConfig = TypeVar("AnyConfig", PretrainConfig, FinetuneConfig)
 
 # Above this share of their time at work, the decoding threads are what training waits for.
 DECODERS_BUSY = 0.6
@@ -65,7 +66,7 @@ class StepBatch:
         return ids
 
 
-def make_order(config: PretrainConfig, data: ingest.TrainingTables) -> SampleOrder:
+def make_order(config: PretrainConfig | FinetuneConfig, data: ingest.TrainingTables) -> SampleOrder:
     """The order of samples of a run."""
     return SampleOrder(
         data.row_group_sizes,
@@ -107,29 +108,33 @@ def largest_divisor(number: int, limit: int) -> int:
     return max(value for value in range(1, limit + 1) if number % value == 0)
 
 
-class WorkerData:
-    """The data of one worker.
+class WorkerFeed(Generic[AnyConfig]):
+    """What the data of one worker is in every training on images.
 
     An elastic run may get a number of workers that does not divide the canonical shards. Then the
     largest number that does takes part, and the other workers contribute nothing.
     """
 
-    def __init__(self, config: PretrainConfig, world: World) -> None:
-        self.config, self.world = config, world
-        self.tables = open_tables(config)
-        self.order = make_order(config, self.tables)
+    def __init__(
+        self,
+        config: AnyConfig,
+        world: World,
+        tables: ingest.TrainingTables,
+        *,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        self.config: AnyConfig = config
+        self.world, self.tables = world, tables
+        self.image_size = image_size
+        self.order = make_order(config, tables)
         self.active = largest_divisor(config.data.num_shards, world.size)
         shape = (1, 3, 1, 1)
-        self._mean = torch.tensor(config.data.mean, device=world.device).view(shape) * 255
-        self._std = torch.tensor(config.data.std, device=world.device).view(shape) * 255
+        self._mean = torch.tensor(mean, device=world.device).view(shape) * 255
+        self._std = torch.tensor(std, device=world.device).view(shape) * 255
         self._stream: BatchStream | None = None
         self._counters = Counters()
-
-    def batches(self, segments: Sequence[tuple[int, int]]) -> Iterator[StepBatch]:
-        """Batches of [(first position, count), ...] of the order, read ahead, on the device."""
-        for first, count in segments:
-            for batch in self._host_batches(first, count):
-                yield self._on_device(batch)
 
     def close(self) -> None:
         """Stops reading ahead."""
@@ -190,31 +195,76 @@ class WorkerData:
         """Decoding threads."""
         return self.config.data.num_threads or self.config.scaling.cpus_per_worker
 
-    def _host_batches(self, first: int, count: int) -> Iterator[Batch]:
-        config = self.config
-        if self.world.rank >= self.active:
-            for position in range(first, first + count):
-                yield self._nothing(position)
-            return
+    @property
+    def idle(self) -> bool:
+        """Whether this worker contributes nothing."""
+        return self.world.rank >= self.active
+
+    def start(self, **options: Any) -> BatchStream:
+        """This worker's read-ahead, in place of any before; see `ingest.train_batches`."""
         self.close()
+        data = self.config.data
         self._stream = ingest.train_batches(
             self.tables,
             self.order,
-            image_size=config.model.image_size,
-            seed=config.seed,
-            start_step=first,
-            stop_step=first + count,
-            masking=config.masking,
-            grid_size=config.model.grid_size,
+            image_size=self.image_size,
+            seed=self.config.seed,
             rank=self.world.rank,
             num_ranks=self.active,
-            executor=config.data.executor,
+            executor=data.executor,
             num_threads=self.num_threads,
-            prefetch_batches=config.data.prefetch_batches,
+            prefetch_batches=data.prefetch_batches,
             pin_memory=self.world.device.type == "cuda",
+            **options,
         )
         self._counters = Counters()
-        yield from self._stream
+        return self._stream
+
+    def pieces(self, count: int) -> list[slice]:
+        """Micro-batches of `count` rows: as many for workers that are idle as for those at work,
+        for in a sharded model all take part in each."""
+        passes = self.config.scaling.accumulate_steps
+        if self.idle:
+            share = self.config.data.global_batch_size // self.active
+            return [slice(0, count)] * min(passes, share)
+        edges = [count * i // min(passes, count) for i in range(min(passes, count) + 1)]
+        return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+
+    def move(self, tensor: Tensor) -> Tensor:
+        """A tensor on the device."""
+        return tensor.to(self.world.device, non_blocking=True)
+
+
+class WorkerData(WorkerFeed[PretrainConfig]):
+    """The data of one worker in pretraining."""
+
+    def __init__(self, config: PretrainConfig, world: World) -> None:
+        super().__init__(
+            config,
+            world,
+            open_tables(config),
+            image_size=config.model.image_size,
+            mean=config.data.mean,
+            std=config.data.std,
+        )
+
+    def batches(self, segments: Sequence[tuple[int, int]]) -> Iterator[StepBatch]:
+        """Batches of [(first position, count), ...] of the order, read ahead, on the device."""
+        for first, count in segments:
+            for batch in self._host_batches(first, count):
+                yield self._on_device(batch)
+
+    def _host_batches(self, first: int, count: int) -> Iterator[Batch]:
+        if self.idle:
+            for position in range(first, first + count):
+                yield self._nothing(position)
+            return
+        yield from self.start(
+            start_step=first,
+            stop_step=first + count,
+            masking=self.config.masking,
+            grid_size=self.config.model.grid_size,
+        )
 
     def _nothing(self, position: int) -> Batch:
         """What an idle worker computes: one black image without a masked patch, so no loss."""
@@ -230,28 +280,17 @@ class WorkerData:
         )
 
     def _on_device(self, batch: Batch) -> StepBatch:
-        count = len(batch.pixels)
-        pieces = min(self.config.scaling.accumulate_steps, count)
-        edges = [count * i // pieces for i in range(pieces + 1)]
         parts = []
-        for start, stop in itertools.pairwise(edges):
-            mask = batch.mask[start:stop]
-            targets = None if batch.token_ids is None else batch.token_ids[start:stop][mask]
+        for rows in self.pieces(len(batch.pixels)):
+            mask = batch.mask[rows]
+            targets = None if batch.token_ids is None else batch.token_ids[rows][mask]
             parts.append(
                 MicroBatch(
-                    pixels=self._move(batch.pixels[start:stop]),
-                    mask=self._move(mask),
-                    targets=None if targets is None else self._move(targets),
+                    pixels=self.move(batch.pixels[rows]),
+                    mask=self.move(mask),
+                    targets=None if targets is None else self.move(targets),
                     num_masked=int(mask.sum()),
-                    rows=slice(start, stop),
+                    rows=rows,
                 )
             )
-        if self.world.rank >= self.active:
-            # As many passes as those who work: in a sharded model all take part in each.
-            share = self.config.data.global_batch_size // self.active
-            passes = min(self.config.scaling.accumulate_steps, share)
-            parts = [dataclasses.replace(parts[0]) for _ in range(passes)]
         return StepBatch(parts=parts, host=batch)
-
-    def _move(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.world.device, non_blocking=True)

@@ -19,6 +19,7 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from beit.vit import Block
+from pipelines.config import common
 from pipelines.errors import InputError
 
 # Moments of AdamW, and its own step count, as they are named in optimizer.state.
@@ -100,6 +101,13 @@ def join_world(*, use_gpu: bool, in_ray: bool) -> World:
     if not in_ray:
         return World(rank=0, size=1, device=device)
     return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
+
+
+def resolve_precision(scaling: common.ScalingConfig, device: torch.device) -> str:
+    """float32 or bf16; `auto` is bf16 on CUDA."""
+    if scaling.precision != "auto":
+        return scaling.precision
+    return "bf16" if device.type == "cuda" else "float32"
 
 
 def wrap_model(model: nn.Module, world: World, *, strategy: str, compiled: bool) -> nn.Module:

@@ -11,6 +11,7 @@ from collections import deque
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from pipelines.config import common
 from pipelines.config.pretrain import HealthConfig
 from pipelines.training.step_metrics import Period
 
@@ -51,7 +52,7 @@ class HealthMonitor:
     """
 
     def __init__(
-        self, config: HealthConfig, *, judged_from: int, unigram_accuracy: float | None
+        self, config: common.HealthConfig, *, judged_from: int, unigram_accuracy: float | None
     ) -> None:
         self.config = config
         self.judged_from = judged_from
@@ -73,8 +74,10 @@ class HealthMonitor:
         """
         findings = [*self._non_finite(period), *self._exploding(period)]
         last = period.first_step + len(period.losses) - 1
-        if period.first_step >= self.judged_from and not findings:
-            findings += [*self._collapse(period, last), *self._floor(period, last)]
+        # What is predicted is judged in pretraining only.
+        config = self.config if isinstance(self.config, HealthConfig) else None
+        if config and period.first_step >= self.judged_from and not findings:
+            findings += self._collapse(config, period, last) + self._floor(config, period, last)
         findings += self._starvation(data_wait_share, last)
         order = {"rollback": 0, "stop": 1, "warn": 2}
         return sorted(findings, key=lambda finding: order[finding.action])
@@ -122,14 +125,14 @@ class HealthMonitor:
             self.norms.append(norm)
         return found
 
-    def _collapse(self, period: Period, step: int) -> list[Finding]:
-        perplexity, limit = period.perplexity, self.config.min_perplexity
-        if self.config.code_collapse == "off" or perplexity is None or perplexity >= limit:
+    def _collapse(self, config: HealthConfig, period: Period, step: int) -> list[Finding]:
+        perplexity, limit = period.perplexity, config.min_perplexity
+        if config.code_collapse == "off" or perplexity is None or perplexity >= limit:
             return []
         return [
             Finding(
                 kind="code_collapse",
-                action=self.config.code_collapse,
+                action=config.code_collapse,
                 step=step,
                 value=perplexity,
                 limit=limit,
@@ -139,16 +142,16 @@ class HealthMonitor:
             )
         ]
 
-    def _floor(self, period: Period, step: int) -> list[Finding]:
+    def _floor(self, config: HealthConfig, period: Period, step: int) -> list[Finding]:
         accuracy, floor = period.means.get("mim_accuracy"), self.unigram_accuracy
-        if self.config.accuracy_floor == "off" or accuracy is None or floor is None:
+        if config.accuracy_floor == "off" or accuracy is None or floor is None:
             return []
         if accuracy > floor:
             return []
         return [
             Finding(
                 kind="accuracy_floor",
-                action=self.config.accuracy_floor,
+                action=config.accuracy_floor,
                 step=step,
                 value=accuracy,
                 limit=floor,

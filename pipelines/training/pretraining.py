@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from pipelines import storage
-from pipelines.config.pretrain import PretrainConfig
+from pipelines.config.finetune import FinetuneConfig
+from pipelines.config.pretrain import OptimConfig, PretrainConfig
 from pipelines.errors import InputError
 from pipelines.reading.ingest import TrainingTables
 from pipelines.tables import tokenizer_store
@@ -93,13 +94,7 @@ def make_plan(config: PretrainConfig, data: TrainingTables) -> PretrainPlan:
         InputError: warm-up as long as the run, or a batch larger than the table.
     """
     order = make_order(config, data)
-    total = config.optim.total_steps(order.steps_per_epoch)
-    warmup = config.optim.total_warmup_steps(order.steps_per_epoch)
-    if warmup >= total:
-        raise InputError(
-            f"optim.warmup_steps / warmup_epochs = {warmup} steps, but the run has {total}: "
-            "shorten the warm-up (--optim.warmup_steps) or lengthen the run"
-        )
+    total, warmup = schedule_lengths(config.optim, order.steps_per_epoch)
     return PretrainPlan(
         total_steps=total,
         warmup_steps=warmup,
@@ -108,6 +103,22 @@ def make_plan(config: PretrainConfig, data: TrainingTables) -> PretrainPlan:
         flops_per_image=flops_per_image(config, data.vocab_size),
         fingerprints={**data.fingerprints(), "order": storage.fingerprint(order.to_dict())},
     )
+
+
+def schedule_lengths(optim: OptimConfig, steps_per_epoch: int) -> tuple[int, int]:
+    """Steps of the whole run, and of its warm-up.
+
+    Raises:
+        InputError: the warm-up is as long as the run.
+    """
+    total = optim.total_steps(steps_per_epoch)
+    warmup = optim.total_warmup_steps(steps_per_epoch)
+    if warmup >= total:
+        raise InputError(
+            f"optim.warmup_steps / warmup_epochs = {warmup} steps, but the run has {total}: "
+            "shorten the warm-up (--optim.warmup_steps) or lengthen the run"
+        )
+    return total, warmup
 
 
 def vocabulary_of(data: TrainingTables) -> Vocabulary | None:
@@ -129,7 +140,7 @@ def unigram_floor(data: TrainingTables) -> tuple[float, float]:
     return float(share.max()), float(-(share * np.log(share)).sum())
 
 
-def check_workers(config: PretrainConfig) -> None:
+def check_workers(config: PretrainConfig | FinetuneConfig) -> None:
     """A fixed number of workers must divide the canonical shards.
 
     Raises:

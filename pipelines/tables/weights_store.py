@@ -1,0 +1,120 @@
+"""Weights at any URI, whoever wrote them: a run's, a weights folder's, or published ones."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from beit.convert import Network
+from beit.foreign import load_network
+from beit.positions import resize_positions
+from beit.weights import CONFIG_FILE, WEIGHTS_FILE, is_ours
+from pipelines import storage
+from pipelines.errors import InputError
+
+WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stored:
+    """A network, and what is known of it beside its tensors."""
+
+    network: Network
+    uri: str
+    """Of the weights themselves: a folder or a file."""
+    fingerprint: str
+    extra: dict[str, Any]
+    """What its folder says: pixel_mean, pixel_std, class_names, ..., where it does."""
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Of a classifier; empty where they are not known."""
+        names: Sequence[str] = self.extra.get("class_names") or ()
+        return names
+
+
+def open_network(
+    uri: str,
+    *,
+    field: str = "run",
+    image_size: int | None = None,
+    num_heads: int | None = None,
+) -> Stored:
+    """The network of a run directory, a weights folder, or published weights, on the CPU.
+
+    `field` is the option that errors name. `image_size` resizes its positions, in pixels;
+    `num_heads` serves unilm files that do not tell.
+
+    Raises:
+        InputError: there are none, or none that we know.
+    """
+    with tempfile.TemporaryDirectory(prefix="beit-weights-") as scratch:
+        place, local = _fetch(uri, Path(scratch, "in"), field)
+        try:
+            network = load_network(local, image_size=image_size, num_heads=num_heads)
+            if image_size is not None and network.image_size != (image_size, image_size):
+                network = resize_positions(network, image_size)
+        except ValueError as error:
+            raise InputError(f"{field} = {uri}: {str(error).replace(str(local), place)}") from error
+        return Stored(network=network, uri=place, fingerprint=_identity(local), extra=_extra(local))
+
+
+def weights_fingerprint(uri: str) -> str:
+    """Identity of a weights folder: the hash of names and contents of the files that make it up."""
+    names = (WEIGHTS_FILE, CONFIG_FILE)
+    files = [file for file in storage.list_files(uri, recursive=False) if file.path in names]
+    return _hashed({f.path: storage.read_bytes(storage.join(uri, f.path)) for f in files})
+
+
+def _identity(local: Path) -> str:
+    files = [local] if local.is_file() else [file for file in local.iterdir() if file.is_file()]
+    if not local.is_file() and is_ours(_config(local)):
+        files = [file for file in files if file.name in (WEIGHTS_FILE, CONFIG_FILE)]
+    return _hashed({file.name: file.read_bytes() for file in files})
+
+
+def _hashed(files: dict[str, bytes]) -> str:
+    return storage.fingerprint({name: storage.digest(data) for name, data in files.items()})
+
+
+def _fetch(uri: str, local: Path, field: str) -> tuple[str, Path]:
+    """URI and local copy of the weights that `uri` names: a folder or a file."""
+    if Path(uri.partition("?")[0]).suffix in WEIGHT_FILES:
+        if not storage.exists(uri):
+            raise InputError(f"{field} = {uri}: there is no such file")
+        local.mkdir()
+        file = local / Path(uri.partition("?")[0]).name
+        file.write_bytes(storage.read_bytes(uri))
+        return storage.absolute(uri), file
+    weights = storage.join(uri, "weights")
+    if storage.list_files(weights):
+        storage.fetch_dir(weights, local)
+        return storage.absolute(weights), local
+    if storage.exists(storage.join(uri, "run.json")):
+        raise InputError(
+            f"{field} = {uri}: the run has no finished weights yet; start the same command that "
+            "began it again and let it finish"
+        )
+    if not storage.list_files(uri):
+        raise InputError(f"{field} = {uri}: nothing is there")
+    storage.fetch_dir(uri, local)
+    return storage.absolute(uri), local
+
+
+def _extra(local: Path) -> dict[str, Any]:
+    """What is known beside the tensors: above all how pixels were normalised."""
+    config = _config(local)
+    if is_ours(config):
+        return dict(config.get("extra") or {})
+    processor = local / "preprocessor_config.json"
+    if processor.is_file():
+        values = storage.read_json(str(processor))
+        return {"pixel_mean": values["image_mean"], "pixel_std": values["image_std"]}
+    return {}
+
+
+def _config(local: Path) -> dict[str, Any]:
+    file = local / CONFIG_FILE
+    values: dict[str, Any] = storage.read_json(str(file)) if file.is_file() else {}
+    return values

@@ -1,0 +1,274 @@
+"""Before and after a fine-tuning run: what it begins with, what it is refused for, its plan."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from beit.classifier import BeitClassifier, classifier_from_pretraining
+from pipelines import storage
+from pipelines.config.finetune import FinetuneConfig
+from pipelines.errors import InputError
+from pipelines.reading.ingest import TrainingTables
+from pipelines.tables.weights_store import Stored, open_network
+from pipelines.tracking import Dataset
+from pipelines.training.data import make_order
+from pipelines.training.labelled import open_labelled
+from pipelines.training.pretraining import check_workers, schedule_lengths
+from pipelines.training.run_dir import RunDir
+from pipelines.training.testing import TestImages, TestScore, open_test
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetunePlan:
+    """What the driver works out once for all workers and restarts."""
+
+    total_steps: int
+    warmup_steps: int
+    steps_per_epoch: int
+    test_every_steps: int
+    class_names: tuple[str, ...]
+    """Of the training table: the head has one output for each."""
+    trained: tuple[bool, ...]
+    """Which of them have images."""
+    keep_head: bool
+    """Whether the head of the weights goes on."""
+    image_size: int
+    grid_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    flops_per_image: float
+    fingerprints: Mapping[str, Any]
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What report.json repeats of it."""
+        return {"flops_per_image": self.flops_per_image, "num_classes": len(self.class_names)}
+
+
+def with_absolute_uris(config: FinetuneConfig) -> FinetuneConfig:
+    """The same, for workers that may have another working directory than this process.
+
+    Raises:
+        InputError: a URI is missing.
+    """
+    for name in ("run", "images", "output"):
+        if not getattr(config, name):
+            raise InputError(f"{name} = '': give its directory or URI")
+    return dataclasses.replace(
+        config,
+        run=storage.absolute(config.run),
+        images=storage.absolute(config.images),
+        test=storage.absolute(config.test) if config.test else "",
+        output=storage.absolute(config.output),
+    )
+
+
+def plan_run(config: FinetuneConfig) -> tuple[TrainingTables, Stored, FinetunePlan]:
+    """Opens the inputs and works the run out; writes nothing.
+
+    Raises:
+        InputError: a value, table, fingerprint or the weights do not fit; names it.
+    """
+    source = open_source(config)
+    tables = open_labelled(config)
+    plan = make_plan(config, tables, source)
+    check_workers(config)
+    return tables, source, plan
+
+
+def open_source(config: FinetuneConfig) -> Stored:
+    """What the run begins with, its positions resized.
+
+    Raises:
+        InputError: there are no weights, or none that we know.
+    """
+    stored = open_network(
+        config.run, image_size=config.model.image_size, num_heads=config.model.num_heads
+    )
+    height, width = stored.network.image_size
+    if height != width:
+        raise InputError(
+            f"run = {config.run}: its images are {height} x {width} pixels, fine-tuning shows "
+            "squares; give --model.image_size"
+        )
+    return stored
+
+
+def make_plan(config: FinetuneConfig, tables: TrainingTables, source: Stored) -> FinetunePlan:
+    """Everything that follows from configuration, tables and weights.
+
+    Raises:
+        InputError: warm-up as long as the run, a batch larger than the table, fewer than two
+            classes, a test table of others, or pixels that nobody says how to normalise.
+    """
+    order = make_order(config, tables)
+    total, warmup = schedule_lengths(config.optim, order.steps_per_epoch)
+    class_names = tuple(tables.images.class_names)
+    counts = np.bincount(tables.images.labels(), minlength=len(class_names))
+    if (counts > 0).sum() < 2:
+        raise InputError(
+            f"images = {config.images}: its images are of {int((counts > 0).sum())} class; "
+            "a classifier needs two"
+        )
+    trained = tuple(bool(count) for count in counts)
+    fingerprints = {**tables.fingerprints(), "order": storage.fingerprint(order.to_dict())}
+    fingerprints["weights"] = source.fingerprint
+    if config.test:
+        test = open_test(config.test, class_names, trained)
+        fingerprints["test"] = test.table.fingerprint
+    mean, std = pixel_statistics(config, source)
+    keep_head = config.model.head == "auto" and tuple(source.class_names) == class_names
+    network = built(config, source, num_classes=len(class_names), keep_head=keep_head)
+    return FinetunePlan(
+        total_steps=total,
+        warmup_steps=warmup,
+        steps_per_epoch=order.steps_per_epoch,
+        test_every_steps=max(1, round(config.testing.every_epochs * order.steps_per_epoch)),
+        class_names=class_names,
+        trained=trained,
+        keep_head=keep_head,
+        image_size=network.image_size[0],
+        grid_size=network.grid_size,
+        mean=mean,
+        std=std,
+        flops_per_image=network.flops_per_image(),
+        fingerprints=fingerprints,
+    )
+
+
+def pixel_statistics(
+    config: FinetuneConfig, source: Stored
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of pixels: those given, or those that the weights tell.
+
+    Raises:
+        InputError: neither.
+    """
+    mean = config.data.mean or source.extra.get("pixel_mean")
+    std = config.data.std or source.extra.get("pixel_std")
+    if mean is None or std is None:
+        raise InputError(
+            f"data.mean, data.std = null: {source.uri} does not say how pixels were normalised in "
+            "its pretraining; give both (official files of BEiT on ImageNet-22k: 0.5 each; of "
+            "BEiT v2 and MAE: [0.485, 0.456, 0.406] and [0.229, 0.224, 0.225])"
+        )
+    return tuple(mean), tuple(std)
+
+
+def built(
+    config: FinetuneConfig, source: Stored, *, num_classes: int, keep_head: bool
+) -> BeitClassifier:
+    """The network to train, on the CPU: its encoder of `source`, the rest from the seed alone."""
+    network = classifier_from_pretraining(
+        source.network,
+        num_classes=num_classes,
+        drop_path=config.model.drop_path,
+        pooling=config.model.pooling,
+        keep_head=keep_head,
+        generator=torch.Generator().manual_seed(config.seed),
+    )
+    network.activation_checkpointing = config.scaling.activation_checkpointing
+    return network
+
+
+def build_classifier(config: FinetuneConfig, plan: FinetunePlan) -> BeitClassifier:
+    """The network that a run begins with, as each worker builds it.
+
+    Raises:
+        InputError: the weights are not those that the driver saw.
+    """
+    source = open_source(config)
+    if source.fingerprint != plan.fingerprints["weights"]:
+        raise InputError(
+            f"run = {config.run}: its fingerprint is {source.fingerprint} here, the driver found "
+            f"{plan.fingerprints['weights']}; do not change weights while they are used"
+        )
+    return built(config, source, num_classes=len(plan.class_names), keep_head=plan.keep_head)
+
+
+def test_images(config: FinetuneConfig, plan: FinetunePlan) -> TestImages | None:
+    """The test table; None without one."""
+    return open_test(config.test, plan.class_names, plan.trained) if config.test else None
+
+
+def input_datasets(
+    config: FinetuneConfig, plan: FinetunePlan, tables: TrainingTables, source: Stored
+) -> list[Dataset]:
+    """What the run reads, for MLflow."""
+    images = tables.images
+    inputs = [
+        Dataset(name="weights", uri=source.uri, digest=source.fingerprint),
+        Dataset(name="image_table", uri=images.uri, digest=images.fingerprint, context="training"),
+    ]
+    test = test_images(config, plan)
+    if test is not None:
+        inputs.append(
+            Dataset(
+                name="test_table",
+                uri=test.table.uri,
+                digest=test.table.fingerprint,
+                context="evaluation",
+            )
+        )
+    return inputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneResult:
+    """What a finished run has to say."""
+
+    run_uri: str
+    weights_uri: str
+    mlflow_run_id: str
+    steps: int
+    resumed_from: int
+    """Steps that were done before this call; equal to `steps` if there was nothing left to do."""
+    loss: float
+    """Of the last logging period."""
+    images_per_second: float
+    test: TestScore | None
+    """Of the finished weights; None without a test table."""
+    report: Mapping[str, Any]
+    """report.json."""
+
+    def summary(self) -> str:
+        """One line for a person."""
+        done = "were done already" if self.resumed_from == self.steps else "done"
+        tested = f"{self.test.describe()}, " if self.test else ""
+        return (
+            f"finetune: {self.steps} steps {done}; loss {self.loss:.3f}, {tested}"
+            f"{self.images_per_second:.0f} images/s; look first at "
+            f"{self.report['goodput']['bottleneck']}; run: {self.run_uri}"
+        )
+
+
+def result_of(run: RunDir, report: Mapping[str, Any], *, resumed_from: int) -> FinetuneResult:
+    """The result of a finished run, from what it left."""
+    period = report["last_period"]
+    return FinetuneResult(
+        run_uri=run.uri,
+        weights_uri=run.weights,
+        mlflow_run_id=run.record()["mlflow_run_id"],
+        steps=report["steps"],
+        resumed_from=resumed_from,
+        loss=_figure(period.get("loss")),
+        images_per_second=_figure(period.get("images_per_second")),
+        test=_last_test(run.events("test")),
+        report=report,
+    )
+
+
+def _figure(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _last_test(events: Sequence[Mapping[str, Any]]) -> TestScore | None:
+    if not events:
+        return None
+    names = [field.name for field in dataclasses.fields(TestScore)]
+    return TestScore(**{name: events[-1][name] for name in names})
