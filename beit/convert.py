@@ -3,7 +3,8 @@
 Ours are the official names (microsoft/unilm at 768a3c8), one layout for pretraining (`BeitMIM`)
 and one for fine-tuning (`BeitClassifier`). The others:
 
-- unilm files: the same, wrapped in `model` or `module`, with index buffers;
+- unilm files: the same, wrapped in `model` or `module`, with index buffers; those of BEiT v2 with
+  an aggregation head;
 - Hugging Face transformers: `BeitForMaskedImageModeling`, `BeitModel`,
   `BeitForImageClassification`, as `save_pretrained` writes them (4.x and 5.x write the same
   names; those of 5.x modules in memory are read too);
@@ -13,7 +14,6 @@ A reader takes a state and gives a network; a writer the reverse. Every ValueErr
 tensors that are missing, unknown or misshapen.
 """
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -22,18 +22,16 @@ import torch
 from torch import Tensor
 
 from beit.classifier import BeitClassifier, per_block_tables
-from beit.mim import BeitMIM
+from beit.infer_config import TABLE, aggregation, infer_config, square_side
+from beit.mim import BeitMIM, BeitV2MIM
 from beit.position_bias import relative_position_index
 from beit.weights import check_state
 
 State: TypeAlias = dict[str, Tensor]
 Network: TypeAlias = BeitMIM | BeitClassifier
 
-TABLE = "relative_position_bias_table"
-HEAD_DIM = 64  # of every published size
-
 # Inside a block: (ours, Hugging Face on disk).
-_BLOCK_NAMES = (
+BLOCK_NAMES = (
     ("norm1.", "layernorm_before."),
     ("norm2.", "layernorm_after."),
     ("attn.proj.", "attention.output.dense."),
@@ -79,14 +77,20 @@ def from_unilm(
 ) -> Network:
     """The network of an official file: pretraining or fine-tuning layout, told by its head.
 
-    Sizes are read off the tensors. `image_size` is needed for grids that are not square and for
-    a model without any position; `num_heads` only without a bias table and with heads that are
-    not 64 wide.
+    Sizes are read off the tensors. `image_size` is used for grids that are not square and for
+    a model without any position only; `num_heads` only without a bias table and with heads that are
+    not 64 wide. A pretraining file of BEiT v2 becomes a `BeitV2MIM`; the layer from which its
+    aggregation head takes patches is that of the file's `args`, else the third from the last, as
+    published. A head of its own for the aggregated tokens (`cls_pt_lm_head`) is refused.
     """
-    inner = _unwrapped(state)
-    tensors = {name: value for name, value in inner.items() if isinstance(value, Tensor)}
+    tensors = official_tensors(state)
     kept = {n: v for n, v in tensors.items() if not n.endswith("relative_position_index")}
-    model = _build(infer_config(kept, image_size=image_size, num_heads=num_heads, source=source))
+    if isinstance(image_size, int) and square_side(kept):
+        image_size = None  # the file tells its own
+    config = infer_config(kept, image_size=image_size, num_heads=num_heads, source=source)
+    if "cls_pt_layers.0.norm1.weight" in kept:
+        config |= aggregation(kept, state.get("args"), config["depth"])
+    model = _build(config)
     check_state(kept, model.state_dict(), source=source)
     model.load_state_dict(tensors, strict=True)
     return model
@@ -207,76 +211,21 @@ def from_timm(
     return _load(_build(config), ours, source)
 
 
-def infer_config(
-    state: Mapping[str, Tensor],
-    *,
-    image_size: int | tuple[int, int] | None = None,
-    num_heads: int | None = None,
-    source: str = "state",
-) -> dict[str, Any]:
-    """Constructor arguments of the network whose (official) tensors these are.
-
-    `vocab_size` or `num_classes` says which class. Layer scale's initial value cannot be read
-    off trained weights: base's 0.1 stands for it. ValueError if the sizes cannot be told.
-    """
-    try:
-        dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
-        hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{source}: not a BEiT; no usable {error}") from error
-    blocks = {int(n.split(".")[1]) for n in state if re.match(r"blocks\.\d+\.", n)}
-    tables = [value for name, value in state.items() if name.endswith(TABLE)]
-    if tables:
-        heads = tables[0].shape[1]
-    elif num_heads is not None or dim % HEAD_DIM == 0:
-        heads = num_heads or dim // HEAD_DIM
-    else:
-        raise ValueError(f"{source}: dim {dim} is no multiple of {HEAD_DIM}; give num_heads")
-    if image_size is None:
-        image_size = _square_side(state, tables, source) * patch_size
-    config: dict[str, Any] = {
-        "image_size": image_size,
-        "patch_size": patch_size,
-        "dim": dim,
-        "depth": max(blocks) + 1,
-        "num_heads": heads,
-        "mlp_ratio": hidden / dim,
-        "absolute_positions": "pos_embed" in state,
-        "relative_positions": "none",
-        "layer_scale_init": 0.1 if "blocks.0.gamma_1" in state else None,
-    }
-    if f"rel_pos_bias.{TABLE}" in state:
-        config["relative_positions"] = "shared"
-    elif f"blocks.0.attn.{TABLE}" in state:
-        config["relative_positions"] = "per_block"
-    if "fc_norm.weight" in state or "head.weight" in state:
-        head = state.get("head.weight")
-        pooling = "mean" if "fc_norm.weight" in state else "cls"
-        return {**config, "num_classes": 0 if head is None else len(head), "pooling": pooling}
-    head = state.get("lm_head.weight")
-    return {**config, "vocab_size": 0 if head is None else len(head)}
-
-
-def _square_side(state: Mapping[str, Tensor], tables: list[Tensor], source: str) -> int:
-    if "pos_embed" in state:
-        side = math.isqrt(state["pos_embed"].shape[1] - 1)
-        if side * side == state["pos_embed"].shape[1] - 1:
-            return side
-    elif tables:
-        span = math.isqrt(tables[0].shape[0] - 3)
-        if span * span == tables[0].shape[0] - 3 and span % 2:
-            return (span + 1) // 2
-    raise ValueError(f"{source}: the patch grid is not square or has no positions; give image_size")
-
-
-def _unwrapped(state: Mapping[str, Any]) -> Mapping[str, Any]:
+def official_tensors(state: Mapping[str, Any]) -> State:
+    """The tensors of an official file, whatever they are wrapped in: `model`, `module`, or the
+    `module.` that a data-parallel wrapper puts before each name."""
     for key in ("model", "module"):
         if isinstance(state.get(key), Mapping):
-            return _unwrapped(state[key])
-    return state
+            return official_tensors(state[key])
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if tensors and all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    return tensors
 
 
 def _build(config: dict[str, Any]) -> Network:
+    if "early_layer" in config:
+        return BeitV2MIM(**config)
     return BeitMIM(**config) if "vocab_size" in config else BeitClassifier(**config)
 
 
@@ -295,18 +244,18 @@ def _huggingface_name(name: str) -> str:
     """Our name as transformers writes it; the split projection's has three alternatives."""
     block = re.match(r"blocks\.(\d+)\.", name)
     if block is None:
-        return _swap(name, _ENCODER_NAMES)
+        return swap(name, _ENCODER_NAMES)
     rest = name[block.end() :]
     if rest == "attn.qkv.weight":
         rest = "attention.attention.{query,key,value}.weight"
     elif rest in ("attn.q_bias", "attn.v_bias"):
         rest = f"attention.attention.{'query' if rest == 'attn.q_bias' else 'value'}.bias"
     else:
-        rest = _swap(rest, _BLOCK_NAMES)
+        rest = swap(rest, BLOCK_NAMES)
     return f"encoder.layer.{block[1]}.{rest}"
 
 
-def _swap(name: str, pairs: Iterable[tuple[str, str]]) -> str:
+def swap(name: str, pairs: Iterable[tuple[str, str]]) -> str:
     """`name` with the first prefix found replaced; one without any stays, for the check to name."""
     for old, new in pairs:
         if name.startswith(old):
@@ -317,7 +266,7 @@ def _swap(name: str, pairs: Iterable[tuple[str, str]]) -> str:
 def _from_huggingface_names(state: Mapping[str, Tensor], source: str) -> State:
     ours: State = {}
     parts: dict[str, State] = {}
-    reversed_names = [(theirs, own) for own, theirs in _BLOCK_NAMES]
+    reversed_names = [(theirs, own) for own, theirs in BLOCK_NAMES]
     for given, value in state.items():
         name = given.removeprefix("beit.")
         for pattern, replacement in _TRANSFORMERS_5:
@@ -326,7 +275,7 @@ def _from_huggingface_names(state: Mapping[str, Tensor], source: str) -> State:
         if name.endswith("relative_position_index"):
             continue
         if block is None:
-            ours[_swap(name, [(theirs, own) for own, theirs in _ENCODER_NAMES])] = value
+            ours[swap(name, [(theirs, own) for own, theirs in _ENCODER_NAMES])] = value
             continue
         rest = name[block.end() :]
         split = re.fullmatch(r"attention\.attention\.(query|key|value)\.weight", rest)
@@ -334,7 +283,7 @@ def _from_huggingface_names(state: Mapping[str, Tensor], source: str) -> State:
             parts.setdefault(block[1], {})[split[1]] = value
             continue
         bias = re.fullmatch(r"attention\.attention\.(query|value)\.bias", rest)
-        known = f"attn.{bias[1][0]}_bias" if bias else _swap(rest, reversed_names)
+        known = f"attn.{bias[1][0]}_bias" if bias else swap(rest, reversed_names)
         ours[f"blocks.{block[1]}.{known}" if known != rest else name] = value
     for block_number, weights in parts.items():
         stem = f"encoder.layer.{block_number}.attention.attention."

@@ -5,10 +5,12 @@ Reading executes nothing: safetensors, or torch files with weights_only.
 
 import argparse
 import json
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -19,12 +21,15 @@ from beit.convert import (
     from_huggingface,
     from_timm,
     from_unilm,
+    official_tensors,
     to_huggingface,
     to_timm,
     to_unilm,
 )
+from beit.convert_mae import from_mae, is_mae, mae_from_huggingface, to_mae
 from beit.git_lfs import check_fetched
-from beit.mim import BeitMIM
+from beit.mae import MaeNetwork
+from beit.mim import BeitMIM, BeitV2MIM
 from beit.weights import FORMATS, is_ours, load_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -32,6 +37,17 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 UNILM_FILE = "checkpoint.pth"
 ONNX_FILE = "encoder.onnx"
 ONNX_OPSET = 18
+# Training saves of the official code carry their options: argparse's record of plain values, paths
+# and NumPy scalars. None of these does anything when it is made.
+_OPTIONS: list[Any] = [
+    argparse.Namespace,
+    *((path, f"{module}.{path.__name__}")
+      for path in (pathlib.PosixPath, pathlib.PurePosixPath, pathlib.WindowsPath)
+      for module in ("pathlib", "pathlib._local")),
+    *((np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar")
+      for core in ("core", "_core")),
+    np.dtype, *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"),
+]  # fmt: skip
 _BICUBIC = 3  # Pillow's number, which preprocessor_config.json wants
 
 
@@ -41,27 +57,40 @@ def load_network(
     image_size: int | tuple[int, int] | None = None,
     num_heads: int | None = None,
 ) -> Network:
-    """The network in `path`: our weights folder, a transformers or timm folder, a unilm file.
+    """The network in `path`: our weights folder, a transformers or timm folder, an official file.
 
-    image_size and num_heads serve files that do not tell them (see `beit.convert.from_unilm`).
-    ValueError if it is none of these, or does not fit.
+    What only pretraining needs is left out: BEiT v2's aggregation head, MAE's decoder
+    (`load_whole` has them). image_size and num_heads serve files that do not tell them (see
+    `beit.convert.from_unilm`). ValueError if it is none of these, or does not fit.
     """
+    whole = load_whole(path, image_size=image_size, num_heads=num_heads)
+    return whole.plain() if isinstance(whole, BeitV2MIM | MaeNetwork) else whole
+
+
+def load_whole(
+    path: str | Path,
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    num_heads: int | None = None,
+) -> Network | MaeNetwork:
+    """As `load_network`, with all that the file holds: a `BeitV2MIM`, a `MaeNetwork`."""
     place = Path(path)
     if not place.exists():
         raise ValueError(f"{place} does not exist")
     if place.is_file():
-        state = _read_tensors(place)
-        return from_unilm(state, image_size=image_size, num_heads=num_heads, source=str(place))
+        return _official(place, image_size=image_size, num_heads=num_heads)
     config = _read_config(place)
     if config is None:
         file = place / UNILM_FILE
         if not file.exists():
             raise ValueError(f"{place} has no config.json and no {UNILM_FILE}: no BEiT weights")
-        return load_network(file, image_size=image_size, num_heads=num_heads)
+        return _official(file, image_size=image_size, num_heads=num_heads)
     if is_ours(config):
         return load_weights(place)
     if config.get("model_type") == "beit":
         return from_huggingface(_read_folder(place), config, source=str(place))
+    if config.get("model_type") == "vit_mae":
+        return mae_from_huggingface(_read_folder(place), config, source=str(place))
     arguments = config.get("model_args")
     if isinstance(arguments, Mapping) and str(config.get("architecture")).startswith("beit"):
         return from_timm(
@@ -72,15 +101,59 @@ def load_network(
         )
     raise ValueError(
         f"{place / 'config.json'} describes no BEiT: expected format "
-        f"{' or '.join(map(repr, FORMATS))}, model_type 'beit' (transformers) or architecture "
-        "'beit...' (timm)"
+        f"{' or '.join(map(repr, FORMATS))}, model_type 'beit' or 'vit_mae' (transformers) or "
+        "architecture 'beit...' (timm)"
     )
+
+
+def _official(
+    file: Path, *, image_size: int | tuple[int, int] | None, num_heads: int | None
+) -> Network | MaeNetwork:
+    state = _read_tensors(file)
+    tensors = official_tensors(state)
+    if is_mae(tensors):
+        return from_mae(tensors, num_heads=num_heads, source=str(file))
+    return from_unilm(state, image_size=image_size, num_heads=num_heads, source=str(file))
+
+
+def pixel_statistics(path: str | Path) -> tuple[Sequence[float], Sequence[float]] | None:
+    """Mean and deviation of pixels in [0, 1] by which the weights in `path` want them normalised.
+
+    As their family says: transformers' image processor, timm's configuration, the options inside
+    an official BEiT file, ImageNet's for an official MAE file. None where nothing says so.
+    """
+    place = Path(path)
+    if place.is_file():
+        return _statistics_of_file(_read_tensors(place))
+    if (place / UNILM_FILE).is_file() and not (place / "config.json").is_file():
+        return pixel_statistics(place / UNILM_FILE)
+    if (place / "preprocessor_config.json").is_file():
+        values = json.loads((place / "preprocessor_config.json").read_text())
+        return values["image_mean"], values["image_std"]
+    timm = (_read_config(place) or {}).get("pretrained_cfg") or {}
+    return (timm["mean"], timm["std"]) if "mean" in timm and "std" in timm else None
+
+
+def _statistics_of_file(state: Mapping[str, Any]) -> tuple[Sequence[float], Sequence[float]] | None:
+    args = state.get("args")
+    options = args if isinstance(args, Mapping) else vars(args) if args is not None else {}
+    imagenet = options.get("imagenet_default_mean_and_std")
+    if imagenet or (imagenet is None and is_mae(official_tensors(state))):
+        return IMAGENET_MEAN, IMAGENET_STD
+    return None if imagenet is None else ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 def write_unilm(model: Network, folder: str | Path) -> list[str]:
     """`checkpoint.pth` for the official scripts (`--finetune`, or `--resume` without optimiser)."""
     directory = _made(folder)
     torch.save(to_unilm(model), directory / UNILM_FILE)
+    return [UNILM_FILE]
+
+
+def write_mae(model: MaeNetwork | BeitMIM, folder: str | Path) -> list[str]:
+    """`checkpoint.pth` for MAE's official scripts (`--finetune`, or `--resume`)."""
+    directory = _made(folder)
+    torch.save(to_mae(model), directory / UNILM_FILE)
     return [UNILM_FILE]
 
 
@@ -194,6 +267,7 @@ WRITERS: Mapping[str, Callable[..., list[str]]] = {
     "hf": write_huggingface,
     "timm": write_timm,
     "unilm": write_unilm,
+    "mae": write_mae,
     "onnx": write_onnx,
 }
 
@@ -241,8 +315,7 @@ def _read_tensors(path: Path) -> Mapping[str, Any]:
         if path.suffix == ".safetensors":
             tensors: dict[str, Tensor] = load_file(path)
             return tensors
-        # Training saves of the official code carry their argparse options.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_OPTIONS):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as plain tensors: {error}") from error

@@ -137,6 +137,16 @@ class MaeNetwork(BeitEncoder):
         }
         return {**super().config(), **decoder}
 
+    def plain(self, weights: Mapping[str, Tensor] | None = None) -> BeitMIM:
+        """The encoder of these weights (default: its own), without a head; its mask token is zero,
+        for it has never seen one."""
+        options = {k: v for k, v in self.config().items() if not k.startswith("decoder_")}
+        plain = BeitMIM(**options, vocab_size=0)
+        state = self.state_dict() if weights is None else weights
+        encoder = {n: v for n, v in state.items() if not n.startswith("decoder_")}
+        plain.load_state_dict({**encoder, "mask_token": torch.zeros(1, 1, plain.dim)})
+        return plain
+
     def forward(
         self,
         pixels: Tensor,
@@ -232,11 +242,7 @@ class Mae(Objective):
 
     def export(self, weights: Mapping[str, Tensor]) -> BeitMIM:
         """The encoder, without a head; its mask token is zero, for it has never seen one."""
-        options = {k: v for k, v in self.network.config().items() if not k.startswith("decoder_")}
-        plain = BeitMIM(**options, vocab_size=0)
-        encoder = {n: v for n, v in weights.items() if not n.startswith("decoder_")}
-        plain.load_state_dict({**encoder, "mask_token": torch.zeros(1, 1, plain.dim)})
-        return plain
+        return self.network.plain(weights)
 
     def flops_per_image(self, num_masked: float) -> float:
         n, decoder_depth = self.network, len(self.network.decoder_blocks)

@@ -173,6 +173,15 @@ class BeitV2MIM(BeitMIM):
         head_layers = len(self.cls_pt_layers)
         return {**super().config(), "early_layer": self.early_layer, "head_layers": head_layers}
 
+    def plain(self, weights: Mapping[str, Tensor] | None = None) -> BeitMIM:
+        """The network without its aggregation head, of these weights (default: its own)."""
+        config = self.config()
+        del config["early_layer"], config["head_layers"]
+        plain = BeitMIM(**config)
+        state = self.state_dict() if weights is None else weights
+        plain.load_state_dict({n: v for n, v in state.items() if not n.startswith("cls_pt_")})
+        return plain
+
     def forward(
         self,
         pixels: Tensor,

@@ -176,11 +176,7 @@ class BeitV2(Objective):
         return self.network.features(pixels, layer=layer)
 
     def export(self, weights: Mapping[str, Tensor]) -> BeitMIM:
-        config = self.network.config()
-        del config["early_layer"], config["head_layers"]
-        plain = BeitMIM(**config)
-        plain.load_state_dict({n: v for n, v in weights.items() if not n.startswith("cls_pt_")})
-        return plain
+        return self.network.plain(weights)
 
     def flops_per_image(self, num_masked: float) -> float:
         n, head_layers = self.network, len(self.network.cls_pt_layers)

@@ -14,21 +14,24 @@ from typing import Any
 
 import torch
 
-from beit.convert import Network
-from beit.foreign import IMAGENET_MEAN, IMAGENET_STD, ONNX_FILE, WRITERS, load_network
-from beit.mim import BeitMIM
+from beit.foreign import IMAGENET_MEAN, IMAGENET_STD, ONNX_FILE, WRITERS, load_whole
+from beit.mae import MaeNetwork
+from beit.mim import BeitMIM, BeitV2MIM
 from beit.weights import save_weights
 from pipelines import storage
 from pipelines.config.export import ExportConfig
 from pipelines.errors import InputError, StageFailed
-from pipelines.tables.weights_store import open_network
+from pipelines.tables.weights_store import Whole, open_network, open_whole
 
 ONNX_TOLERANCE = 1e-4
+# Formats of official codes, which keep what only pretraining needs.
+WHOLE = ("unilm", "mae")
 
 USE = {
     "hf": "{cls}.from_pretrained({output!r})",
     "timm": "timm.create_model('local-dir:{output}', pretrained=True)",
     "unilm": "run_class_finetuning.py --finetune {output}/checkpoint.pth",
+    "mae": "main_finetune.py --finetune {output}/checkpoint.pth",
     "onnx": "onnxruntime.InferenceSession('{output}/encoder.onnx')",
     "weights": "beit.weights.load_weights({output!r})",
 }
@@ -66,8 +69,9 @@ def run(config: ExportConfig) -> ExportResult:
     if storage.list_files(output):
         raise InputError(f"output = {config.output}: holds files already; give an empty folder")
     with tempfile.TemporaryDirectory(prefix="beit-export-") as scratch:
-        stored = open_network(config.run, image_size=config.image_size, num_heads=config.num_heads)
-        network, extra = stored.network.eval(), stored.extra
+        opened = open_whole if config.format in WHOLE else open_network
+        stored = opened(config.run, image_size=config.image_size, num_heads=config.num_heads)
+        network, extra = stored.network.eval(), _with_pixels(config, stored.extra)
         folder = Path(scratch, "out")
         try:
             files = _write(config, network, extra, folder)
@@ -83,16 +87,32 @@ def run(config: ExportConfig) -> ExportResult:
     )
 
 
-def _write(
-    config: ExportConfig, network: Network, extra: dict[str, Any], folder: Path
-) -> list[str]:
+def _with_pixels(config: ExportConfig, extra: dict[str, Any]) -> dict[str, Any]:
+    """What is known beside the tensors, with how pixels were normalised.
+
+    Raises:
+        InputError: the format keeps that, and neither the weights nor the user tell.
+    """
+    if config.pixel_mean and config.pixel_std:
+        told = {"pixel_mean": list(config.pixel_mean), "pixel_std": list(config.pixel_std)}
+        extra = {**extra, **told}
+    if "pixel_mean" not in extra and config.format in ("hf", "timm", "weights"):
+        raise InputError(
+            f"run = {config.run}: does not tell how pixels were normalised; give --pixel_mean and "
+            "--pixel_std: '[0.5, 0.5, 0.5]' twice for the released BEiT, "
+            f"'{list(IMAGENET_MEAN)}' and '{list(IMAGENET_STD)}' for the released BEiT v2"
+        )
+    return extra
+
+
+def _write(config: ExportConfig, network: Whole, extra: dict[str, Any], folder: Path) -> list[str]:
     if config.format == "weights":
+        assert not isinstance(network, MaeNetwork)
         save_weights(network, folder, extra=extra)
         return ["weights.safetensors", "config.json"]
     options: dict[str, Any] = {}
     if config.format in ("hf", "timm"):
-        options["mean"] = extra.get("pixel_mean", IMAGENET_MEAN)
-        options["std"] = extra.get("pixel_std", IMAGENET_STD)
+        options |= {"mean": extra["pixel_mean"], "std": extra["pixel_std"]}
     if config.format == "hf":
         options["encoder_only"] = config.encoder_only
         options["class_names"] = extra.get("class_names", ())
@@ -106,7 +126,7 @@ def _write(
         return WRITERS[config.format](network, folder, **options)
 
 
-def _difference(config: ExportConfig, network: Network, folder: Path) -> float | None:
+def _difference(config: ExportConfig, network: Whole, folder: Path) -> float | None:
     """Largest absolute difference between the network's outputs and the export's."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(2, 3, *network.image_size, generator=generator)
@@ -123,7 +143,7 @@ def _difference(config: ExportConfig, network: Network, folder: Path) -> float |
             found = torch.from_numpy(session.run(None, {"pixels": pixels.numpy()})[0])
             limit = ONNX_TOLERANCE * max(1.0, expected.abs().max().item())
         else:
-            again = load_network(
+            again = load_whole(
                 folder, image_size=network.image_size, num_heads=network.num_heads
             ).eval()
             # An encoder alone has no head to compare.
@@ -142,7 +162,11 @@ def _difference(config: ExportConfig, network: Network, folder: Path) -> float |
     return difference
 
 
-def _output(network: Network, pixels: torch.Tensor, *, headless: bool = False) -> torch.Tensor:
+def _output(network: Whole, pixels: torch.Tensor, *, headless: bool = False) -> torch.Tensor:
+    if isinstance(network, BeitV2MIM | MaeNetwork):
+        mask = torch.arange(network.num_patches).expand(len(pixels), -1) % 2 == 0
+        whole: torch.Tensor = network(pixels, mask)
+        return whole
     if isinstance(network, BeitMIM):
         return network.features(pixels)
     if headless:
@@ -151,7 +175,7 @@ def _output(network: Network, pixels: torch.Tensor, *, headless: bool = False) -
     return logits
 
 
-def _transformers_class(config: ExportConfig, network: Network) -> str:
+def _transformers_class(config: ExportConfig, network: Whole) -> str:
     if config.encoder_only:
         return "BeitModel"
     pretraining = isinstance(network, BeitMIM)

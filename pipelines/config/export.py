@@ -12,21 +12,32 @@ class ExportConfig:
 
     run: str
     """URI of a run directory, a weights folder, or published weights: a transformers or timm
-    folder, or a unilm file (.pth)."""
+    folder, or an official file of BEiT, BEiT v2 or MAE (.pth)."""
     output: str
     """URI of the folder to write; it must be empty or absent."""
-    format: Literal["hf", "timm", "unilm", "onnx", "weights"] = "hf"
-    """hf: transformers, for from_pretrained; timm: for create_model("local-dir:..."); unilm: the
-    official code's file; onnx: the encoder; weights: this project's own folder."""
+    format: Literal["hf", "timm", "unilm", "mae", "onnx", "weights"] = "hf"
+    """hf: transformers, for from_pretrained; timm: for create_model("local-dir:..."); unilm, mae:
+    the official codes' files, with all that an official file holds; onnx: the encoder; weights:
+    this project's own folder."""
     encoder_only: bool = False
     """hf: a BeitModel, without the head."""
     image_size: Annotated[int | None, Ge(1)] = None
     """Resize positions to this image side, in pixels; null: as trained."""
+    pixel_mean: tuple[float, float, float] | None = None
+    """Per channel, of pixels in [0, 1], for weights that do not tell how they were normalised."""
+    pixel_std: tuple[float, float, float] | None = None
+    """As pixel_mean: the deviation."""
     num_heads: Annotated[int | None, Ge(1)] = None
     """Attention heads of a unilm file without bias tables whose heads are not 64 wide."""
 
     def __post_init__(self) -> None:
         check(self)
+        require(
+            (self.pixel_mean is None) == (self.pixel_std is None),
+            "pixel_mean, pixel_std",
+            (self.pixel_mean, self.pixel_std),
+            "give both or neither",
+        )
         require(
             not self.encoder_only or self.format == "hf",
             "encoder_only",

@@ -1,13 +1,14 @@
 """Weights at any URI, whoever wrote them: a run's, a weights folder's, or published ones."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from beit.convert import Network
-from beit.foreign import load_network
+from beit.foreign import load_network, load_whole, pixel_statistics
+from beit.mae import MaeNetwork
 from beit.positions import resize_positions
 from beit.weights import CONFIG_FILE, WEIGHTS_FILE, is_ours
 from pipelines import storage
@@ -15,12 +16,15 @@ from pipelines.errors import InputError
 
 WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
 
+Whole: TypeAlias = Network | MaeNetwork
+N = TypeVar("N", Network, Whole)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Stored:
+class Stored(Generic[N]):
     """A network, and what is known of it beside its tensors."""
 
-    network: Network
+    network: N
     uri: str
     """Of the weights themselves: a folder or a file."""
     fingerprint: str
@@ -40,19 +44,37 @@ def open_network(
     field: str = "run",
     image_size: int | None = None,
     num_heads: int | None = None,
-) -> Stored:
+) -> Stored[Network]:
     """The network of a run directory, a weights folder, or published weights, on the CPU.
 
-    `field` is the option that errors name. `image_size` resizes its positions, in pixels;
-    `num_heads` serves unilm files that do not tell.
+    What only pretraining needs is left out (`open_whole` has it). `field` is the option that errors
+    name. `image_size` resizes its positions, in pixels; `num_heads` serves official files that do
+    not tell.
 
     Raises:
         InputError: there are none, or none that we know.
     """
+    return _open(load_network, uri, field, image_size, num_heads)
+
+
+def open_whole(
+    uri: str,
+    *,
+    field: str = "run",
+    image_size: int | None = None,
+    num_heads: int | None = None,
+) -> Stored[Whole]:
+    """As `open_network`, with all that the files hold: aggregation head, decoder."""
+    return _open(load_whole, uri, field, image_size, num_heads)
+
+
+def _open(
+    read: Callable[..., N], uri: str, field: str, image_size: int | None, num_heads: int | None
+) -> Stored[N]:
     with tempfile.TemporaryDirectory(prefix="beit-weights-") as scratch:
         place, local = _fetch(uri, Path(scratch, "in"), field)
         try:
-            network = load_network(local, image_size=image_size, num_heads=num_heads)
+            network = read(local, image_size=image_size, num_heads=num_heads)
             if image_size is not None and network.image_size != (image_size, image_size):
                 network = resize_positions(network, image_size)
         except ValueError as error:
@@ -107,11 +129,8 @@ def _extra(local: Path) -> dict[str, Any]:
     config = _config(local)
     if is_ours(config):
         return dict(config.get("extra") or {})
-    processor = local / "preprocessor_config.json"
-    if processor.is_file():
-        values = storage.read_json(str(processor))
-        return {"pixel_mean": values["image_mean"], "pixel_std": values["image_std"]}
-    return {}
+    told = pixel_statistics(local)
+    return {} if told is None else {"pixel_mean": list(told[0]), "pixel_std": list(told[1])}
 
 
 def _config(local: Path) -> dict[str, Any]:

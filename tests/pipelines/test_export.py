@@ -10,8 +10,15 @@ import torch
 from transformers import BeitForMaskedImageModeling, BeitImageProcessor, BeitModel
 
 from beit.classifier import BeitClassifier
-from beit.foreign import load_network, write_huggingface, write_onnx, write_unilm
-from beit.mim import BeitMIM
+from beit.foreign import (
+    load_network,
+    load_whole,
+    pixel_statistics,
+    write_huggingface,
+    write_onnx,
+    write_unilm,
+)
+from beit.mim import BeitMIM, BeitV2MIM
 from beit.weights import load_weights, save_weights
 from pipelines.config.export import ExportConfig
 from pipelines.errors import InputError
@@ -92,12 +99,15 @@ def test_hugging_face_encoder_only(run_uri, tmp_path, model):
 def test_every_format_comes_back_bitwise(run_uri, tmp_path, model, fmt):
     result, output = export(run_uri, tmp_path, format=fmt)
     assert result.largest_difference == 0
-    back, again = export(output, tmp_path, format="weights", image_size=32)
+    # An official file does not tell how pixels were normalised.
+    told = {"pixel_mean": (0.1, 0.2, 0.3), "pixel_std": (0.4, 0.5, 0.6)} if fmt == "unilm" else {}
+    again = str(tmp_path / "again")
+    back = run(ExportConfig(run=output, output=again, format="weights", image_size=32, **told))
     assert back.largest_difference == 0
     restored = load_weights(again)
     for name, value in model.state_dict().items():
         assert torch.equal(restored.state_dict()[name], value), name
-    extra = json.loads((tmp_path / "out" / "weights-32" / "config.json").read_text())["extra"]
+    extra = json.loads((tmp_path / "again" / "config.json").read_text())["extra"]
     if fmt == "hf":
         assert extra == {k: EXTRA[k] for k in ("pixel_mean", "pixel_std")}
     elif fmt == "weights":
@@ -141,11 +151,44 @@ def test_positions_are_resized_on_the_way_out(run_uri, tmp_path):
     assert load_network(output).grid_size == (6, 6)
 
 
+def test_a_published_file_is_resized_too(tmp_path, model):
+    write_unilm(model, tmp_path)
+    config = ExportConfig(
+        run=str(tmp_path / "checkpoint.pth"), output=str(tmp_path / "out"), format="timm",
+        image_size=48, pixel_mean=(0.5, 0.5, 0.5), pixel_std=(0.5, 0.5, 0.5),
+    )  # fmt: skip
+    run(config)
+    assert load_network(tmp_path / "out").grid_size == (6, 6)
+    assert pixel_statistics(tmp_path / "out") == ([0.5] * 3, [0.5] * 3)
+
+
+def test_pixel_statistics_are_never_guessed(tmp_path, model):
+    write_unilm(model, tmp_path)
+    for form in ("hf", "timm", "weights"):
+        with pytest.raises(InputError, match=r"give --pixel_mean and --pixel_std"):
+            run(ExportConfig(run=str(tmp_path), output=str(tmp_path / "out"), format=form))
+    with pytest.raises(InputError, match="give both or neither"):
+        ExportConfig(run=str(tmp_path), output="out", pixel_mean=(0.5, 0.5, 0.5))
+
+
+def test_official_files_keep_what_only_pretraining_needs(tmp_path):
+    network = randomised(BeitV2MIM(**CONFIG, early_layer=1))
+    write_unilm(network, tmp_path)
+    output = str(tmp_path / "out")
+    assert (
+        run(ExportConfig(run=str(tmp_path), output=output, format="unilm")).largest_difference == 0
+    )
+    assert isinstance(load_whole(output), BeitV2MIM)
+
+
 def test_official_training_saves_with_options_inside_are_read(tmp_path, model):
     write_unilm(model, tmp_path / "pub")
     file = tmp_path / "pub" / "checkpoint.pth"
     saved = torch.load(file, weights_only=True)
-    torch.save({**saved, "epoch": 799, "args": argparse.Namespace(lr=1e-3)}, file)
+    torch.save(
+        {**saved, "epoch": 799, "args": argparse.Namespace(imagenet_default_mean_and_std=True)},
+        file,
+    )
     for place in (file, file.parent):
         result = run(
             ExportConfig(
