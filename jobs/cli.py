@@ -1,5 +1,6 @@
 """`beit STAGE ...`: one console script for every stage; `python -m jobs STAGE` is the same."""
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,10 +77,17 @@ STAGES = {
         "audit:AuditConfig",
         ray="never",
     ),
+    "sync": _stage(
+        "fills MLflow from run directories: later, or where no server was",
+        "sync:SyncConfig",
+        ray="never",
+    ),
     "plan": _stage(
         "what a tokenize or pretrain would cost; touches nothing", "plan:PlanConfig", ray="never"
     ),
 }
+# Fields that stand without their flag; those in the plural take several.
+BARE = {"audit": "table", "sync": "runs"}
 OTHERS = {
     "quickstart": "`pipeline` on a small real sample, or on your own folder",
     "doctor": "can every node do what a stage needs; makes nothing",
@@ -133,9 +141,14 @@ def config_class(name: str) -> type:
 
 
 def stage_flags(name: str, flags: Sequence[str]) -> list[str]:
-    """The flags with what may stand without one: the table of `audit`."""
-    bare = name == "audit" and flags and not flags[0].startswith("-")
-    return ["--table", *flags] if bare else list(flags)
+    """The flags with what may stand without one: the table of `audit`, the runs of `sync`."""
+    bare = list(takewhile(lambda flag: not flag.startswith("-"), flags))
+    if not bare or name not in BARE:
+        return list(flags)
+    field = BARE[name]
+    given = json.dumps(bare) if field.endswith("s") else bare[0]
+    rest = flags[len(bare) :] if field.endswith("s") else flags[1:]
+    return [f"--{field}={given}", *rest]
 
 
 def parse_stage(name: str, flags: Sequence[str]) -> Any:

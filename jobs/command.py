@@ -157,8 +157,14 @@ def _asks_for_workers(config: Any) -> bool:
 
 def with_tracking_environment(config: Config) -> Config:
     """MLflow's own variables count where a stage's flag is not given, and that is said."""
-    variables = {"uri": "MLFLOW_TRACKING_URI", "experiment": "MLFLOW_EXPERIMENT_NAME"}
-    given = {field: os.environ[name] for field, name in variables.items() if os.environ.get(name)}
+    variables = {
+        "MLFLOW_TRACKING_URI": "uri",
+        "MLFLOW_EXPERIMENT_NAME": "experiment",
+        "SLURM_JOB_ID": "job_id",
+        SUBMISSION_ID: "job_id",
+    }
+    source = {field: name for name, field in variables.items() if os.environ.get(name)}
+    given = {field: os.environ[name] for field, name in source.items()}
     said: set[str] = set()
 
     def changed(section: Any) -> Any:
@@ -175,9 +181,7 @@ def with_tracking_environment(config: Config) -> Config:
 
     updated: Config = changed(config) if given else config
     for field in sorted(said):
-        print(
-            f"tracking.{field}: {redacted(given[field])} (from {variables[field]})", file=sys.stderr
-        )
+        print(f"tracking.{field}: {redacted(given[field])} (from {source[field]})", file=sys.stderr)
     return updated
 
 

@@ -73,13 +73,15 @@ def run(config: FinetuneConfig) -> FinetuneResult:
     run_dir.begin(config, plan.fingerprints, may_change=MAY_CHANGE)
     before = driver.newest_step(run_dir)
     finished = run_dir.finished_report()
-    if before == plan.total_steps and finished is not None:
-        return result_of(run_dir, finished, resumed_from=before)
+    done = finished if before == plan.total_steps else None
+    if done is not None and driver.is_recorded(config, run_dir):
+        return result_of(run_dir, done, resumed_from=before)
 
     # Training, and what becomes of it.
     inputs = input_datasets(config, plan, tables, source)
     with driver.start_tracking(config, run_dir, stage=STAGE, inputs=inputs) as tracked:
-        report = driver.train(
+        # A run that was done before it was recorded is recorded now.
+        report = done or driver.train(
             train_loop, config, plan, run_dir, tracked, stage=STAGE, launched_at=launched_at
         )
         result = result_of(run_dir, report, resumed_from=before)
@@ -241,7 +243,7 @@ def train_loop(  # noqa: PLR0912, PLR0915
                 "img/s": f"{images_per_second:.0f}",
                 "wait": f"{wait_share:.0%}",
             }
-            log.period(step - 1, {**period.per_step(), **tracked}, tracked, shown)
+            log.period(step - 1, {**period.per_step(), **tracked}, shown)
 
             # Health: the same findings on every worker, for all see the same sums. The first
             # period after a start fills the read-ahead, so its waiting is not judged.

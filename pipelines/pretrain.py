@@ -71,13 +71,15 @@ def run(config: PretrainConfig) -> PretrainResult:
     run_dir.begin(config, plan.fingerprints, may_change=MAY_CHANGE)
     before = driver.newest_step(run_dir)
     finished = run_dir.finished_report()
-    if before == plan.total_steps and finished is not None:
-        return result_of(run_dir, plan, finished, resumed_from=before)
+    done = finished if before == plan.total_steps else None
+    if done is not None and driver.is_recorded(config, run_dir):
+        return result_of(run_dir, plan, done, resumed_from=before)
 
     # Training, and what becomes of it.
     inputs = input_datasets(config, tables)
     with driver.start_tracking(config, run_dir, stage=STAGE, inputs=inputs) as tracked:
-        report = driver.train(
+        # A run that was done before it was recorded is recorded now.
+        report = done or driver.train(
             train_loop, config, plan, run_dir, tracked, stage=STAGE, launched_at=launched_at
         )
         result = result_of(run_dir, plan, report, resumed_from=before)
@@ -239,7 +241,7 @@ def train_loop(  # noqa: PLR0912, PLR0915
                 tracked["unigram_accuracy"] = vocabulary.unigram_accuracy
                 shown["accuracy"] = f"{period.means['mim_accuracy']:.3f}"
             record = {**period.per_step(), "masked_patches": period.items, **tracked}
-            log.period(step - 1, record, tracked, shown)
+            log.period(step - 1, record, shown)
 
             # Health: the same findings on every worker, for all see the same sums. The first
             # period after a start fills the read-ahead, so its waiting is not judged.

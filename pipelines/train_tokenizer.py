@@ -117,7 +117,8 @@ def run(config: TrainTokenizerConfig) -> TrainTokenizerResult:
         tracked.set_output(
             Dataset(name="tokenizer", uri=config.output, digest=manifest["fingerprint"])
         )
-    run_dir.remove()
+    if driver.is_recorded(config, run_dir):  # else the same command, or `beit sync`, records it
+        run_dir.remove()
     return _result(config.output, manifest, already_done=already_done)
 
 
@@ -231,7 +232,7 @@ def train_loop(  # noqa: PLR0915
                     "codes": f"{tracked['codes_used']:g}",
                     "perplexity": f"{tracked['perplexity']:.1f}",
                 }
-                log.period(step - 1, {**period.per_step(), **tracked}, tracked, shown)
+                log.period(step - 1, {**period.per_step(), **tracked}, shown)
                 check_health(tracked, step, config)
                 period_start = step
                 ending = step < total and log.end_requested(world)
@@ -274,7 +275,7 @@ def place_loop(
     card = conclude(tokenizer, images, config, plan, log, device=device)
     figures = {"codes_used": card.tokens.codes_used, "perplexity": card.tokens.perplexity}
     shown = {name: f"{value:.6g}" for name, value in figures.items()}
-    log.period(0, figures, figures, shown)
+    log.period(0, figures, shown)
 
 
 def _result(output: str, manifest: dict[str, Any], *, already_done: bool) -> TrainTokenizerResult:

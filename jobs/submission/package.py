@@ -3,11 +3,13 @@
 Sent by allow-list, so that results, caches and data that lie beside the code stay where they are.
 """
 
+import json
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pipelines.errors import InputError
+from pipelines.tracking.context import CODE_VERSION_FILE, code_version
 
 PACKAGES = ("beit", "pipelines", "jobs")
 SUFFIXES = (".py", ".yaml", ".typed")
@@ -64,6 +66,9 @@ def write_package(
     for source, place in pairs:
         (target / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target / place)
+    version = code_version() if with_code else {}
+    if version:  # the copy has no repository that would tell
+        (target / "pipelines" / CODE_VERSION_FILE).write_text(json.dumps(version))
     (target / CONFIG_FILE).write_text(config_text)
     return total + len(config_text.encode())
 

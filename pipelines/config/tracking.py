@@ -19,6 +19,8 @@ class TrackingConfig:
     run only."""
     enabled: bool = True
     """False: nothing is recorded and MLflow is not imported."""
+    job_id: str = ""
+    """Identifier that the scheduler gave to the job. Set by `beit submit` and under Slurm."""
     artifact_uri: str = ""
     """Where the pictures and files of a new experiment go. Empty: decided by the server, or
     mlartifacts/ beside the SQLite file."""

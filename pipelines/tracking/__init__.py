@@ -1,5 +1,8 @@
 """MLflow runs: one for every job, made and ended by its driver, linked by fingerprints.
 
+What a run has to say is written to files first (`spool`), and a thread fills MLflow from them
+(`filler`): no stage waits for a server, and nothing is lost that a later call cannot send.
+
 A run carries the fingerprints of what it read (`beit.input.image_table`, ...) and of what it made
 (`beit.output.token_table`, ...) as tags, and the tables it read as MLflow dataset inputs. That is
 enough to walk from images to token table to weights to evaluation and back (`lineage`).
@@ -7,59 +10,50 @@ enough to walk from images to token table to weights to evaluation and back (`li
 MLflow is imported only when a run is started: its import takes seconds.
 """
 
-import contextlib
+import dataclasses
+import json
 import logging
+import shutil
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
+import yaml
 from PIL import Image
 
+from pipelines import storage
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError
-from pipelines.redaction import redacted
+from pipelines.redaction import redacted, redacted_values
 from pipelines.tracking import store as tracking_store
-from pipelines.tracking.metric_logger import MetricLogger, quiet_mlflow
+from pipelines.tracking.background import Background
+from pipelines.tracking.context import context_tags
+from pipelines.tracking.datasets import Dataset
+from pipelines.tracking.filler import Filler
+from pipelines.tracking.spool import LinesFile, Spool
+from pipelines.tracking.system_metrics import SystemMetrics
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = ["Dataset", "MetricLogger", "MlflowRun", "Run", "disabled", "start_run"]
+__all__ = ["Dataset", "Run", "SpooledRun", "disabled", "start_run"]
 
 log = logging.getLogger(__name__)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 INPUT_TAG, OUTPUT_TAG, STAGE_TAG = "beit.input.", "beit.output.", "beit.stage"
-NOTE_TAG, ERROR_TAG = "mlflow.note.content", tracking_store.ERROR_TAG
-TABLES = ("image_table", "token_table")
-MAX_PARAMS_PER_BATCH, MAX_PARAM_LENGTH, MAX_TAG_LENGTH, MAX_DIGEST_LENGTH = 100, 6000, 8000, 36
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dataset:
-    """An artefact that a stage reads or writes."""
-
-    name: str
-    """Its kind: image_table, token_table, tokenizer or weights."""
-    uri: str
-    digest: str
-    """Its fingerprint."""
-    context: str = ""
-    """What it is used for: training, evaluation, ..."""
+NOTE_TAG = "mlflow.note.content"
+FILL_EVERY, FILL_EVERY_REMOTE = 2.0, 20.0  # seconds; a remote spool is listed every time
 
 
 class Run:
-    """A run that records nothing: what stages get when tracking is off. See `MlflowRun`."""
+    """A run that records nothing: what stages get when tracking is off. See `SpooledRun`."""
 
     run_id = ""
-    tracking_uri = ""
     url = ""
     where = "tracking is off"
 
@@ -87,7 +81,7 @@ class Run:
     def log_weights(self, weights_dir: str, *, registered_model_name: str = "") -> None:
         """Stores weights as an MLflow model, see `pipelines.tracking.model_registry`."""
 
-    def finish(self, status: Status = "FINISHED") -> None:
+    def finish(self, status: Status = "FINISHED", error: str = "") -> None:
         """Sends what waits and ends the run."""
 
     def __enter__(self) -> Self:
@@ -102,8 +96,8 @@ class Run:
         if error is None:
             self.finish("FINISHED")
             return
-        self.set_tags({ERROR_TAG: f"{type(error).__name__}: {error}"})
-        self.finish("FAILED" if isinstance(error, Exception) else "KILLED")
+        ended: Status = "FAILED" if isinstance(error, Exception) else "KILLED"
+        self.finish(ended, f"{type(error).__name__}: {error}")
 
 
 def disabled() -> Run:
@@ -111,61 +105,68 @@ def disabled() -> Run:
     return Run()
 
 
-class MlflowRun(Run):
-    """A run in MLflow, owned by the driver of a stage.
+class SpooledRun(Run):
+    """A run that is written to a spool, and from there to MLflow if `filler` is given.
 
     No method raises because of the server: a finished stage is worth more than its record.
-    What could not be stored is told in the log.
+
+    Args:
+        spool: where it is written.
+        filler: what fills MLflow.
+        kept_at: where a spool that is a temporary directory is kept if MLflow lacks some of it;
+            "": it is no temporary directory.
     """
 
     def __init__(
-        self, client: "MlflowClient", tracking_uri: str, run_id: str, *, system_metrics: bool
+        self,
+        spool: Spool,
+        filler: Filler | None,
+        *,
+        kept_at: str = "",
+        system_metrics: bool = False,
     ) -> None:
-        self.tracking_uri, self.run_id = tracking_uri, run_id
-        self._client = client
-        self._experiment_id = str(client.get_run(run_id).info.experiment_id)
-        self._logger = MetricLogger(tracking_uri, run_id, system_metrics=system_metrics)
+        self._spool, self._kept_at = spool, kept_at
+        self._system: SystemMetrics | None = None
+        self._lines: LinesFile | None = None
         self._finished = False
-        shown = redacted(tracking_uri)
-        if tracking_uri.startswith("http"):
-            # Without this switch MLflow opens its view for language-model traces.
-            self.url = (
-                f"{shown.rstrip('/')}/#/experiments/{self._experiment_id}/runs/{run_id}"
-                "?workflowType=machine_learning"
-            )
-            self.where = f"MLflow run: {self.url}"
-        else:
-            self.url = ""
-            self.where = (
-                f"MLflow run {run_id[:8]} in {shown}: `make ui` shows it "
-                f"(mlflow ui --backend-store-uri {shown})"
-            )
+        self._background: Background | None = None
+        if filler is None:
+            return
+        self.run_id = filler.run_id
+        stored_in = str(spool.record()["stored_in"])
+        self.url, self.where = _where(filler, stored_in)
+        every = FILL_EVERY if storage.is_local(spool.uri) else FILL_EVERY_REMOTE
+        self._background = Background(filler, every=every, shown=stored_in)
+        if system_metrics:
+            self._system = SystemMetrics(LinesFile(spool.at("system.jsonl")))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        self._logger.log(metrics, step)
+        values = {}
+        for name, value in metrics.items():
+            try:
+                values[name] = float(value)
+            except (TypeError, ValueError) as error:
+                log.warning("tracking: %s of step %s not recorded: %s", name, step, error)
+        if self._lines is None:
+            self._lines = LinesFile(self._spool.at("driver.jsonl"))
+        self._lines.append({"step": int(step), **values})
+        self._lines.flush()
 
     def log_image(self, key: str, image: Image.Image, step: int = 0) -> None:
-        self._logger.log_image(key, image, step)
+        self._spool.picture(key, image, step)
 
     def log_artifact_file(self, name: str, data: bytes) -> None:
-        directory, _, file_name = name.rpartition("/")
-        with self._guard(name), tempfile.TemporaryDirectory() as temporary:
-            path = Path(temporary, file_name)
-            path.write_bytes(data)
-            self._client.log_artifact(self.run_id, str(path), directory or None)
+        self._spool.file(name, data)
 
     def log_table(self, name: str, columns: Mapping[str, Sequence[object]]) -> None:
-        with self._guard(name):
-            self._client.log_table(self.run_id, {key: [*v] for key, v in columns.items()}, name)
+        rows = [list(row) for row in zip(*columns.values(), strict=True)]
+        self._spool.file(name, json.dumps({"columns": list(columns), "data": rows}).encode())
+        tables = json.loads(self._spool.record()["tags"].get("mlflow.loggedArtifacts", "[]"))
+        tables.append({"path": name, "type": "table"})
+        self.set_tags({"mlflow.loggedArtifacts": json.dumps(tables)})
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        from mlflow.entities import RunTag
-
-        with self._guard("tags"):
-            values = [
-                RunTag(name, redacted(value)[:MAX_TAG_LENGTH]) for name, value in tags.items()
-            ]
-            self._client.log_batch(self.run_id, tags=values)
+        self._spool.update(tags={**self._spool.record()["tags"], **tags})
 
     def set_note(self, text: str) -> None:
         self.set_tags({NOTE_TAG: text})
@@ -175,30 +176,32 @@ class MlflowRun(Run):
         self.set_tags({name: output.digest, f"{name}.uri": output.uri})
 
     def log_weights(self, weights_dir: str, *, registered_model_name: str = "") -> None:
-        from pipelines.tracking import model_registry
+        weights = {"uri": weights_dir, "registered_model": registered_model_name}
+        self._spool.update(weights=weights)
 
-        with self._guard("weights"):
-            model_registry.log_weights(
-                self._client, self.run_id, weights_dir, registered_model_name=registered_model_name
-            )
-
-    def finish(self, status: Status = "FINISHED") -> None:
+    def finish(self, status: Status = "FINISHED", error: str = "") -> None:
         if self._finished:
             return
         self._finished = True
-        self._logger.close()
-        if self._logger.dropped:
-            self.set_tags({"beit.dropped_records": str(self._logger.dropped)})
-        with self._guard("the status"):
-            self._client.set_terminated(self.run_id, status)
-
-    @contextlib.contextmanager
-    def _guard(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            store, reason = redacted(self.tracking_uri), redacted(str(error))
-            log.warning("tracking: %s could not be stored in %s: %s", what, store, reason)
+        self._spool.update(status=status, error=error, ended=time.time())
+        if self._system:
+            self._system.close()
+        if self._background is None:
+            return
+        complete = self._background.close()
+        self._spool.update(complete=complete)
+        kept = self._kept_at or self._spool.uri
+        if not complete:
+            log.warning(
+                "tracking: %s does not have all of this run; what it has to say is kept, and "
+                "`beit sync %s` sends it",
+                self._background.shown,
+                kept,
+            )
+        if self._kept_at:
+            if not complete:
+                storage.store_dir(self._spool.uri, kept)
+            shutil.rmtree(self._spool.uri, ignore_errors=True)
 
 
 def start_run(
@@ -210,6 +213,8 @@ def start_run(
     inputs: Sequence[Dataset] = (),
     resume_run_id: str | None = None,
     note: str = "",
+    output: str = "",
+    spool: str = "",
     system_metrics: bool = True,
 ) -> Run:
     """Starts the run of a stage, or goes on with one, and prints where to see it.
@@ -223,23 +228,66 @@ def start_run(
         resume_run_id: the run of an interrupted earlier try. A run that the store does not know
             any more is replaced by a new one.
         note: description of the run, Markdown.
-        system_metrics: record the machine's load from here. A stage whose work happens in a
-            worker passes False and lets the worker's `MetricLogger` do it.
+        output: what the stage makes; beside it stands what could not be sent, until it is.
+        spool: the directory of a training run, which keeps its own record, also with tracking off.
+        system_metrics: record the load of this machine. False where a worker does it.
 
     Raises:
         InputError: the URI cannot be used or no server answers.
     """
-    if not config.enabled:
+    if not config.enabled and not spool:
         return disabled()
-    tracking_uri = tracking_store.absolute_tracking_uri(config.uri)
-    quiet_mlflow()
-    client = tracking_store.connect(tracking_uri)
+    tracking_uri = tracking_store.absolute_tracking_uri(config.uri) if config.enabled else ""
+    client = tracking_store.connect(tracking_uri) if config.enabled else None
+    temporary = "" if spool else tempfile.mkdtemp(prefix="beit-record-")
+    kept_at = temporary and (storage.beside(output, ".record") if output else temporary + ".kept")
+    files = Spool(spool or temporary)
+    earlier = files.record()
+    all_tags = {STAGE_TAG: stage, **(tags or {}), **input_tags(inputs)}
+    if config.enabled:
+        all_tags |= context_tags(stage, config.job_id)
+    if note:
+        all_tags[NOTE_TAG] = note
+    files.update(
+        stage=stage,
+        name=config.run_name or f"{stage} {time.strftime('%Y-%m-%d %H:%M:%S')}",
+        params={name: str(value) for name, value in params.items()},
+        tags={**earlier.get("tags", {}), **all_tags},
+        inputs=[dataclasses.asdict(one) for one in inputs],
+        status="RUNNING",
+        error="",
+        started=earlier.get("started", time.time()),
+        complete=False,
+        stored_in=redacted(tracking_uri),
+    )
+    if temporary:
+        plain = redacted_values(json.loads(json.dumps(dict(params), default=str)))
+        text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+        files.file("config.yaml", text.encode())
+    if client is None:
+        return SpooledRun(files, None)
+    run_id = opened_run(client, config, tracking_uri, files, resume_run_id or "")
+    files.update(run_id=run_id)
+    filler = Filler(client, run_id, files)
+    run = SpooledRun(files, filler, kept_at=kept_at, system_metrics=system_metrics)
+    print(run.where, file=sys.stderr)
+    return run
+
+
+def opened_run(
+    client: "MlflowClient", config: TrackingConfig, tracking_uri: str, spool: Spool, run_id: str
+) -> str:
+    """The run of this id set running, or a new one of what the spool tells. Raises InputError."""
     try:
-        run_id = tracking_store.reopened(client, resume_run_id) if resume_run_id else ""
-        if not run_id:
-            experiment_id = tracking_store.experiment_id(client, config, tracking_uri)
-            name = config.run_name or f"{stage} {time.strftime('%Y-%m-%d %H:%M:%S')}"
-            run_id = client.create_run(experiment_id, run_name=name).info.run_id
+        known = tracking_store.known_run(client, run_id) if run_id else ""
+        if known:
+            client.update_run(known, status="RUNNING")
+            return known
+        record = spool.record()
+        experiment_id = tracking_store.experiment_id(client, config, tracking_uri)
+        begun = int(1000 * record["started"])
+        run = client.create_run(experiment_id, begun, run_name=record["name"])
+        return str(run.info.run_id)
     except InputError:
         raise
     except Exception as error:
@@ -247,65 +295,27 @@ def start_run(
             f"tracking.uri: no run could be made in {redacted(tracking_uri)!r} "
             f"({redacted(str(error))}); or pass --tracking.enabled false"
         ) from error
-    run = MlflowRun(client, tracking_uri, run_id, system_metrics=system_metrics)
-    all_tags = {**_context_tags(stage), STAGE_TAG: stage, **(tags or {}), **_input_tags(inputs)}
-    run.set_tags({**all_tags, NOTE_TAG: note} if note else all_tags)
-    with run._guard("the configuration"):
-        _log_params(client, run_id, params)
-    with run._guard("dataset inputs"):
-        _log_datasets(client, run_id, inputs)
-    print(run.where, file=sys.stderr)
-    return run
 
 
-def _context_tags(stage: str) -> dict[str, str]:
-    from mlflow.tracking.context.registry import resolve_tags
+def _where(filler: Filler, stored_in: str) -> tuple[str, str]:
+    """Address of a run's page, if there is a server, and what is said of it."""
+    if not stored_in.startswith("http"):
+        return "", (
+            f"MLflow run {filler.run_id[:8]} in {stored_in}: `make ui` shows it "
+            f"(mlflow ui --backend-store-uri {stored_in})"
+        )
+    experiment_id = filler.client.get_run(filler.run_id).info.experiment_id
+    # Without this switch MLflow opens its view for language-model traces.
+    url = (
+        f"{stored_in.rstrip('/')}/#/experiments/{experiment_id}/runs/{filler.run_id}"
+        "?workflowType=machine_learning"
+    )
+    return url, f"MLflow run: {url}"
 
-    # MLflow finds user and commit; the program's name would be that of the launcher.
-    return {**resolve_tags(), "mlflow.source.name": f"beit {stage}"}
 
-
-def _input_tags(inputs: Sequence[Dataset]) -> dict[str, str]:
+def input_tags(inputs: Sequence[Dataset]) -> dict[str, str]:
+    """Fingerprints of what a run reads, by kind."""
     digests: dict[str, list[str]] = {}
     for dataset in inputs:
         digests.setdefault(INPUT_TAG + dataset.name, []).append(dataset.digest)
     return {name: ",".join(values) for name, values in digests.items()}
-
-
-def _log_params(client: "MlflowClient", run_id: str, params: Mapping[str, object]) -> None:
-    from mlflow.entities import Param, RunTag
-
-    known = client.get_run(run_id).data.params
-    values = {name: redacted(str(value))[:MAX_PARAM_LENGTH] for name, value in params.items()}
-    new = [Param(name, value) for name, value in values.items() if name not in known]
-    for start in range(0, len(new), MAX_PARAMS_PER_BATCH):
-        client.log_batch(run_id, params=new[start : start + MAX_PARAMS_PER_BATCH])
-    # Parameters of a run never change; what a resumed run does differently is kept as tags.
-    changed = [
-        RunTag(f"beit.resumed.{name}", value)
-        for name, value in values.items()
-        if name in known and known[name] != value
-    ]
-    for start in range(0, len(changed), MAX_PARAMS_PER_BATCH):
-        client.log_batch(run_id, tags=changed[start : start + MAX_PARAMS_PER_BATCH])
-
-
-def _log_datasets(client: "MlflowClient", run_id: str, inputs: Sequence[Dataset]) -> None:
-    from mlflow.data.dataset_source_registry import resolve_dataset_source
-    from mlflow.data.meta_dataset import MetaDataset
-    from mlflow.entities import DatasetInput, InputTag
-
-    datasets = []
-    for dataset in inputs:
-        if dataset.name not in TABLES:
-            continue
-        with warnings.catch_warnings():
-            # MLflow warns that a local path could be read by each of two equal readers.
-            warnings.simplefilter("ignore")
-            source = resolve_dataset_source(dataset.uri)
-        digest = dataset.digest[:MAX_DIGEST_LENGTH]
-        meta = MetaDataset(source=source, name=dataset.name, digest=digest)
-        tags = [InputTag("mlflow.data.context", dataset.context)] if dataset.context else []
-        datasets.append(DatasetInput(meta._to_mlflow_entity(), tags))
-    if datasets:
-        client.log_inputs(run_id, datasets)

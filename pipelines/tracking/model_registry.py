@@ -16,6 +16,7 @@ from pipelines import storage
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
     from mlflow.models import ModelSignature
 
 REQUIREMENTS = ("torch", "numpy", "pillow", "safetensors")
@@ -29,7 +30,7 @@ def log_weights(
     *,
     registered_model_name: str = "",
 ) -> str:
-    """Stores a weights directory as a model of a run, and registers it on request.
+    """Stores a weights directory as a model of a run, and registers it on request; each once.
 
     Nothing of MLflow's process-wide state (active run, tracking URI) is touched.
 
@@ -42,6 +43,18 @@ def log_weights(
     Returns:
         the model's URI, `models:/...`, for `mlflow.pyfunc.load_model`.
     """
+    outputs = client.get_run(run_id).outputs
+    if outputs is not None and outputs.model_outputs:
+        model = client.get_logged_model(outputs.model_outputs[0].model_id)
+    else:
+        model = _store(client, run_id, weights_uri)
+        _link(client, run_id, model.model_id)
+    if registered_model_name:
+        _register(client, run_id, model.model_id, model.artifact_location, registered_model_name)
+    return f"models:/{model.model_id}"
+
+
+def _store(client: "MlflowClient", run_id: str, weights_uri: str) -> "LoggedModel":
     import mlflow.pyfunc
 
     import beit
@@ -65,11 +78,7 @@ def log_weights(
         experiment_id = client.get_run(run_id).info.experiment_id
         model = client.create_logged_model(experiment_id, name=MODEL_NAME, source_run_id=run_id)
         client.log_model_artifacts(model.model_id, str(target))
-        client.finalize_logged_model(model.model_id, "READY")
-    _link(client, run_id, model.model_id)
-    if registered_model_name:
-        _register(client, run_id, model.model_id, model.artifact_location, registered_model_name)
-    return f"models:/{model.model_id}"
+        return client.finalize_logged_model(model.model_id, "READY")
 
 
 def _signature(weights: Path) -> "ModelSignature":
@@ -104,4 +113,6 @@ def _register(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+    if client.search_model_versions(f"name = '{model_name}' AND run_id = '{run_id}'"):
+        return
     client.create_model_version(model_name, source=source, run_id=run_id, model_id=model_id)

@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ERROR_TAG = "beit.error"
+
+def quiet_mlflow() -> None:
+    """Keeps the notes that MLflow writes about its own tables and requests off the terminal."""
+    for name in ("mlflow", "alembic", "mlflow.store.db.utils", "mlflow.tracking", "urllib3"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def absolute_tracking_uri(uri: str) -> str:
@@ -153,8 +157,8 @@ def artifact_location(config: TrackingConfig, tracking_uri: str) -> str | None:
     )
 
 
-def reopened(client: "MlflowClient", run_id: str) -> str:
-    """The run set running again; "" when the store does not have it any more."""
+def known_run(client: "MlflowClient", run_id: str) -> str:
+    """The run's id; "" when the store does not have it any more."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -167,7 +171,4 @@ def reopened(client: "MlflowClient", run_id: str) -> str:
     if run.info.lifecycle_stage != "active":
         log.warning("tracking: run %s was deleted; a new one is made", run_id)
         return ""
-    client.update_run(run_id, status="RUNNING")
-    if ERROR_TAG in run.data.tags:  # of the failure that this start leaves behind
-        client.delete_tag(run_id, ERROR_TAG)
     return run_id

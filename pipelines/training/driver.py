@@ -20,6 +20,7 @@ from pipelines.config.checks import flatten, to_dict
 from pipelines.config.common import ScalingConfig
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError, StageFailed
+from pipelines.tracking.spool import Spool
 from pipelines.training.checkpoint import complete_steps
 from pipelines.training.distributed import World, join_world
 from pipelines.training.goodput import account
@@ -73,8 +74,8 @@ class Launch:
     run: RunDir
     launched_at: float
     """Seconds since the epoch."""
-    tracking_uri: str
-    mlflow_run_id: str
+    tracked: bool
+    """Whether MLflow records it."""
 
 
 def start_tracking(
@@ -88,6 +89,7 @@ def start_tracking(
         tags={"beit.run_dir": run.uri},
         inputs=inputs,
         resume_run_id=run.record()["mlflow_run_id"] or None,
+        spool=run.uri,
         system_metrics=False,  # those of worker 0 are recorded
     )
     run.set_run_id(tracked.run_id)
@@ -117,8 +119,7 @@ def train(
         stage=stage,
         run=run,
         launched_at=launched_at,
-        tracking_uri=tracked.tracking_uri,
-        mlflow_run_id=tracked.run_id,
+        tracked=bool(tracked.run_id),
     )
     try:
         start_step = newest_step(run)
@@ -134,6 +135,8 @@ def train(
     finally:
         report = _report(plan, launch)
         run.write_report(report)
+        if report["outcome"] != "finished":
+            tracked.set_note(_verdict_of_unfinished(report))
     if not any(attempt.launched_at == launched_at for attempt in run.attempts()):
         raise InputError(
             f"output = {run.uri}: the workers have ended, and nothing that they wrote is there: "
@@ -143,9 +146,29 @@ def train(
         raise KeyboardInterrupt(f"Asked to end (SIGTERM): {report['message']}.")
     if report["outcome"] != "finished":
         raise StageFailed(report["message"] or f"the run did not finish; see {run.at('events')}")
-    tracked.log_artifact_file("report.json", storage.canonical_json(report))
-    tracked.log_artifact_file("config.yaml", storage.read_bytes(run.at("config.yaml")))
     return report
+
+
+def is_recorded(config: TrainConfig, run: RunDir) -> bool:
+    """Whether all that a finished run has to say is recorded where the configuration asks for it.
+
+    If not, its stage goes on with the run and says it again.
+    """
+    record = Spool(run.uri).record()
+    if not record:  # of a version that kept none
+        return True
+    finished = record["status"] == "FINISHED"
+    return finished and (record["complete"] or not config.tracking.enabled)
+
+
+def _verdict_of_unfinished(report: Mapping[str, Any]) -> str:
+    books = report["goodput"]
+    return (
+        f"**{report['outcome'] or 'not finished'}** after {report['steps']} of "
+        f"{report['total_steps']} steps: {report['message'] or 'its workers were lost'}\n\n"
+        f"{books['attempts']} starts, {books['wall_seconds']:.0f} s, {books['goodput']:.0%} of "
+        f"them productive; most else went into {books['bottleneck']}."
+    )
 
 
 def newest_step(run: RunDir) -> int:
@@ -167,8 +190,7 @@ def _attempt(
         run,
         world,
         launched_at=launched_at,
-        tracking_uri=launch.tracking_uri,
-        mlflow_run_id=launch.mlflow_run_id,
+        system_metrics=launch.tracked,
     ) as log:
         try:
             loop(config, plan, world, log)
@@ -341,4 +363,5 @@ def _last_period(run: RunDir) -> dict[str, Any]:
         period: dict[str, Any] = json.loads(lines[-1])
     except ValueError:  # torn by a kill
         return {}
+    period.pop("time", None)
     return {name: value for name, value in period.items() if not isinstance(value, list)}

@@ -110,6 +110,10 @@ class Attempt:
     workers: int
     pids: list[int] = field(default_factory=list)
     """Process of each worker, by rank."""
+    host: str = ""
+    """Machine of worker 0."""
+    device: str = ""
+    """What it computes on."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Its books."""
     latest: dict[str, Any] = field(default_factory=dict)

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -20,14 +21,17 @@ from PIL import Image
 from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.progress import Progress
-from pipelines.tracking.metric_logger import MetricLogger
+from pipelines.tracking.spool import LinesFile, Spool
+from pipelines.tracking.system_metrics import SystemMetrics
 from pipelines.training.checkpoint import complete_steps
 from pipelines.training.distributed import World
 from pipelines.training.goodput import Attempt, Books
 from pipelines.training.health import Finding
-from pipelines.training.run_dir import MetricsFile, RunDir
+from pipelines.training.run_dir import RunDir
 
 log = logging.getLogger(__name__)
+
+MEASURED = "measured"
 
 
 class TrainLog:
@@ -43,10 +47,9 @@ class TrainLog:
         world: World,
         *,
         launched_at: float,
-        tracking_uri: str,
-        mlflow_run_id: str,
+        system_metrics: bool = False,
     ) -> None:
-        self.run, self.books = run, Books()
+        self.run, self.books, self.spool = run, Books(), Spool(run.uri)
         self.active = world.rank == 0
         entered_at = time.time()
         pids = world.gather(torch.tensor([os.getpid()], device=world.device))
@@ -61,22 +64,25 @@ class TrainLog:
             next_step=newest,
             workers=world.size,
             pids=[int(pid) for pid in pids],
+            host=socket.gethostname(),
+            device=device_name(world.device),
         )
         self.pause = 1.0 if storage.is_local(run.uri) else 20.0
         self.written = -math.inf
-        self.metrics: MetricsFile | None = None
-        self.tracker: MetricLogger | None = None
+        self.metrics: LinesFile | None = None
+        self.system: SystemMetrics | None = None
         if self.active:
             self._write_attempt()
-            self.tracker = MetricLogger(tracking_uri, mlflow_run_id, system_metrics=True)
+            if system_metrics:
+                self.system = SystemMetrics(LinesFile(run.at("system.jsonl")))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.flush()
-        if self.tracker:
-            self.tracker.close()
+        if self.system:
+            self.system.close()
 
     def start(self, step: int | None) -> int:
         """Begins after the `step` steps of a checkpoint, or with step 0 if there is none."""
@@ -102,26 +108,25 @@ class TrainLog:
         """Drops metrics of steps that will be done again."""
         self.attempt = dataclasses.replace(self.attempt, next_step=step)
         if self.active:
-            self.metrics = MetricsFile(self.run.at("metrics.jsonl"), start_step=step)
+            self.metrics = LinesFile(self.run.at("metrics.jsonl"), start_step=step)
 
     def period(
         self,
         step: int,
         record: Mapping[str, Any],
-        tracked: Mapping[str, float],
         shown: Mapping[str, str],
     ) -> None:
         """A logging period that ends with `step`.
 
-        `record` goes to metrics.jsonl, `tracked` to MLflow, `shown` to the progress line.
+        `record` goes to metrics.jsonl, and its numbers from there to MLflow; `shown` to the
+        progress line.
         """
         self.attempt = dataclasses.replace(self.attempt, next_step=step + 1, latest=dict(shown))
         if not self.active:
             return
-        assert self.metrics and self.tracker
+        assert self.metrics
         with tolerated():
             self.metrics.append(clean({"step": step, **record}))
-        self.tracker.log({k: v for k, v in tracked.items() if math.isfinite(v)}, step)
         if time.monotonic() - self.written >= self.pause:
             with tolerated():
                 self._write_attempt()
@@ -132,8 +137,6 @@ class TrainLog:
             return
         with tolerated():
             self.run.event(kind, **clean(fields))
-        if self.tracker and "step" in fields:
-            self.tracker.log({f"events/{kind}": 1.0}, int(fields["step"]))
 
     def checkpoint_rejected(self, step: int, reason: str) -> None:
         """A checkpoint was passed over when one to continue from was looked for."""
@@ -149,14 +152,14 @@ class TrainLog:
         self.event(values.pop("kind"), **values)
 
     def tracked(self, metrics: Mapping[str, float], step: int) -> None:
-        """Values for MLflow only."""
-        if self.tracker:
-            self.tracker.log(metrics, step)
+        """Values that were measured beside the logging periods."""
+        self.event(MEASURED, step=step, figures=dict(metrics))
 
     def picture(self, key: str, image: Image.Image, step: int) -> None:
-        """A picture for MLflow."""
-        if self.tracker:
-            self.tracker.log_image(key, image, step)
+        """A picture."""
+        if self.active:
+            with tolerated():
+                self.spool.picture(key, image, step)
 
     def flush(self) -> None:
         """Makes metrics durable; done with every checkpoint."""
@@ -174,6 +177,11 @@ class TrainLog:
         self.attempt = dataclasses.replace(self.attempt, seconds=self.books.seconds())
         self.run.write_attempt(self.attempt)
         self.written = time.monotonic()
+
+
+def device_name(device: torch.device) -> str:
+    """What people call it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @contextlib.contextmanager
@@ -238,6 +246,8 @@ class ProgressThread:
             return
         for event in events:
             self.seen.add(event["time"])
+            if event["event"] == MEASURED:
+                continue
             text = event.get("message") or json.dumps(event)
             self.progress.stream.write(f"\n{event['event']}: {text}\n")
         if attempts and attempts[-1].latest:

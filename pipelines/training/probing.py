@@ -72,10 +72,10 @@ def run_probe(
         knn = probes.knn_accuracy(x[train], labels[train], x[test], labels[test])
         linear = probes.linear_accuracy(x[train], labels[train], x[test], labels[test])
         seconds = time.monotonic() - start
-        log.tracked({"probe/knn_accuracy": knn, "probe/linear_accuracy": linear}, step)
         log.event(
             "probe",
             step=step,
+            figures={"probe/knn_accuracy": knn, "probe/linear_accuracy": linear},
             knn_accuracy=knn,
             linear_accuracy=linear,
             layer=layer,

@@ -5,6 +5,7 @@
     checkpoints/step_*/    see `pipelines.training.checkpoint`
     weights/               the final model (safetensors + config.json)
     metrics.jsonl          one line a logging period
+    tracking.json, ...     what MLflow is filled from, see `pipelines.tracking.spool`
     events/*.json          one file an event: resumed, checkpoint_rejected, health findings, ...
     attempts/*.json        one file a start of the worker group, with its time books
     skips.json             data that a rollback skipped
@@ -16,10 +17,8 @@ Everything is one small atomic file, except metrics.jsonl, which has one writer 
 
 import dataclasses
 import itertools
-import json
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -28,6 +27,7 @@ from pipelines import storage
 from pipelines.config.checks import changed_fields, to_dict
 from pipelines.errors import InputError
 from pipelines.redaction import redacted_values
+from pipelines.tracking.spool import Spool
 from pipelines.training.goodput import Attempt
 
 
@@ -88,7 +88,7 @@ class RunDir:
     def set_run_id(self, run_id: str) -> None:
         """Keeps the MLflow run id for the next start."""
         record = self.record()
-        if run_id != record["mlflow_run_id"]:
+        if run_id and run_id != record["mlflow_run_id"]:
             storage.write_json(self.at("run.json"), {**record, "mlflow_run_id": run_id})
 
     def event(self, kind: str, **fields: Any) -> dict[str, Any]:
@@ -164,6 +164,7 @@ class RunDir:
         files = ("config.yaml", "run.json", "metrics.jsonl", "skips.json", "report.json")
         for name in (*files, "end_requested.json"):
             storage.delete(self.at(name))
+        Spool(self.uri).remove()
 
 
 def refuse_changes(uri: str, what: str, changed: Mapping[str, tuple[Any, Any]]) -> None:
@@ -200,42 +201,3 @@ class Skips:
         cuts = {e["from_step"] for e in self.entries if start < e["from_step"] < stop}
         edges = [start, *sorted(cuts), stop]
         return [(self.position(a), b - a) for a, b in itertools.pairwise(edges) if b > a]
-
-
-class MetricsFile:
-    """metrics.jsonl, written by one worker; object stores get the whole file at every flush.
-
-    Opening it for a run that continues at `start_step` drops the lines of later steps: they will
-    be written again, equal.
-    """
-
-    def __init__(self, uri: str, *, start_step: int) -> None:
-        self.uri = uri
-        try:
-            text = storage.read_bytes(uri).decode()
-        except FileNotFoundError:
-            text = ""
-        kept = [line for line in text.splitlines() if _ends_by(line, start_step)]
-        self.lines = [] if storage.is_local(uri) else kept
-        storage.write_bytes(uri, "".join(line + "\n" for line in kept).encode())
-
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Adds a line; on object stores it becomes visible with the next flush."""
-        line = json.dumps(record, sort_keys=True)
-        if storage.is_local(self.uri):
-            with Path(storage.absolute(self.uri)).open("a") as file:
-                file.write(line + "\n")
-        else:
-            self.lines.append(line)
-
-    def flush(self) -> None:
-        """Makes all lines durable."""
-        if self.lines:
-            storage.write_bytes(self.uri, "".join(line + "\n" for line in self.lines).encode())
-
-
-def _ends_by(line: str, start_step: int) -> bool:
-    try:
-        return bool(json.loads(line)["step"] < start_step)
-    except (ValueError, KeyError):  # a line cut off by a kill
-        return False

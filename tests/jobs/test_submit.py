@@ -32,7 +32,10 @@ def test_the_code_is_sent_by_allow_list(tmp_path, monkeypatch):
     target.mkdir()
     size = package.write_package(target, config_text="a: 1\n", with_code=True, include=[])
     sent = sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file())
-    assert sent == ["beit/a.py", "job.yaml", "jobs/a.py", "pipelines/a.py"]
+    code = ["beit/a.py", "jobs/a.py", "pipelines/a.py"]
+    assert sent == sorted([*code, "job.yaml", "pipelines/code_version.json"])
+    version = json.loads((target / "pipelines/code_version.json").read_text())
+    assert len(version["commit"]) == 40
     assert size == 3 * len("x = 1") + len("a: 1\n")
 
 

@@ -56,7 +56,7 @@ def train(loop, run):
 
 def three_steps(config, plan, world, log):
     for step in range(log.start(None), plan.total_steps):
-        log.period(step, {"loss": 3.0 - step}, {}, {"loss": f"{3 - step}"})
+        log.period(step, {"loss": 3.0 - step}, {"loss": f"{3 - step}"})
 
 
 def report_of(run):
@@ -77,7 +77,7 @@ def test_a_run_to_its_end(run, capsys):
 def test_a_verdict_of_the_loop_stops_the_run(run):
     def loop(config, plan, world, log):
         log.start(None)
-        log.period(0, {}, {}, {})
+        log.period(0, {}, {})
         raise StageFailed("collapsed at step 1")
 
     with pytest.raises(StageFailed, match="collapsed at step 1"):

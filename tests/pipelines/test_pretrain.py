@@ -16,9 +16,10 @@ from pipelines.config.checks import changed_fields, to_dict
 from pipelines.config.pretrain import MAY_CHANGE, PretrainConfig
 from pipelines.errors import InputError, StageFailed
 from pipelines.reading import ingest
+from pipelines.tracking.spool import LinesFile
 from pipelines.training import checkpoint, pretraining
 from pipelines.training import data as train_data
-from pipelines.training.run_dir import MetricsFile, RunDir, Skips
+from pipelines.training.run_dir import RunDir, Skips
 from pipelines.training.step_metrics import sample_hash
 from tests.chaos.world import make_tokenizer
 from tests.pipelines.pretrain_fixtures import (
@@ -442,7 +443,7 @@ class TestAwayStore:
             raise OSError("the store is away")
 
         monkeypatch.setattr(RunDir, "event", away)
-        monkeypatch.setattr(MetricsFile, "flush", away)
+        monkeypatch.setattr(LinesFile, "flush", away)
         monkeypatch.setattr(checkpoint, "retain", away)
         result = pretrain.run(small_config(tables, tmp_path / "run"))
         assert weight_bytes(result.run_uri) == weight_bytes(finished[1].run_uri)
@@ -531,13 +532,14 @@ class TestPieces:
 
     def test_metrics_of_steps_done_again_are_dropped(self, tmp_path):
         uri = str(tmp_path / "metrics.jsonl")
-        file = MetricsFile(uri, start_step=0)
+        file = LinesFile(uri, start_step=0)
         for step in (3, 7, 11):
             file.append({"step": step})
         with Path(uri).open("a") as torn:
             torn.write('{"step": 1')
-        MetricsFile(uri, start_step=8).append({"step": 11, "again": True})
+        LinesFile(uri, start_step=8).append({"step": 11, "again": True})
         lines = [json.loads(line) for line in Path(uri).read_text().splitlines()]
+        assert all(line.pop("time") > 0 for line in lines)
         assert lines == [{"step": 3}, {"step": 7}, {"step": 11, "again": True}]
 
     def test_hashes_of_a_divided_batch_add_up(self):

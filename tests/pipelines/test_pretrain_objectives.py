@@ -136,9 +136,7 @@ def train_as_worker(rank, size, port, tables, root):
         if rank == 0:
             run.begin(config, plan.fingerprints, may_change=MAY_CHANGE)
         world.barrier()
-        with TrainLog(
-            run, world, launched_at=time.time(), tracking_uri="", mlflow_run_id=""
-        ) as log:
+        with TrainLog(run, world, launched_at=time.time()) as log:
             pretrain.train_loop(config, plan, world, log)
     dist.destroy_process_group()
 

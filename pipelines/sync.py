@@ -1,0 +1,135 @@
+"""`sync`: fills MLflow from what runs have kept, later and from wherever a server can be reached.
+
+A run that is there already gets what it lacks, each thing once; one that is not there, because it
+was trained where no server was, is made. See `pipelines.tracking.spool`.
+"""
+
+import dataclasses
+import datetime
+import sys
+import time
+from dataclasses import dataclass
+
+from pipelines import storage
+from pipelines.config.sync import SyncConfig
+from pipelines.config.tracking import TrackingConfig
+from pipelines.errors import InputError, StageFailed
+from pipelines.redaction import HIDDEN
+from pipelines.tracking import opened_run, store
+from pipelines.tracking.context import context_tags
+from pipelines.tracking.filler import Filler
+from pipelines.tracking.spool import Spool
+from pipelines.training.run_dir import RunDir
+
+# A run whose workers have written nothing for so long, and whose driver has said nothing, is dead.
+DEAD_AFTER_SECONDS = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Synced:
+    """What became of one run."""
+
+    uri: str
+    run_id: str
+    status: str
+    values: int
+    """Sent now; 0, as the next, if MLflow had them."""
+    pictures: int
+
+    def line(self) -> str:
+        """For a person."""
+        return (
+            f"{self.uri}: {self.status}, MLflow run {self.run_id[:8]}; sent {self.values:,} values "
+            f"and {self.pictures} pictures that it lacked"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncResult:
+    """What became of all."""
+
+    runs: tuple[Synced, ...]
+
+    def summary(self) -> str:
+        """One line a run."""
+        return "\n".join(run.line() for run in self.runs)
+
+
+def run(config: SyncConfig) -> SyncResult:
+    """Fills MLflow from every run.
+
+    Raises:
+        InputError: no run is given, one has no record, or no server answers.
+        StageFailed: a server ceased to answer; names the runs that are not complete.
+    """
+    if not config.runs:
+        raise InputError("runs = []: give run directories")
+    spools = [_spool(uri) for uri in config.runs]
+    done, failed = [], []
+    for spool in spools:
+        try:
+            done.append(_sync(spool, config.tracking))
+        except (InputError, OSError):
+            raise
+        except Exception as error:  # of MLflow, which has many
+            failed.append(f"{spool.uri} ({str(error).splitlines()[0][:200]})")
+    result = SyncResult(runs=tuple(done))
+    if failed:
+        print(result.summary(), file=sys.stderr)
+        raise StageFailed(f"not complete: {', '.join(failed)}; give the same command again")
+    return result
+
+
+def _spool(uri: str) -> Spool:
+    """The record of a run directory, or that beside another stage's output."""
+    there = storage.absolute(uri)
+    for place in (there, storage.beside(there, ".record")):
+        if Spool(place).record():
+            return Spool(place)
+    raise InputError(
+        f"runs: {uri} has no record (tracking.json); give the directory of a training run, or the "
+        "output of a stage that has said `beit sync`"
+    )
+
+
+def _sync(spool: Spool, config: TrackingConfig) -> Synced:
+    record = spool.record()
+    uri = config.uri or record["stored_in"]
+    if HIDDEN in uri:
+        raise InputError(f"tracking.uri: {uri} was recorded without its secret; give it again")
+    tracking_uri = store.absolute_tracking_uri(uri)
+    client = store.connect(tracking_uri)
+    is_run = storage.exists(spool.at("run.json"))
+    known = RunDir(spool.uri).record()["mlflow_run_id"] if is_run else record.get("run_id", "")
+    config = dataclasses.replace(config, run_name=record["name"])
+    if not known:  # trained with tracking off
+        tags = context_tags(record["stage"], config.job_id)
+        spool.update(tags={**tags, **record["tags"]})
+    run_id = opened_run(client, config, tracking_uri, spool, known)
+    if is_run:
+        RunDir(spool.uri).set_run_id(run_id)
+    spool.update(run_id=run_id)
+    if record["status"] == "RUNNING":
+        _judge(spool)
+    filler = Filler(client, run_id, spool)
+    filler.fill(final=True)
+    status = spool.record()["status"]
+    spool.update(complete=status != "RUNNING", stored_in=tracking_uri)
+    if not is_run and status != "RUNNING":
+        storage.delete_prefix(spool.uri)
+    return Synced(
+        uri=spool.uri,
+        run_id=run_id,
+        status=status,
+        values=filler.sent["values"],
+        pictures=filler.sent["pictures"],
+    )
+
+
+def _judge(spool: Spool) -> None:
+    """Says FAILED of a run that does not live any more and could not say so itself."""
+    attempts = RunDir(spool.uri).attempts()
+    seen = max([spool.record()["started"], *(attempt.until for attempt in attempts)])
+    if time.time() - seen > DEAD_AFTER_SECONDS:
+        last = datetime.datetime.fromtimestamp(seen, datetime.UTC).isoformat(timespec="seconds")
+        spool.update(status="FAILED", error=f"killed; the last sign of it: {last}", ended=seen)

@@ -1,0 +1,257 @@
+"""From a spool to its MLflow run: all that is not there yet, each thing once.
+
+It may be called at any time and any number of times, by the process that trains or by a later one:
+what the run has already is asked for first.
+"""
+
+import datetime
+import logging
+import re
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from pipelines import storage
+from pipelines.redaction import redacted
+from pipelines.tracking import model_registry
+from pipelines.tracking.datasets import dataset_inputs
+from pipelines.tracking.spool import LINES, Spool, Values
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
+
+ERROR_TAG, HEARTBEAT_TAG = "beit.error", "beit.heartbeat"
+MAX_METRICS, MAX_PARAMS, MAX_TAGS = 1000, 100, 100  # what one request may carry
+MAX_PARAM_LENGTH, MAX_TAG_LENGTH = 6000, 8000
+# Answers that will not change by asking again.
+FINAL_CODES = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST"}
+# Bytes per second that an upload of weights may be as slow as.
+SLOWEST_UPLOAD = 1e6
+
+
+def metric_name(name: str) -> str:
+    """`name` with every character that MLflow refuses in metric names made an underscore."""
+    return re.sub(r"[^\w\-. /]", "_", name)
+
+
+class Filler:
+    """Fills one MLflow run from one spool.
+
+    Nothing is caught here, but for values that the server refuses for good: what could not be sent
+    is sent by the next call.
+    """
+
+    def __init__(self, client: "MlflowClient", run_id: str, spool: Spool) -> None:
+        self.client, self.run_id, self.spool = client, run_id, spool
+        self.sent = {"values": 0, "pictures": 0, "files": 0}
+        """How many of each this object has sent."""
+        self.deadline = float("inf")
+        """When, by the monotonic clock, whoever waits may give up; progress moves it on."""
+        self.patience = 30.0
+        self._known: dict[str, set[int]] | None = None
+        self._seen_pictures: set[tuple[str, int]] = set()
+        self._seen_events: set[str] = set()
+        self._sizes: dict[str, int] = {}
+        self._tags: dict[str, str] = {}
+
+    def fill(self, *, final: bool = False) -> None:
+        """Sends what is missing; with `final` also files, the model, and how the run ended."""
+        first = self._known is None
+        if first:
+            self._begin()
+        self._send_tags()
+        self._send_values()
+        self._send_pictures()
+        if first or final:
+            self._send_files()
+        if final:
+            self._conclude()
+
+    def beat(self) -> None:
+        """Says that this run lives."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.client.set_tag(self.run_id, HEARTBEAT_TAG, now)
+        self._progress()
+
+    def _progress(self, seconds: float = 0.0) -> None:
+        self.deadline = time.monotonic() + self.patience + seconds
+
+    def _begin(self) -> None:
+        run = self.client.get_run(self.run_id)
+        record = self.spool.record()
+        self._send_params(record.get("params", {}), run.data.params)
+        inputs = dataset_inputs(record.get("inputs", []))
+        if inputs:
+            self.client.log_inputs(self.run_id, inputs)
+        self._tags = dict(run.data.tags)
+        self._seen_pictures = known_pictures(self.client, self.run_id)
+        self._progress()
+        known = {}
+        for name in run.data.metrics:
+            known[name] = {m.step for m in self.client.get_metric_history(self.run_id, name)}
+            self._progress()
+        self._known = known
+
+    def _send_params(self, params: Mapping[str, Any], known: Mapping[str, str]) -> None:
+        from mlflow.entities import Param
+
+        values = {name: redacted(str(value))[:MAX_PARAM_LENGTH] for name, value in params.items()}
+        new = [Param(name, value) for name, value in values.items() if name not in known]
+        for start in range(0, len(new), MAX_PARAMS):
+            self.client.log_batch(self.run_id, params=new[start : start + MAX_PARAMS])
+        # Parameters of a run never change; what a resumed run does differently is kept as tags.
+        changed = {
+            f"beit.resumed.{name}": value
+            for name, value in values.items()
+            if name in known and known[name] != value
+        }
+        self._set_tags(changed)
+
+    def _send_tags(self) -> None:
+        tags = {**_device_tags(self.spool), **self.spool.record().get("tags", {})}
+        self._set_tags(tags)
+
+    def _set_tags(self, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        values = {name: redacted(str(value))[:MAX_TAG_LENGTH] for name, value in tags.items()}
+        new = {name: value for name, value in values.items() if self._tags.get(name) != value}
+        pairs = [RunTag(name, value) for name, value in new.items()]
+        for start in range(0, len(pairs), MAX_TAGS):
+            self.client.log_batch(self.run_id, tags=pairs[start : start + MAX_TAGS])
+            self._progress()
+        self._tags |= new
+
+    def _send_values(self) -> None:
+        sizes = {
+            file.path: file.size
+            for file in storage.list_files(self.spool.uri, ".jsonl", recursive=False)
+        }
+        for name in LINES:
+            if name in sizes and sizes[name] != self._sizes.get(name):
+                self._send(self.spool.values_of(name))
+                self._sizes[name] = sizes[name]
+        for name in self.spool.events():
+            if name not in self._seen_events:
+                self._send(self.spool.values_of_event(name))
+                self._seen_events.add(name)
+
+    def _send(self, values: Iterable[Values]) -> None:
+        from mlflow.entities import Metric
+
+        assert self._known is not None
+        waiting: list[Metric] = []
+        chosen: set[tuple[str, int]] = set()
+        for one in values:
+            for raw, value in one.metrics.items():
+                name = metric_name(raw)
+                if one.step in self._known.get(name, ()) or (name, one.step) in chosen:
+                    continue
+                chosen.add((name, one.step))
+                waiting.append(Metric(name, value, one.timestamp, one.step))
+        for start in range(0, len(waiting), MAX_METRICS):
+            self._send_batch(waiting[start : start + MAX_METRICS])
+
+    def _send_batch(self, metrics: list[Any]) -> None:
+        from mlflow.exceptions import MlflowException
+
+        assert self._known is not None
+        try:
+            self.client.log_batch(self.run_id, metrics)
+        except MlflowException as error:
+            if error.error_code not in FINAL_CODES or self._is_gone():
+                raise
+            log.warning("tracking: values refused for good: %s", redacted(str(error))[:300])
+        for metric in metrics:
+            self._known.setdefault(metric.key, set()).add(metric.step)
+        self.sent["values"] += len(metrics)
+        self._progress()
+
+    def _is_gone(self) -> bool:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return bool(self.client.get_run(self.run_id).info.lifecycle_stage != "active")
+        except MlflowException:
+            return True
+
+    def _send_pictures(self) -> None:
+        for key, step, uri in self.spool.pictures():
+            name = metric_name(key)
+            if (name, step) in self._seen_pictures:
+                continue
+            with tempfile.TemporaryFile() as file:
+                file.write(storage.read_bytes(uri))
+                with Image.open(file) as image:
+                    self.client.log_image(self.run_id, image, key=name, step=step)
+            self._seen_pictures.add((name, step))
+            self.sent["pictures"] += 1
+            self._progress()
+
+    def _send_files(self) -> None:
+        for name, uri in self.spool.files().items():
+            directory, _, file_name = name.rpartition("/")
+            with tempfile.TemporaryDirectory() as temporary:
+                path = Path(temporary, file_name)
+                path.write_bytes(storage.read_bytes(uri))
+                self.client.log_artifact(self.run_id, str(path), directory or None)
+            self.sent["files"] += 1
+            self._progress()
+
+    def _conclude(self) -> None:
+        record = self.spool.record()
+        self._send_weights(record)
+        error = record.get("error", "")
+        if error:
+            self._set_tags({ERROR_TAG: error})
+        elif ERROR_TAG in self._tags:  # of a failure that a later start has left behind
+            self.client.delete_tag(self.run_id, ERROR_TAG)
+            del self._tags[ERROR_TAG]
+        status = record.get("status", "RUNNING")
+        if status != "RUNNING":
+            ended = int(1000 * record.get("ended", time.time()))
+            self.client.set_terminated(self.run_id, status, end_time=ended)
+        self._progress()
+
+    def _send_weights(self, record: Mapping[str, Any]) -> None:
+        weights = record.get("weights")
+        if not weights:
+            return
+        size = sum(file.size for file in storage.list_files(weights["uri"]))
+        self._progress(size / SLOWEST_UPLOAD)
+        model_registry.log_weights(
+            self.client,
+            self.run_id,
+            weights["uri"],
+            registered_model_name=weights["registered_model"],
+        )
+        self._progress()
+
+
+def _device_tags(spool: Spool) -> dict[str, str]:
+    """What worker 0 computes on, from the newest record of a start."""
+    found = storage.list_files(spool.at("attempts"), ".json")
+    if not found:
+        return {}
+    attempt = storage.read_json(spool.at("attempts", found[-1].path))
+    tags = {"beit.device": attempt.get("device", ""), "beit.worker_host": attempt.get("host", "")}
+    return {name: value for name, value in tags.items() if value}
+
+
+def known_pictures(client: "MlflowClient", run_id: str) -> set[tuple[str, int]]:
+    """Key and step of every picture that a run has, from MLflow's names of the files.
+
+    A picture is two files; the compressed one is written last.
+    """
+    found = set()
+    for file in client.list_artifacts(run_id, "images"):
+        match = re.fullmatch(r"images/(.+?)\+step\+(\d+)\+.*\+compressed\.webp", file.path)
+        if match:
+            found.add((match[1].replace("~", "/"), int(match[2])))
+    return found

@@ -1,0 +1,195 @@
+"""What a run has to say to MLflow, kept as files until MLflow has all of it, and after.
+
+    tracking.json          what the run is, what it was made from and made, and how it ended
+    metrics.jsonl          one line a logging period, by worker 0
+    driver.jsonl           values that the driver has logged
+    system.jsonl           load of worker 0's machine
+    events/*.json          those of a step become metrics
+    pictures/KEY/STEP.png  pictures, by the step that they were made at
+    files/**               attached as they are, as are config.yaml and report.json
+
+For a training this is the run directory. Other stages have a directory of their own for it, which
+goes once MLflow has everything.
+"""
+
+import io
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+from PIL import Image
+
+from pipelines import storage
+from pipelines.redaction import redacted_values
+
+RECORD = "tracking.json"
+LINES = ("metrics.jsonl", "driver.jsonl", "system.jsonl")
+ATTACHED = ("config.yaml", "report.json")
+EVERYTHING = (RECORD, "driver.jsonl", "system.jsonl")
+DIRECTORIES = ("pictures", "files")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Values:
+    """Values of one step."""
+
+    step: int
+    timestamp: int
+    """Milliseconds since the epoch, always the same for the same line: a request that is repeated
+    after a lost answer stores nothing twice."""
+    metrics: dict[str, float]
+
+
+class Spool:
+    """Reads and writes one such directory."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._record: dict[str, Any] | None = None
+
+    def at(self, *parts: str) -> str:
+        """URI of something inside."""
+        return storage.join(self.uri, *parts)
+
+    def record(self) -> dict[str, Any]:
+        """tracking.json, as this process read it first and changed it since; {} without one."""
+        if self._record is None:
+            try:
+                self._record = storage.read_json(self.at(RECORD))
+            except FileNotFoundError:
+                self._record = {}
+        return self._record
+
+    def update(self, **changes: Any) -> None:
+        """Changes fields of tracking.json. Without secrets, as everything that is written."""
+        # A new dictionary: a thread may be reading the old one.
+        self._record = {**self.record(), **redacted_values(changes)}
+        storage.write_json(self.at(RECORD), self._record)
+
+    def picture(self, key: str, image: Image.Image, step: int) -> None:
+        """Keeps a picture; of two with the same key and step, the last."""
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        name = f"{step:09d}.png"
+        storage.write_bytes(self.at("pictures", quote(key, safe=" "), name), buffer.getvalue())
+
+    def file(self, name: str, data: bytes) -> None:
+        """Keeps a file; `name` may contain directories."""
+        storage.write_bytes(self.at("files", name), data)
+
+    def values(self) -> Iterator[Values]:
+        """All values of all steps, in no order."""
+        for name in LINES:
+            yield from self.values_of(name)
+        for file in self.events():
+            yield from self.values_of_event(file)
+
+    def values_of(self, name: str) -> Iterator[Values]:
+        """Those of one file of lines; lines cut off by a kill are passed over."""
+        try:
+            text = storage.read_bytes(self.at(name)).decode()
+        except FileNotFoundError:
+            return
+        for line in text.splitlines():
+            try:
+                found = json.loads(line)
+                step, when = int(found.pop("step")), float(found.pop("time", 0))
+            except (ValueError, KeyError, AttributeError):
+                continue
+            yield Values(step=step, timestamp=int(1000 * when), metrics=_numbers(found))
+
+    def events(self) -> list[str]:
+        """Names of all events."""
+        return [file.path for file in storage.list_files(self.at("events"), ".json")]
+
+    def values_of_event(self, name: str) -> Iterator[Values]:
+        """That it happened, and what it measured; nothing for an event of no step."""
+        event = storage.read_json(self.at("events", name))
+        if "step" in event:
+            kind = event["event"]
+            metrics = {} if kind == "measured" else {f"events/{kind}": 1.0}
+            metrics |= _numbers(event.get("figures", {}))
+            timestamp = int(1000 * event["time"])
+            yield Values(step=int(event["step"]), timestamp=timestamp, metrics=metrics)
+
+    def pictures(self) -> list[tuple[str, int, str]]:
+        """Key, step and URI of all pictures."""
+        found = []
+        for file in storage.list_files(self.at("pictures"), ".png"):
+            key, _, name = file.path.rpartition("/")
+            step = int(name.removesuffix(".png"))
+            found.append((unquote(key), step, self.at("pictures", file.path)))
+        return sorted(found, key=lambda picture: (picture[1], picture[0]))
+
+    def files(self) -> dict[str, str]:
+        """Files to attach: name -> URI."""
+        here = {file.path for file in storage.list_files(self.uri, recursive=False)}
+        found = {name: self.at(name) for name in ATTACHED if name in here}
+        kept = storage.list_files(self.at("files"))
+        return found | {file.path: self.at("files", file.path) for file in kept}
+
+    def remove(self) -> None:
+        """Deletes what stands here for MLflow alone."""
+        for name in EVERYTHING:
+            storage.delete(self.at(name))
+        for name in DIRECTORIES:
+            storage.delete_prefix(self.at(name))
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    # Lists hold values step by step, null stands for what is not finite.
+    return {
+        name: float(value)
+        for name, value in values.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+class LinesFile:
+    """A file of JSON lines, each with its step and time, of one writer at a time.
+
+    Object stores get the whole file at every flush. Opening it for a run that continues at
+    `start_step` drops the lines of later steps: they will be written again, equal.
+    """
+
+    def __init__(self, uri: str, *, start_step: int | None = None) -> None:
+        self.uri = uri
+        try:
+            text = storage.read_bytes(uri).decode()
+        except FileNotFoundError:
+            text = ""
+        steps = ((line, _step_of(line)) for line in text.splitlines())
+        kept = {
+            line: step
+            for line, step in steps
+            if step is not None and (start_step is None or step < start_step)
+        }
+        self.next_step = 1 + max(kept.values(), default=-1)
+        self.lines = [] if storage.is_local(uri) else list(kept)
+        storage.write_bytes(uri, "".join(line + "\n" for line in kept).encode())
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Adds a line; on object stores it becomes visible with the next flush."""
+        line = json.dumps({"time": time.time(), **record}, sort_keys=True)
+        self.next_step = max(self.next_step, int(record["step"]) + 1)
+        if storage.is_local(self.uri):
+            with Path(storage.absolute(self.uri)).open("a") as file:
+                file.write(line + "\n")
+        else:
+            self.lines.append(line)
+
+    def flush(self) -> None:
+        """Makes all lines durable."""
+        if self.lines:
+            storage.write_bytes(self.uri, "".join(line + "\n" for line in self.lines).encode())
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # a line cut off by a kill
+        return None

@@ -1,0 +1,288 @@
+"""MLflow is filled from files: everything once, whatever dies, against a real MLflow store."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from mlflow import MlflowClient
+from PIL import Image
+
+from pipelines import sync, tracking
+from pipelines.config.sync import SyncConfig
+from pipelines.config.tracking import TrackingConfig
+from pipelines.tracking.background import Background
+from pipelines.tracking.filler import Filler, known_pictures
+from pipelines.tracking.spool import LinesFile, Spool
+from pipelines.tracking.system_metrics import SystemMetrics
+from pipelines.training.run_dir import RunDir
+from tests.pipelines.tracking_fixtures import (  # noqa: F401 - fixtures
+    answers,
+    config_fixture,
+    free_port,
+    start,
+    steps,
+)
+
+PERIODS = 2500  # more than one request carries
+EVENT = {"event": "probe", "time": 1.5e9, "step": 9, "figures": {"knn accuracy?": 0.5}}
+
+
+def written(path, *, periods=PERIODS, status="FINISHED"):
+    """What a training leaves for MLflow."""
+    spool = Spool(str(path))
+    lines = LinesFile(spool.at("metrics.jsonl"), start_step=0)
+    for step in range(periods):
+        lines.append({"step": step, "loss": 1 / (1 + step), "loss_per_step": [1.0], "nan": None})
+    run = RunDir(str(path))
+    run.event("probe", **{k: v for k, v in EVENT.items() if k not in ("event", "time")})
+    run.event("resumed", message="not of a step")
+    for step in (5, 10):
+        spool.picture("pictures/painted", Image.new("RGB", (16, 16)), step)
+    spool.file("deep/note.txt", b"kept")
+    (path / "config.yaml").write_text("a: 1")
+    spool.update(
+        stage="pretrain", name="base", params={"lr": "1"}, tags={"a": "b"}, inputs=[],
+        status=status, error="" if status == "FINISHED" else "ValueError: no", ended=2e9,
+        started=1e9, complete=False, stored_in="",
+    )  # fmt: skip
+    return spool
+
+
+def check_whole(client, run, *, periods=PERIODS):
+    stored = client.get_run(run.run_id)
+    assert stored.info.status == "FINISHED"
+    assert steps(client, run, "loss") == list(range(periods))
+    assert steps(client, run, "events/probe") == [9]
+    assert steps(client, run, "knn accuracy_") == [9]
+    assert set(stored.data.metrics) == {"loss", "events/probe", "knn accuracy_"}
+    assert known_pictures(client, run.run_id) == {("pictures/painted", s) for s in (5, 10)}
+    assert len(client.list_artifacts(run.run_id, "images")) == 4  # two files a picture
+    assert {file.path for file in client.list_artifacts(run.run_id)} == {
+        "images", "deep", "config.yaml",
+    }  # fmt: skip
+    assert (stored.data.params, stored.data.tags["a"]) == ({"lr": "1"}, "b")
+    assert "beit.error" not in stored.data.tags
+
+
+class Mortal:
+    """A client whose process dies at its n-th request: before it is stored, or after."""
+
+    def __init__(self, client, requests, *, stored):
+        self.client, self.left, self.stored = client, requests, stored
+
+    def __getattr__(self, name):
+        def request(*arguments, **options):
+            self.left -= 1
+            if self.left < 0 and not self.stored:
+                raise SystemExit
+            answer = getattr(self.client, name)(*arguments, **options)
+            if self.left < 0:
+                raise SystemExit
+            return answer
+
+        return request
+
+
+def test_a_process_killed_again_and_again_leaves_nothing_out_and_nothing_twice(config, tmp_path):
+    spool = written(tmp_path / "run")
+    run = start(config)
+    run._background.close()
+    client = MlflowClient(config.uri)
+    deaths = 0
+    for requests in range(100):
+        mortal = Mortal(client, requests // 2, stored=bool(requests % 2))
+        try:
+            Filler(mortal, run.run_id, spool).fill(final=True)
+        except SystemExit:
+            deaths += 1
+        else:
+            break
+    assert 10 <= deaths < 99
+    check_whole(client, run)
+    again = Filler(client, run.run_id, Spool(spool.uri))
+    again.fill(final=True)
+    assert (again.sent["values"], again.sent["pictures"]) == (0, 0)
+    check_whole(client, run)
+
+
+def test_a_failure_is_taken_back_by_the_start_that_mends_it(config, tmp_path):
+    spool = written(tmp_path / "run", periods=3, status="FAILED")
+    with start(config) as run:
+        pass
+    client = MlflowClient(config.uri)
+    Filler(client, run.run_id, spool).fill(final=True)
+    failed = client.get_run(run.run_id)
+    assert (failed.info.status, failed.data.tags["beit.error"]) == ("FAILED", "ValueError: no")
+    assert failed.info.end_time == 2e12
+    assert "config.yaml" in {file.path for file in client.list_artifacts(run.run_id)}
+    spool.update(status="FINISHED", error="")
+    Filler(client, run.run_id, spool).fill(final=True)
+    check_whole(client, run, periods=3)
+
+
+class Away:
+    """A filler whose server is away for so many calls."""
+
+    patience = 1.0
+
+    def __init__(self, failures):
+        self.failures, self.calls, self.deadline = failures, [], 0.0
+
+    def beat(self):
+        pass
+
+    def fill(self, *, final=False):
+        self.calls.append(final)
+        if len(self.calls) <= self.failures:
+            raise ConnectionError("refused by http://anna:geheim@mlflow")
+
+
+def test_at_the_end_a_dead_server_is_waited_for_only_so_long(caplog):
+    background = Background(Away(10**9), every=60, shown="mlflow")
+    begin = time.monotonic()
+    assert not background.close()
+    assert 0.9 < time.monotonic() - begin < 5
+    assert caplog.text.count("mlflow takes nothing") == 1
+    assert "geheim" not in caplog.text
+
+
+def test_a_server_that_comes_back_in_time_gets_everything():
+    background = Background(Away(2), every=60, shown="mlflow")
+    background.filler.patience = 20.0
+    assert background.close()
+    assert background.filler.calls[-1] is True
+
+
+def test_what_a_dead_server_missed_is_kept_and_synced(config, tmp_path, monkeypatch, caplog):
+    def away(self, **options):
+        raise ConnectionError("away")
+
+    monkeypatch.setattr(Filler, "fill", away)
+    with start(config, output=str(tmp_path / "tokens"), params={"uri": "s3://k:geheim@b"}) as run:
+        run._background.filler.patience = 0.2
+        run.log_metrics({"codes": 7.0}, 3)
+        run.log_image("codes", Image.new("RGB", (4, 4)))
+        run.set_note("done")
+    monkeypatch.undo()
+    kept = tmp_path / "tokens.record"
+    assert f"`beit sync {kept}` sends it" in caplog.text
+    assert not [f for f in kept.rglob("*") if f.is_file() and b"geheim" in f.read_bytes()]
+    client = MlflowClient(config.uri)
+    assert client.get_run(run.run_id).info.status == "RUNNING"
+    result = sync.run(SyncConfig(runs=[str(tmp_path / "tokens")]))
+    assert (result.runs[0].run_id, result.runs[0].pictures) == (run.run_id, 1)
+    stored = client.get_run(run.run_id)
+    assert (stored.info.status, stored.data.metrics) == ("FINISHED", {"codes": 7.0})
+    assert stored.data.tags["mlflow.note.content"] == "done"
+    assert not kept.exists()
+
+
+def test_a_run_trained_without_a_server_is_made_later(config, tmp_path):
+    spool = written(tmp_path / "run", periods=3)
+    RunDir(spool.uri).begin(TrackingConfig(), {}, may_change=())
+    synced = sync.run(SyncConfig(runs=[spool.uri], tracking=config)).runs[0]
+    client = MlflowClient(config.uri)
+    check_whole(client, synced, periods=3)
+    info = client.get_run(synced.run_id).info
+    assert (info.run_name, info.start_time, info.end_time) == ("base", 1e12, 2e12)
+    assert RunDir(spool.uri).record()["mlflow_run_id"] == synced.run_id
+    again = sync.run(SyncConfig(runs=[spool.uri], tracking=config)).runs[0]
+    assert (again.run_id, again.values) == (synced.run_id, 0)
+
+
+def test_of_a_run_that_died_without_a_word_sync_says_so(config, tmp_path):
+    spool = written(tmp_path / "run", periods=3, status="RUNNING")
+    RunDir(spool.uri).begin(TrackingConfig(), {}, may_change=())
+    sync.run(SyncConfig(runs=[spool.uri], tracking=config))
+    run_id = RunDir(spool.uri).record()["mlflow_run_id"]
+    stored = MlflowClient(config.uri).get_run(run_id)
+    assert stored.info.status == "FAILED"
+    assert stored.data.tags["beit.error"].startswith("killed; the last sign of it: 2001-09-09")
+
+
+def test_values_that_are_no_numbers_are_told_not_raised(config, caplog):
+    with start(config) as run:
+        run.log_metrics({"loss": "high"}, 1)
+        for step, value in ((2, float("nan")), (3, float("inf")), (4, 4.0)):
+            run.log_metrics({"loss": value}, step)
+    assert "loss of step 1 not recorded" in caplog.text
+    assert steps(MlflowClient(config.uri), run, "loss") == [2, 3, 4]
+
+
+def test_load_of_a_machine_goes_on_after_a_restart(tmp_path, monkeypatch):
+    monkeypatch.setattr(SystemMetrics, "sample_every", 0.02)
+    monkeypatch.setattr(SystemMetrics, "publish_every", 0.05)
+    spool = Spool(str(tmp_path))
+    for least in (2, 4):
+        system = SystemMetrics(LinesFile(spool.at("system.jsonl")))
+        wait_until(lambda least=least: len(list(spool.values_of("system.jsonl"))) >= least)
+        system.close()
+    found = list(spool.values_of("system.jsonl"))
+    assert [values.step for values in found] == list(range(len(found)))
+    assert "system/cpu_utilization_percentage" in found[0].metrics
+
+
+def wait_until(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+@pytest.mark.long
+def test_a_real_server_may_go_and_come_back(empty_store, tmp_path):
+    """Away in between, then dead at the end: the run is marked, and `sync` makes it whole."""
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+
+    def serve():
+        server = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
+             "--workers", "1", "--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db",
+             "--artifacts-destination", str(tmp_path / "served")],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        wait_until(lambda: answers(port))
+        return server
+
+    def kill(server):
+        import os
+
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+    server = serve()
+    try:
+        config = TrackingConfig(uri=uri)
+        run = tracking.start_run(config, stage="pretrain", params={}, spool=str(tmp_path / "run"))
+        assert run.url == f"{uri}/#/experiments/1/runs/{run.run_id}?workflowType=machine_learning"
+        RunDir(str(tmp_path / "run")).begin(config, {}, may_change=(), mlflow_run_id=run.run_id)
+        client = MlflowClient(uri)
+        for step in range(10):
+            run.log_metrics({"loss": float(step)}, step)
+        wait_until(lambda: len(steps(client, run, "loss")) == 10)
+        kill(server)
+        for step in range(10, 30):
+            begin = time.monotonic()
+            run.log_metrics({"loss": float(step)}, step)
+            assert time.monotonic() - begin < 0.5
+        server = serve()
+        wait_until(lambda: len(steps(client, run, "loss")) == 30)
+        kill(server)
+        run.log_image("picture", Image.new("RGB", (16, 16)), 30)
+        begin = time.monotonic()
+        run.finish()
+        assert time.monotonic() - begin < 60
+        server = serve()
+        assert client.get_run(run.run_id).info.status == "RUNNING"
+        synced = sync.run(SyncConfig(runs=[str(tmp_path / "run")])).runs[0]
+        assert (synced.run_id, synced.pictures) == (run.run_id, 1)
+        assert steps(client, run, "loss") == list(range(30))
+        assert client.get_run(run.run_id).info.status == "FINISHED"
+        assert known_pictures(client, run.run_id) == {("picture", 30)}
+    finally:
+        kill(server)
