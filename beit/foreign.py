@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -30,6 +30,7 @@ from beit.convert_mae import from_mae, is_mae, mae_from_huggingface, to_mae
 from beit.git_lfs import check_fetched
 from beit.mae import MaeNetwork
 from beit.mim import BeitMIM, BeitV2MIM
+from beit.tensor_files import read_tensors
 from beit.weights import FORMATS, is_ours, load_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -294,7 +295,7 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
     check_fetched(path)
     try:
         config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds no JSON object")  # noqa: TRY004 - a bad file
@@ -310,11 +311,10 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
 
 def _read_tensors(path: Path) -> Mapping[str, Any]:
     """Tensors of a safetensors or torch file; nothing in it is executed."""
+    if path.suffix == ".safetensors":
+        return read_tensors(path)
     check_fetched(path)
     try:
-        if path.suffix == ".safetensors":
-            tensors: dict[str, Tensor] = load_file(path)
-            return tensors
         with torch.serialization.safe_globals(_OPTIONS):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -4,17 +4,19 @@ Tensors carry the names of the official code, for pretraining or for fine-tuning
 rebuilds the network, and says how its input pixels were normalised. Reading executes nothing.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from beit.classifier import BeitClassifier
 from beit.git_lfs import check_fetched
 from beit.mim import BeitMIM
+from beit.tensor_files import read_tensors
 
 WEIGHTS_FILE = "weights.safetensors"
 CONFIG_FILE = "config.json"
@@ -43,6 +45,7 @@ def save_weights(
     save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     kind = next(name for name, network in FORMATS.items() if isinstance(model, network))
     config = {"format": kind, "version": 1, "model": model.config(), "extra": dict(extra or {})}
+    config["seal"] = _seal(config, folder / WEIGHTS_FILE)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -54,7 +57,7 @@ def read_weights_config(directory: str | Path) -> dict[str, Any]:
     check_fetched(path)
     try:
         config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not is_ours(config) or "model" not in config:
         expected = " or ".join(map(repr, FORMATS))
@@ -72,21 +75,39 @@ def is_ours(config: Any) -> TypeGuard[dict[str, Any]]:
 def load_weights(directory: str | Path) -> BeitMIM | BeitClassifier:
     """The network of a weights folder, on the CPU, in training mode.
 
-    ValueError names what is missing or does not fit.
+    ValueError names what is missing, does not fit, or was changed after it was written.
     """
     config = read_weights_config(directory)
     path = Path(directory) / WEIGHTS_FILE
     if not path.is_file():
         raise ValueError(f"{path} does not exist: the folder has a configuration but no weights")
-    check_fetched(path)
     network = FORMATS[config["format"]]
-    with torch.device("meta"):
-        expected = network(**config["model"]).state_dict()
-    state = load_file(path)
+    try:
+        with torch.device("meta"):
+            expected = network(**config["model"]).state_dict()
+    except Exception as error:  # any value may stand where a size is wanted
+        raise ValueError(
+            f"{path.with_name(CONFIG_FILE)} does not describe a network: {error!r}"
+        ) from error
+    state = read_tensors(path)
     check_state(state, expected, source=str(path))
+    # Earlier releases wrote no seals.
+    if "seal" in config and config.pop("seal") != _seal(config, path):
+        raise ValueError(
+            f"{path} or {CONFIG_FILE} beside it was changed after it was written (whoever changed "
+            f"{CONFIG_FILE} on purpose removes its field seal)"
+        )
     model = network(**config["model"])
     model.load_state_dict(state, strict=True)
     return model
+
+
+def _seal(config: Mapping[str, Any], weights: Path) -> str:
+    """Hash of a configuration and of the file of weights beside it."""
+    with weights.open("rb") as file:
+        hashed = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+    hashed.update(json.dumps(config, sort_keys=True).encode())
+    return hashed.hexdigest()
 
 
 def check_state(

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from beit.images import UnusableImage, decode_image, image_digest
@@ -16,7 +15,7 @@ from pipelines import storage
 from pipelines.auditing.files import Findings, check_files, read_sample, sample_files
 from pipelines.auditing.tokens import audit_tokens
 from pipelines.config.audit import AuditConfig
-from pipelines.errors import InputError, StageFailed
+from pipelines.errors import DamagedFileError, InputError, StageFailed, parsing
 from pipelines.tables.image_files import IMAGE_SCHEMA
 from pipelines.tables.image_table import ImageTable
 from pipelines.tables.token_table import TokenTable
@@ -125,7 +124,7 @@ def _search_part(table: ImageTable, index: int, findings: Findings) -> None:
     """Names rows and fields of a part that is not what was written, as far as it can be read."""
     name = table.parts[index].name
     try:
-        with storage.open_input(table.part_uri(index)) as file:
+        with storage.open_input(table.part_uri(index)) as file, parsing(name, "not as written"):
             reader = pq.ParquetFile(file)
             if not reader.schema_arrow.equals(IMAGE_SCHEMA):
                 findings.add(f"{name}: columns {reader.schema_arrow.names} are not the schema's")
@@ -140,7 +139,7 @@ def _search_part(table: ImageTable, index: int, findings: Findings) -> None:
                     row, last = row + 1, record["key"]
             if row != table.parts[index].rows:
                 findings.add(f"{name}: rows {row} != {table.parts[index].rows} (file != manifest)")
-    except (pa.ArrowException, OSError) as error:
+    except (DamagedFileError, OSError) as error:
         findings.add(f"{name}: cannot be read: {str(error).splitlines()[0]}")
 
 

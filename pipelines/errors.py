@@ -1,4 +1,7 @@
-"""The two failures a stage reports without a traceback, and how names are shown."""
+"""The failures that a stage reports without a traceback, and how names are shown."""
+
+import contextlib
+from collections.abc import Iterator
 
 
 class InputError(ValueError):
@@ -6,6 +9,10 @@ class InputError(ValueError):
 
     Commands exit with 2.
     """
+
+
+class DamagedFileError(InputError):
+    """A file's bytes are not what was written; names the file, and says in what."""
 
 
 class StageFailed(RuntimeError):  # noqa: N818 - the stage's verdict, not a programming error
@@ -27,3 +34,23 @@ def printable(text: str, *, keep: str = "") -> str:
 
 class StoreError(InputError, OSError):
     """An object store refuses us as a whole: its bucket or our credentials are wrong."""
+
+
+@contextlib.contextmanager
+def parsing(uri: str, remedy: str) -> Iterator[None]:
+    """Around what a library makes of the bytes of a file: the one place that judges its errors.
+
+    Raises:
+        DamagedFileError: in place of whatever the library raised; ends with `remedy`.
+        OSError: one with a number is about reaching the file, not about its bytes, and passes.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        # Parquet's own errors are OSErrors without number, and damaged sizes ask for any memory.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        said = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise DamagedFileError(f"{uri}: damaged ({printable(said)}); {remedy}") from error

@@ -8,10 +8,11 @@ chosen is chosen on rows that no test counts.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NotRequired
 
 import numpy as np
 import torch
+from typing_extensions import TypedDict
 
 from beit.convert import Network
 from pipelines import pictures, storage, tracking
@@ -36,6 +37,7 @@ from pipelines.evaluation.probes import (
     linear_accuracy,
 )
 from pipelines.progress import Progress
+from pipelines.records import read_values, write_record
 
 __all__ = ["Result", "knn_accuracy", "linear_accuracy", "run"]
 
@@ -58,6 +60,18 @@ class Score:
     """Block chosen in each fold; 0 where there are none (pixels)."""
     layer_accuracy: list[float]
     """Validation accuracy of every candidate block, mean over folds."""
+
+
+class Report(TypedDict):
+    """What must stand in evaluation.json."""
+
+    scores: dict[str, dict[str, dict[str, Any]]]
+    gains: dict[str, list[float]]
+    majority: float
+    num_images: int
+    class_names: list[str]
+    layers: list[int]
+    identity: NotRequired[dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +134,7 @@ def run(config: EvaluateConfig) -> Result:
     }
     report_uri = storage.join(output, "evaluation.json")
     if not config.force and storage.exists(report_uri):
-        report = storage.read_json(report_uri)
+        report = read_values(report_uri, Report, "give --force true to evaluate again")
         if _same(report.get("identity"), identity, config):
             return _result(report, output, already_done=True)
     inputs = [
@@ -137,7 +151,7 @@ def run(config: EvaluateConfig) -> Result:
         splits = _splits(config, data, len(test.labels) if test else 0)
         report = _evaluate(config, weights, data, layers, splits)
         report["identity"] = identity
-        storage.write_json(report_uri, report)
+        write_record(report_uri, report)
         result = _result(report, output, already_done=False)
         _record(tracked, result, report)
     return result

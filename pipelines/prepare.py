@@ -21,7 +21,7 @@ from ray.actor import ActorHandle
 
 from pipelines import storage
 from pipelines.config.prepare import PrepareConfig
-from pipelines.errors import InputError, StageFailed
+from pipelines.errors import DamagedFileError, InputError, StageFailed
 from pipelines.preparation.ahead import mapped_ahead
 from pipelines.preparation.decode_process import DECODER, Rules
 from pipelines.preparation.report import (
@@ -129,21 +129,23 @@ def _finished(config: PrepareConfig, output: str) -> PrepareResult:
 
 
 def _receipts(output: str, plan: SourcePlan) -> Iterator[dict[str, Any]]:
-    """Summaries of the units that are done; receipts without their parts are withdrawn."""
+    """Summaries of the units that are done; receipts that are damaged or lack parts go."""
     # Parts are written before their receipts, so they are listed after them: another driver may be
     # at work.
     receipts = storage.list_files(work_uri(output, "receipts"), ".json")
     sizes = {
         file.path: file.size for file in storage.list_files(output, ".parquet", recursive=False)
     }
-    units = [int(file.path.removesuffix(".json")) for file in receipts]
+    names = (file.path.removesuffix(".json") for file in receipts)
+    units = [int(name) for name in names if name.isdecimal()]
 
     def check(unit: int) -> dict[str, Any] | None:
-        receipt = read_receipt(output, unit)
-        whole = all(sizes.get(part.name) == part.bytes for part in receipt.parts)
-        known = unit < len(plan.listings) and receipt.listing == plan.listings[unit]
-        if whole and known:
-            return receipt.summary(unit)
+        with suppress(DamagedFileError):
+            receipt = read_receipt(output, unit)
+            whole = all(sizes.get(part.name) == part.bytes for part in receipt.parts)
+            known = unit < len(plan.listings) and receipt.listing == plan.listings[unit]
+            if whole and known:
+                return receipt.summary(unit)
         storage.delete(receipt_uri(output, unit))
         return None
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from pipelines import store_writes, stores
-from pipelines.errors import InputError
+from pipelines.errors import DamagedFileError, InputError
 
 LOCAL = pafs.LocalFileSystem()
 
@@ -290,8 +290,10 @@ def read_json(uri: str) -> Any:
     data = read_bytes(uri)
     try:
         return json.loads(data)
-    except ValueError as error:
-        raise InputError(f"{uri}: not valid JSON ({error}); write the artefact again") from error
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(
+            f"{uri}: not valid JSON ({error}); write the artefact again"
+        ) from error
 
 
 def write_json(uri: str, value: Any) -> None:

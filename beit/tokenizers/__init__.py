@@ -8,9 +8,10 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from beit.git_lfs import check_fetched
+from beit.tensor_files import read_tensors
 from beit.tokenizers.base import ImageTokenizer, Precision
 from beit.tokenizers.dalle import DalleTokenizer
 from beit.tokenizers.dvae import DvaeTokenizer
@@ -70,7 +71,7 @@ def load_tokenizer(
         config = json.loads(config_path.read_text())
         with torch.device("meta"):  # every weight comes from the file
             tokenizer = ARCHITECTURES[config["architecture"]](**config["model"])
-    except (ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # any value may stand where a size is wanted
         raise ValueError(
             f"{config_path} does not describe a tokenizer of {sorted(ARCHITECTURES)}: {error!r}"
         ) from error
@@ -78,10 +79,7 @@ def load_tokenizer(
     wrong = [name for name in {*config, *rebuilt} if config.get(name) != rebuilt.get(name)]
     if wrong:
         raise ValueError(f"{config_path}: fields {sorted(wrong)} contradict field model")
-    try:
-        tensors = load_file(weights_path)
-    except Exception as error:  # safetensors raises its own, undocumented, types
-        raise ValueError(f"{weights_path} is not a readable safetensors file: {error}") from error
+    tensors = read_tensors(weights_path)
     try:
         tokenizer.load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as error:

@@ -4,22 +4,26 @@ import dataclasses
 import tempfile
 import unicodedata
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import TypedDict
 
 from beit.convert import Network
-from beit.weights import load_weights, read_weights_config
+from beit.weights import CONFIG_FILE, load_weights, read_weights_config
 from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.progress import Progress
 from pipelines.reading.pixels import central, read_pixels
+from pipelines.records import check_values, read_values
 from pipelines.tables.image_table import ImageTable
 from pipelines.tables.weights_store import weights_fingerprint
 
+Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
 MAX_PIXEL_SIDE = 64
 GRID_REGIONS = 4
 
@@ -37,6 +41,25 @@ class Weights:
     """Of pixels in [0, 1], as in training."""
     run_id: str
     """MLflow run that made them; "" where unknown."""
+
+
+class Tracked(TypedDict):
+    """What is needed of run.json."""
+
+    mlflow_run_id: str
+
+
+class Normalisation(TypedDict):
+    """Of pixels in [0, 1]."""
+
+    pixel_mean: Channels
+    pixel_std: Channels
+
+
+class Extra(TypedDict):
+    """What must stand in the configuration of weights."""
+
+    extra: Normalisation
 
 
 def open_weights(uri: str) -> Weights:
@@ -57,6 +80,10 @@ def open_weights(uri: str) -> Weights:
             raise InputError(
                 f"run: nothing at {weights_uri}; finish `beit pretrain` first"
             ) from error
+        except NotADirectoryError as error:
+            raise InputError(
+                f"run: {weights_uri} is a file; give the directory of a run, or of its weights"
+            ) from error
         except ValueError as error:
             message = str(error).replace(directory, weights_uri)
             raise InputError(
@@ -64,13 +91,9 @@ def open_weights(uri: str) -> Weights:
             ) from error
     record: dict[str, Any] = {}
     if weights_uri == nested and storage.exists(storage.join(run_uri, "run.json")):
-        record = storage.read_json(storage.join(run_uri, "run.json"))
-    for name in ("pixel_mean", "pixel_std"):
-        if name not in extra:
-            raise InputError(
-                f"run: {weights_uri}/config.json has no extra.{name}, so pixels cannot be "
-                "normalised as in training; add it"
-            )
+        record = read_values(storage.join(run_uri, "run.json"), Tracked, "restore it")
+    path = storage.join(weights_uri, CONFIG_FILE)
+    check_values({"extra": extra}, Extra, path, "without it pixels are not those of training")
     return Weights(
         model=model.eval(),
         uri=weights_uri,

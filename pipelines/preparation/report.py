@@ -17,6 +17,7 @@ from pipelines.errors import StageFailed, printable
 from pipelines.preparation.samples import UNCLEAR
 from pipelines.preparation.source_plan import MEGABYTE, SourcePlan
 from pipelines.progress import Progress
+from pipelines.records import read_record, write_record
 from pipelines.tables.image_table import REJECTED, ImageTable
 
 NUM_EXAMPLES = 10
@@ -204,18 +205,25 @@ class Totals:
         return ESTIMATE_MARGIN * tolerated(limit, estimate)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrackedRun:
+    """The run in MLflow with which an interrupted prepare goes on; "": none."""
+
+    run_id: str
+
+
 def start_tracking(config: PrepareConfig, run_file: str) -> tracking.Run:
     """Starts the stage's run, or goes on with the one noted in `run_file`."""
     params = {name: value for name, value in vars(config).items() if name != "tracking"}
     try:
-        earlier = storage.read_json(run_file)["run_id"]
+        earlier = read_record(run_file, TrackedRun, "remove it").run_id
     except FileNotFoundError:
-        earlier = None
+        earlier = ""
     run = tracking.start_run(
         config.tracking, stage="prepare", params=params, resume_run_id=earlier or None
     )
     if run.run_id != earlier:
-        storage.write_json(run_file, {"run_id": run.run_id})
+        write_record(run_file, {"run_id": run.run_id})
     return run
 
 

@@ -31,6 +31,7 @@ from pipelines.preparation.sources import (
     open_source,
 )
 from pipelines.preparation.walking import Entry
+from pipelines.records import encode_record, read_record
 from pipelines.units import WORK, work_uri
 
 PLAN_VERSION = 3
@@ -66,12 +67,6 @@ class SourcePlan:
             "listings": list(self.listings),
         }
 
-    @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> "SourcePlan":
-        reader = {**record["reader"], "class_names": tuple(record["reader"]["class_names"])}
-        listings = tuple(record["listings"])
-        return cls(**{**record, "reader": Reader(**reader), "listings": listings})
-
 
 def unit_name(unit: int, num_units: int) -> str:
     """`00012`: as many digits as all units need, so that names sort like numbers."""
@@ -101,12 +96,11 @@ def read_plan(config: PrepareConfig, output: str) -> SourcePlan | None:
         InputError: it was made with other options.
     """
     try:
-        record = storage.read_json(work_uri(output, "plan.json"))
+        plan = read_record(work_uri(output, "plan.json"), SourcePlan, f"remove {WORK}/ in {output}")
     except (FileNotFoundError, NotADirectoryError):
         return None
-    if record.get("plan_version") not in (NO_CLASS_COUNTS, PLAN_VERSION):
+    if plan.plan_version not in (NO_CLASS_COUNTS, PLAN_VERSION):
         raise InputError(f"{output}: unfinished work of another version; remove {WORK}/ there")
-    plan = SourcePlan.from_dict(record)
     check_identity(config, output, {"source": plan.source["uri"], **plan.options})
     return plan
 
@@ -165,7 +159,7 @@ def make_plan(config: PrepareConfig, output: str) -> SourcePlan:
         num_bytes=counter.bytes,
         listings=listings,
     )
-    if storage.create(work_uri(output, "plan.json"), storage.canonical_json(plan.to_dict())):
+    if storage.create(work_uri(output, "plan.json"), encode_record(plan.to_dict())):
         return plan
     # Another driver has planned meanwhile: its plan holds, and other options are refused by name.
     return read_plan(config, output) or plan
@@ -181,8 +175,8 @@ def read_listing(output: str, unit: int, listing: str) -> list[Entry]:
     data = storage.read_bytes(_listing_uri(output, unit))
     if storage.digest(data) != listing:
         raise InputError(
-            f"{output}: the source changed while two runs were planning on it; "
-            f"remove {WORK}/ there and run again"
+            f"{_listing_uri(output, unit)}: damaged, or the source changed while two runs were "
+            f"planning on it; remove {WORK}/ in {output} and run again"
         )
     columns = pq.read_table(pa.BufferReader(data)).to_pydict()
     rows = zip(*columns.values(), strict=True)

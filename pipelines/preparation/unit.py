@@ -14,13 +14,14 @@ from typing import Any
 
 from beit.git_lfs import is_pointer
 from pipelines import storage
-from pipelines.errors import StageFailed
+from pipelines.errors import DamagedFileError, StageFailed
 from pipelines.preparation.child import run_child
 from pipelines.preparation.decode_process import Decoded, DecodeProcess, Rules
 from pipelines.preparation.readers import Item, Reader, rehearse
 from pipelines.preparation.source_plan import read_listing
 from pipelines.preparation.sources import SUFFIXES
 from pipelines.preparation.walking import Entry
+from pipelines.records import read_record, write_record
 from pipelines.tables.image_files import ImageRow, Part, PartWriter
 from pipelines.units import work_uri
 
@@ -60,30 +61,20 @@ class Receipt:
     parts: tuple[Part, ...]
     rejected: tuple[tuple[str, str, int], ...]
     """Key, reason and size of every item that is no row."""
-    ignored: tuple[tuple[str, str, int], ...]
-    """The same of what lies beside the data, and is no item."""
     max_label: int
     """-1: no row has a label."""
-    labels: dict[int, int]
-    """Rows of each class that has any; receipts of release 0.1.0 do not say."""
     lost_bytes: int
     """Of containers that are rejected as a whole or from some place on."""
+    # What receipts of release 0.1.0 do not say.
+    ignored: tuple[tuple[str, str, int], ...] = ()
+    """As `rejected`, of what lies beside the data, and is no item."""
+    labels: dict[int, int] = dataclasses.field(default_factory=dict)
+    """Rows of each class that has any."""
 
     def to_dict(self) -> dict[str, Any]:
         labels = {str(label): count for label, count in sorted(self.labels.items())}
         parts = [part.to_dict() for part in self.parts]
         return {**vars(self), "parts": parts, "labels": labels}
-
-    @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> "Receipt":
-        labels = {int(label): count for label, count in record.get("labels", {}).items()}
-        parts = tuple(Part.from_dict(part) for part in record["parts"])
-        rejected, ignored = (
-            tuple((key, reason, size) for key, reason, size in record.get(name, ()))
-            for name in ("rejected", "ignored")
-        )
-        fields = {"parts": parts, "rejected": rejected, "ignored": ignored, "labels": labels}
-        return cls(**{**record, **fields})
 
     @property
     def rows(self) -> int:
@@ -110,8 +101,9 @@ def receipt_uri(output: str, unit: int) -> str:
 
 
 def read_receipt(output: str, unit: int) -> Receipt:
-    """Raises FileNotFoundError."""
-    return Receipt.from_dict(storage.read_json(receipt_uri(output, unit)))
+    """Raises FileNotFoundError, or InputError if it is damaged."""
+    remedy = "remove it, and the same command does the unit again"
+    return read_record(receipt_uri(output, unit), Receipt, remedy)
 
 
 PART_NAME = re.compile(r"part-\d{5,}(_\d{2,})?\.parquet")
@@ -138,7 +130,7 @@ def process_unit(task: PrepareTask, unit: int, listing: str, *, deaths: int = 0)
         receipt = read_receipt(task.output, unit)
         if receipt.listing == listing:
             return receipt.summary(unit)
-    except FileNotFoundError:
+    except (FileNotFoundError, DamagedFileError):
         pass
     entries = read_listing(task.output, unit, listing)
     if deaths >= SUSPICIOUS_DEATHS:
@@ -159,7 +151,7 @@ def process_unit(task: PrepareTask, unit: int, listing: str, *, deaths: int = 0)
         labels=dict(build.labels),
         lost_bytes=sum(size for key, _, size in build.rejected if key in containers),
     )
-    storage.write_json(receipt_uri(task.output, unit), receipt.to_dict())
+    write_record(receipt_uri(task.output, unit), receipt.to_dict())
     return receipt.summary(unit)
 
 

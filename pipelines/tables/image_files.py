@@ -12,10 +12,12 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from typing_extensions import TypedDict
 
 from pipelines import storage
 from pipelines.errors import InputError
-from pipelines.tables.open_parts import DamagedFileError, OpenParts
+from pipelines.records import Count, FileName, Hash
+from pipelines.tables.open_parts import OpenParts
 from pipelines.tables.row_groups import RowGroups
 
 IMAGE_SCHEMA = pa.schema(
@@ -76,7 +78,22 @@ class Part:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Self:
-        return cls(**{**record, "row_groups": tuple(record["row_groups"])})
+        """The part of a `PartRecord`. Raises ValueError if its row groups are not its rows."""
+        if sum(record["row_groups"]) != record["rows"]:
+            raise ValueError(f"{record['name']}: row_groups are not its {record['rows']} rows")
+        known = {name: record[name] for name in PartRecord.__annotations__}
+        return cls(**{**known, "row_groups": tuple(known["row_groups"])})
+
+
+class PartRecord(TypedDict):
+    """What must stand in a manifest for a part."""
+
+    name: FileName
+    rows: Count
+    bytes: Count
+    hash: Hash
+    content: Hash
+    row_groups: list[Count]
 
 
 class PartWriter:
@@ -190,20 +207,19 @@ def read_row_groups(
     uri: str, part: Part, indices: Sequence[int], columns: Sequence[str] | None = None
 ) -> pa.Table:
     """Some row groups of one part, all columns or some. Raises as `read_part`."""
-    wanted = schema_of(columns)
     name = storage.join(uri, part.name)
     try:
         opened = _OPEN.get(
-            name, content_hash=part.hash, num_bytes=part.bytes, row_groups=part.row_groups
+            name,
+            content_hash=part.hash,
+            num_bytes=part.bytes,
+            row_groups=part.row_groups,
+            remedy="`beit audit` lists all damage, prepare the table again",
         )
-        return opened.read(indices, wanted.names).cast(wanted)
+        return opened.read(indices, schema_of(columns))
     except FileNotFoundError as error:
         raise InputError(
             f"{name}: missing, though the manifest lists it; restore it or prepare the table again"
-        ) from error
-    except DamagedFileError as error:
-        raise InputError(
-            f"{name}: damaged ({error}); `beit audit` lists all damage, prepare the table again"
         ) from error
 
 

@@ -8,14 +8,16 @@ A directory of `part-*.parquet`, `rejected.parquet`, `ignored.parquet` and, writ
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Self
+from typing import Any, Literal, NotRequired, Self
 
 import numpy as np
 import pyarrow as pa
+from typing_extensions import TypedDict
 
 from pipelines import storage
-from pipelines.errors import InputError
-from pipelines.tables.image_files import Part, read_part, read_row_groups, schema_of
+from pipelines.errors import InputError, parsing
+from pipelines.records import Count, check_values, refuse_other_kinds
+from pipelines.tables.image_files import Part, PartRecord, read_part, read_row_groups, schema_of
 from pipelines.tables.row_groups import RowGroups
 
 SCHEMA_VERSION = 1
@@ -23,6 +25,28 @@ KIND = "image_table"
 MANIFEST = "manifest.json"
 REJECTED = "rejected.parquet"
 IGNORED = "ignored.parquet"
+
+REMEDY = "the manifest was changed after it was written: prepare the table again"
+
+
+class Manifest(TypedDict):
+    """What must stand in the manifest of an image table."""
+
+    kind: Literal["image_table"]
+    schema_version: Literal[1]
+    fingerprint: str
+    num_rows: Count
+    num_items: Count
+    bytes: Count
+    class_names: list[str]
+    class_counts: NotRequired[list[Count]]
+    source: dict[str, Any]
+    options: dict[str, Any]
+    parts: list[Any]
+    """Each a `PartRecord`."""
+    rejected: dict[str, Count]
+    ignored: NotRequired[dict[str, Count]]
+    pyarrow: str
 
 
 def commit_manifest(
@@ -112,8 +136,11 @@ class ImageParts:
         self.parts: list[Part] = []
         records = manifest.pop("parts")
         records.reverse()
-        while records:
-            self.parts.append(Part.from_dict(records.pop()))
+        path = storage.join(uri, MANIFEST)
+        with parsing(path, REMEDY):
+            while records:
+                record = check_values(records.pop(), PartRecord, f"{path}: parts", REMEDY)
+                self.parts.append(Part.from_dict(record))
         self.part_starts = np.cumsum([0, *(part.rows for part in self.parts)], dtype=np.int64)
 
     @classmethod
@@ -124,27 +151,22 @@ class ImageParts:
             InputError: there is no finished table at `uri`, or its version is not ours.
         """
         uri = storage.absolute(uri)
+        path = storage.join(uri, MANIFEST)
         try:
-            manifest = storage.read_json(storage.join(uri, MANIFEST))
+            manifest = storage.read_json(path)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise InputError(
                 f"{uri}: no finished image table ({MANIFEST} is missing); "
                 "run `beit prepare` with this output, again if it was interrupted"
             ) from error
-        if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
-            kind = manifest.get("kind") if isinstance(manifest, dict) else None
-            raise InputError(f"{uri}: kind is {kind!r}, not {KIND!r}; give an image table")
-        if manifest["schema_version"] != SCHEMA_VERSION:
-            raise InputError(
-                f"{uri}: schema_version {manifest['schema_version']}, this program reads "
-                f"{SCHEMA_VERSION}; prepare the table again"
-            )
+        refuse_other_kinds(manifest, path, kind=KIND, version=SCHEMA_VERSION)
+        check_values(manifest, Manifest, path, REMEDY)
         table = cls(uri, manifest)
         expected = table_fingerprint(table.parts, table.class_names)
-        if expected != table.fingerprint:
+        if expected != table.fingerprint or table.num_rows != table.part_starts[-1]:
             raise InputError(
-                f"{uri}: fingerprint {table.fingerprint} does not belong to the parts listed in "
-                f"{MANIFEST} ({expected}); the manifest was edited, prepare the table again"
+                f"{path}: fingerprint {table.fingerprint} does not belong to the "
+                f"{table.num_rows} rows and the parts listed ({expected}); {REMEDY}"
             )
         return table
 

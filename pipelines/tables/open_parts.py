@@ -8,70 +8,73 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import storage
-
-
-class DamagedFileError(Exception):
-    """A file's bytes are not what was written; the message says in what."""
-
-
-def is_damage(error: Exception) -> bool:
-    """Whether an error of pyarrow is about a file's bytes, and not about reaching them."""
-    marks = ("CRC checksum", "deserialize")
-    return isinstance(error, pa.ArrowInvalid) or any(mark in str(error) for mark in marks)
+from pipelines.errors import DamagedFileError, parsing
 
 
 class OpenPart:
     """A file and its parsed footer. Both may be shared by threads; a reader may not."""
 
-    def __init__(self, uri: str, *, num_bytes: int, row_groups: tuple[int, ...]) -> None:
+    def __init__(
+        self, uri: str, *, num_bytes: int, row_groups: tuple[int, ...], remedy: str
+    ) -> None:
         """Opens the file and reads its footer (on an object store: a few requests).
 
         Raises:
             DamagedFileError: it has another size or other row groups than expected.
             FileNotFoundError: it is gone.
         """
-        self.uri = uri
-        self.num_bytes = num_bytes
-        with storage.open_input(uri) as file:
+        self.uri, self.num_bytes, self.remedy = uri, num_bytes, remedy
+        with storage.open_input(uri) as file, parsing(uri, remedy):
             if file.size() != num_bytes:
-                raise DamagedFileError(f"{file.size()} bytes instead of {num_bytes}")
-            try:
-                self.metadata = pq.read_metadata(file)
-            except (pa.ArrowInvalid, OSError) as error:
-                if not is_damage(error):
-                    raise
-                raise DamagedFileError(str(error)) from error
+                raise ValueError(f"{file.size()} bytes instead of {num_bytes}")
+            self.metadata = pq.read_metadata(file)
+            groups = range(self.metadata.num_row_groups)
+            if tuple(self.metadata.row_group(i).num_rows for i in groups) != row_groups:
+                raise ValueError("other row groups than its manifest lists")
         self.shared = storage.open_shared(uri)
-        rows = [self.metadata.row_group(i).num_rows for i in range(self.metadata.num_row_groups)]
-        if tuple(rows) != row_groups:
-            raise DamagedFileError("other row groups than its manifest lists")
 
-    def read(self, indices: Sequence[int], names: Sequence[str]) -> pa.Table:
-        """Columns `names` of row groups `indices`; neighbouring columns come in one request.
+    def read(self, indices: Sequence[int], columns: pa.Schema) -> pa.Table:
+        """These columns of row groups `indices`; neighbouring columns come in one request.
 
         Raises:
             DamagedFileError: a page's checksum is wrong, or the page cannot be read.
         """
         if self.shared is not None:
             try:
-                return self._read(self.shared, list(indices), list(names))
+                return self._read(self.shared, list(indices), columns)
             except (OSError, DamagedFileError):
                 if storage.is_local(self.uri):
                     raise
         # What pyarrow's own reader could not have is asked for again, with more patience.
         with storage.open_input(self.uri, size=self.num_bytes) as file:
-            return self._read(file, list(indices), list(names))
+            return self._read(file, list(indices), columns)
 
-    def _read(self, file: pa.NativeFile, indices: list[int], names: list[str]) -> pa.Table:
-        try:
+    def _read(self, file: pa.NativeFile, indices: list[int], columns: pa.Schema) -> pa.Table:
+        with parsing(self.uri, self.remedy):
             reader = pq.ParquetFile(
                 file, metadata=self.metadata, pre_buffer=True, page_checksum_verification=True
             )
-            return reader.read_row_groups(indices, columns=names, use_threads=False).select(names)
-        except (pa.ArrowInvalid, OSError) as error:
-            if not is_damage(error):
-                raise
-            raise DamagedFileError(str(error)) from error
+            table = reader.read_row_groups(indices, columns=columns.names, use_threads=False)
+            rows = sum(self.metadata.row_group(index).num_rows for index in indices)
+            return as_written(table.select(columns.names), columns, rows)
+
+
+def as_written(table: pa.Table, columns: pa.Schema, rows: int) -> pa.Table:
+    """The table with the schema it was written with.
+
+    Checksums cover pages, and neither footers nor headers: a flipped bit there may make booleans
+    of numbers.
+
+    Raises:
+        ValueError: it has other columns, types or rows, or text that is no UTF-8.
+    """
+    if (table.schema.names, table.schema.types) != (columns.names, columns.types):
+        raise ValueError(f"columns {table.schema.to_string(show_schema_metadata=False)!r}")
+    if table.num_rows != rows:
+        raise ValueError(f"{table.num_rows} rows instead of {rows}")
+    table = table.cast(columns)
+    table.validate(full=True)
+    return table
 
 
 class OpenParts:
@@ -83,7 +86,13 @@ class OpenParts:
         self.entries: OrderedDict[tuple[str, str], OpenPart] = OrderedDict()
 
     def get(
-        self, uri: str, *, content_hash: str, num_bytes: int, row_groups: tuple[int, ...]
+        self,
+        uri: str,
+        *,
+        content_hash: str,
+        num_bytes: int,
+        row_groups: tuple[int, ...],
+        remedy: str,
     ) -> OpenPart:
         """The open file at `uri`; raises as `OpenPart` does.
 
@@ -94,7 +103,7 @@ class OpenParts:
             if name in self.entries:
                 self.entries.move_to_end(name)
                 return self.entries[name]
-        opened = OpenPart(uri, num_bytes=num_bytes, row_groups=row_groups)
+        opened = OpenPart(uri, num_bytes=num_bytes, row_groups=row_groups, remedy=remedy)
         with self.lock:
             self.entries[name] = opened
             if len(self.entries) > self.capacity:

@@ -6,7 +6,7 @@ bytes, so that a unit of work done twice does no harm.
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
@@ -14,15 +14,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from typing_extensions import TypedDict
 
 from beit.views import ViewPolicy
 from pipelines import storage
-from pipelines.errors import InputError
-from pipelines.tables.open_parts import is_damage
+from pipelines.errors import DamagedFileError, InputError, parsing
+from pipelines.records import Count, Pair
+from pipelines.tables.open_parts import as_written
 
 # Rows of one Parquet row group: a reader of a short run fetches little more than it needs.
 ROW_GROUP_ROWS = 256
 STAMP = b"beit.token_table"
+REMEDY = "`beit audit` lists all damage, tokenize again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,23 @@ class Identity:
         return cls(
             **picked | {"grid_size": tuple(picked["grid_size"]), "views": tuple(picked["views"])}
         )
+
+
+class IdentityRecord(TypedDict):
+    """What must stand in a record for an identity; what it lacks had its default then."""
+
+    image_fingerprint: str
+    num_rows: Count
+    tokenizer_fingerprint: str
+    vocab_size: Count
+    grid_size: Pair
+    image_size: Count
+    interpolation: str
+    policy: dict[str, int | float]
+    views: Pair
+    device: str
+    precision: str
+    batch_size: Count
 
 
 def completed(record: dict[str, Any]) -> dict[str, Any]:
@@ -167,14 +187,10 @@ def _footer(uri: str, content_hash: str) -> pq.FileMetaData:
     # The hash keeps a file made anew at the same place apart from the old one.
     del content_hash
     try:
-        with storage.open_input(uri) as file:
+        with storage.open_input(uri) as file, parsing(uri, REMEDY):
             return pq.read_metadata(file)
     except FileNotFoundError as error:
         raise InputError(f"{uri}: missing, though the manifest lists it; tokenize again") from error
-    except (pa.ArrowInvalid, OSError) as error:
-        if not is_damage(error):
-            raise
-        raise InputError(f"{uri}: not a file of a token table ({error})") from error
 
 
 def read_stamp(uri: str, content_hash: str) -> dict[str, Any]:
@@ -183,12 +199,13 @@ def read_stamp(uri: str, content_hash: str) -> dict[str, Any]:
     Raises:
         InputError: the file is missing or is no token file.
     """
-    metadata = _footer(uri, content_hash).metadata or {}
-    try:
-        stamp = completed(json.loads(metadata[STAMP]))
-    except (KeyError, ValueError) as error:
-        raise InputError(f"{uri}: not a file of a token table ({error})") from error
-    return stamp
+    footer = _footer(uri, content_hash)
+    with parsing(uri, "not a file of a token table"):
+        return _stamp(footer.metadata or {})
+
+
+def _stamp(metadata: Mapping[bytes, bytes]) -> dict[str, Any]:
+    return completed(dict(json.loads(metadata[STAMP])))
 
 
 def differing_field(expected: dict[str, Any], found: dict[str, Any]) -> str | None:
@@ -212,24 +229,19 @@ def read_rows(
         InputError: the file is missing or damaged.
     """
     metadata = _footer(uri, content_hash)
-    first_group = start // ROW_GROUP_ROWS
-    groups = list(range(first_group, (stop - 1) // ROW_GROUP_ROWS + 1))
-
+    first_group, last_group = start // ROW_GROUP_ROWS, (stop - 1) // ROW_GROUP_ROWS
+    skipped = start - first_group * ROW_GROUP_ROWS
     try:
-        with storage.open_input(uri) as file:
+        with storage.open_input(uri) as file, parsing(uri, REMEDY):
             reader = pq.ParquetFile(
                 file, metadata=metadata, pre_buffer=True, page_checksum_verification=True
             )
+            groups = list(range(first_group, last_group + 1))
             table = reader.read_row_groups(groups, use_threads=False)
-    except (pa.ArrowInvalid, OSError) as error:
-        # A store that is away is no bad input: another try may help.
-        if not is_damage(error) and not isinstance(error, FileNotFoundError):
-            raise
-        raise InputError(
-            f"{uri}: cannot be read ({str(error).splitlines()[0]}); `beit audit` lists all damage"
-        ) from error
-    table = table.slice(start - first_group * ROW_GROUP_ROWS, stop - start)
-    return split_columns(table, identity)
+            table = table.slice(skipped, stop - start)
+            return split_columns(as_written(table, schema(identity), stop - start), identity)
+    except FileNotFoundError as error:
+        raise InputError(f"{uri}: missing, though the manifest lists it; tokenize again") from error
 
 
 def split_columns(table: pa.Table, identity: Identity) -> tuple[list[str], NDArray[np.uint16]]:
@@ -246,14 +258,20 @@ def check_file(data: bytes, identity: Identity, rows: int) -> tuple[bool, str | 
     """Whether `data` is a whole file of `rows` rows, and `field: found != wanted` if it belongs
     to a table of another identity."""
     try:
-        table = pq.read_table(pa.BufferReader(data), use_threads=False)
-        stamp = completed(json.loads(table.schema.metadata[STAMP]))
-    except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError):
+        with parsing("", ""):
+            table = _table(data)
+            difference = differing_field(_stamp(table.schema.metadata or {}), identity.to_dict())
+    except DamagedFileError:
         return False, None
-    difference = differing_field(stamp, identity.to_dict())
     return table.num_rows == rows and table.schema.equals(schema(identity)), difference
 
 
 def read_file(uri: str) -> pa.Table:
-    """All rows of a token file."""
-    return pq.read_table(pa.BufferReader(storage.read_bytes(uri)), use_threads=False)
+    """All rows of a token file. Raises InputError if it is damaged."""
+    data = storage.read_bytes(uri)
+    with parsing(uri, REMEDY):
+        return _table(data)
+
+
+def _table(data: bytes) -> pa.Table:
+    return pq.read_table(pa.BufferReader(data), use_threads=False, page_checksum_verification=True)

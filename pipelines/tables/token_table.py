@@ -19,16 +19,19 @@ import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import TypedDict
 
 from beit.views import ViewPolicy
 from pipelines import storage
-from pipelines.errors import InputError
+from pipelines.errors import InputError, parsing
+from pipelines.records import Count, FileName, Hash, check_values, refuse_other_kinds
 from pipelines.tables.token_files import (
     Identity,
+    IdentityRecord,
     RejectedUnit,
     TokenFile,
     differing_field,
@@ -37,11 +40,52 @@ from pipelines.tables.token_files import (
     read_stamp,
 )
 
+KIND = "token_table"
 SCHEMA_VERSION = 1
+REMEDY = "the manifest was changed after it was written: tokenize again"
 MANIFEST = "manifest.json"
 # In `token_ids` where a rejected unit left rows without tokens; no vocabulary reaches it.
 MISSING = np.uint16(65535)
 MAX_VOCAB_SIZE = 65535
+
+
+class PartColumns(TypedDict):
+    """The parts of the image table."""
+
+    name: list[FileName]
+    rows: list[Count]
+
+
+class FileColumns(TypedDict):
+    """The files, column by column (`TokenFile`)."""
+
+    part: list[Count]
+    start: list[Count]
+    stop: list[Count]
+    size: list[Count]
+    hash: list[Hash]
+
+
+class RejectedRecord(TypedDict):
+    """A `RejectedUnit`."""
+
+    part: Count
+    start: Count
+    stop: Count
+    reason: str
+
+
+class Manifest(IdentityRecord):
+    """What must stand in the manifest of a token table."""
+
+    kind: Literal["token_table"]
+    schema_version: Literal[1]
+    fingerprint: str
+    rows_per_unit: Count
+    libraries: dict[str, str]
+    parts: PartColumns
+    files: FileColumns
+    rejected: list[RejectedRecord]
 
 
 class Images(Protocol):
@@ -72,7 +116,7 @@ def build_manifest(
         for name, column in columns.items():
             column.append(getattr(file, name))
     manifest: dict[str, Any] = {
-        "kind": "token_table",
+        "kind": KIND,
         "schema_version": SCHEMA_VERSION,
         **identity.to_dict(),
         "rows_per_unit": rows_per_unit,
@@ -94,6 +138,20 @@ def encode_manifest(manifest: dict[str, Any]) -> bytes:
         text.write(piece.encode())
     text.write(b"\n")
     return text.getvalue()
+
+
+def read_manifest(uri: str) -> dict[str, Any]:
+    """The manifest of the table at `uri`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        InputError: it is of something else, or damaged.
+    """
+    path = storage.join(uri, MANIFEST)
+    manifest: dict[str, Any] = storage.read_json(path)
+    refuse_other_kinds(manifest, path, kind=KIND, version=SCHEMA_VERSION)
+    check_values(manifest, Manifest, path, REMEDY)
+    return manifest
 
 
 class TokenTable:
@@ -131,26 +189,15 @@ class TokenTable:
         """
         path = storage.join(uri, MANIFEST)
         try:
-            manifest = storage.read_json(path)
-        except FileNotFoundError as error:
+            manifest = read_manifest(uri)
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise InputError(
                 f"{path}: not found; this is no finished token table: run `beit tokenize` with "
                 "this output, the same command again goes on where it stopped"
             ) from error
-        if not isinstance(manifest, dict) or manifest.get("kind") != "token_table":
-            raise InputError(f"{path}: kind is not 'token_table'; give the URI of a token table")
-        if manifest.get("schema_version") != SCHEMA_VERSION:
-            raise InputError(
-                f"{path}: schema_version {manifest.get('schema_version')!r} is not "
-                f"{SCHEMA_VERSION}; tokenize again with this release"
-            )
-        try:
+        with parsing(path, REMEDY):
             table = cls(uri, manifest)
-        except KeyError as error:
-            raise InputError(f"{path}: field {error} is missing; tokenize again") from error
-        except ValueError as error:
-            raise InputError(f"{path}: {error}") from error
-        table._check_untouched(path)
+            table._check_untouched(path)
         return table
 
     def _check_untouched(self, path: str) -> None:

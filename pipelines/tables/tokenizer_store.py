@@ -11,11 +11,12 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from beit.tokenizers import (
     CONFIG_FILE,
@@ -27,11 +28,35 @@ from beit.tokenizers import (
 )
 from pipelines import storage
 from pipelines.errors import InputError
+from pipelines.records import Count, Pair, check_values, read_values, refuse_other_kinds
 
 KIND = "tokenizer"
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 PATCHES_FILE = "patches.safetensors"
+REMEDY = "train or import the tokenizer again"
+
+
+class Manifest(TypedDict):
+    """What must stand in the manifest of a tokenizer."""
+
+    kind: Literal["tokenizer"]
+    schema_version: Literal[1]
+    fingerprint: str
+    architecture: str
+    vocab_size: Count
+    grid_size: Pair
+    image_size: Count
+    source: dict[str, Any]
+    scorecard: dict[str, Any] | None
+
+
+class Description(TypedDict):
+    """What must stand in the configuration of a tokenizer, whatever its architecture."""
+
+    vocab_size: Count
+    grid_size: Pair
+    image_size: Count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,18 +88,13 @@ class TokenizerInfo:
 
 def read_manifest(uri: str) -> dict[str, Any] | None:
     """The manifest at `uri`, or None where no finished tokenizer is."""
+    path = storage.join(uri, MANIFEST)
     try:
-        manifest = storage.read_json(storage.join(uri, MANIFEST))
+        manifest = storage.read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    kind = manifest.get("kind") if isinstance(manifest, dict) else None
-    if kind != KIND:
-        raise InputError(f"{uri}: kind is {kind!r}, not {KIND!r}; give a tokenizer directory")
-    if manifest["schema_version"] != SCHEMA_VERSION:
-        raise InputError(
-            f"{uri}: schema_version {manifest['schema_version']}, this program reads "
-            f"{SCHEMA_VERSION}; train or import the tokenizer again"
-        )
+    refuse_other_kinds(manifest, path, kind=KIND, version=SCHEMA_VERSION)
+    check_values(manifest, Manifest, path, REMEDY)
     return dict(manifest)
 
 
@@ -87,7 +107,7 @@ def describe(uri: str) -> TokenizerInfo:
     uri = storage.absolute(uri)
     manifest = read_manifest(uri)
     try:
-        config = storage.read_json(storage.join(uri, CONFIG_FILE))
+        config = read_values(storage.join(uri, CONFIG_FILE), Description, REMEDY)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(
             f"{uri}: no tokenizer ({CONFIG_FILE} is missing); run `beit train-tokenizer` or "

@@ -4,7 +4,7 @@ A unit is a row range of one image part and becomes one file. Which units there 
 image table and `rows_per_unit` only. While a table is unfinished its directory has `_work/`:
 
 - `identity.json`: what the tokens depend on; another identity refuses to go on here.
-- `receipts-*.jsonl`: one line `[unit, bytes, hash]` for a file that was written.
+- `receipts-*.jsonl`: one line `[unit, bytes, hash, check]` for a file that was written.
 - `rejected-<file>.json`: a unit that was given up, with its reason.
 
 All state lives in arrays: 24 bytes a unit, whatever the number of images.
@@ -22,20 +22,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines import storage
-from pipelines.errors import InputError
+from pipelines.errors import InputError, parsing
+from pipelines.records import check_values, read_values
 from pipelines.tables.token_files import (
     Identity,
+    IdentityRecord,
     RejectedUnit,
     TokenFile,
     completed,
     differing_field,
     file_name,
 )
-from pipelines.tables.token_table import MANIFEST, encode_manifest
+from pipelines.tables.token_table import MANIFEST, RejectedRecord, encode_manifest
 from pipelines.units import work_uri
 
 IDENTITY = "identity.json"
 HASH_BYTES = 16
+REMEDY = "give another --output, or remove _work/ in this one"
 NUM_THREADS = 16
 
 
@@ -116,11 +119,11 @@ class Ledger:
         wanted = json.loads(storage.canonical_json(identity.to_dict() | extra))
         path = work_uri(self.uri, IDENTITY)
         try:
-            found = storage.read_json(path)
+            found = read_values(path, IdentityRecord, REMEDY)
         except FileNotFoundError:
             if storage.create(path, storage.canonical_json(wanted)):
                 return
-            found = storage.read_json(path)
+            found = read_values(path, IdentityRecord, REMEDY)
         refuse_other_options(self.uri, found, wanted)
 
     def load(self) -> NDArray[np.int64]:
@@ -134,7 +137,9 @@ class Ledger:
                 if name.startswith("receipts-"):
                     self._read_receipts(data, listed)
                 elif name.startswith("rejected-") and data:
-                    record = json.loads(data)
+                    path = work_uri(self.uri, name)
+                    with parsing(path, "remove it, and its unit is tried again"):
+                        record = check_values(json.loads(data), RejectedRecord, path, REMEDY)
                     unit = self.find(record["part"], record["start"], record["stop"])
                     if unit is not None:
                         self.rejected[unit] = record["reason"]
@@ -184,9 +189,10 @@ class Ledger:
 
     def _read_receipts(self, data: bytes, listed: NDArray[np.int64]) -> None:
         for line in data.splitlines():
-            unit, size, digest = json.loads(line)
-            if unit < len(listed) and listed[unit] == size:
-                self._set(unit, size, digest)
+            receipt = _receipt(line)
+            # A unit whose receipt is damaged has one no more, and its file is read and judged.
+            if receipt and receipt[0] < len(listed) and listed[receipt[0]] == receipt[1]:
+                self._set(*receipt)
 
     # -- what is new -----------------------------------------------------------------------
 
@@ -212,7 +218,7 @@ class Ledger:
         """Writes new receipts into one small file."""
         if not self._unsaved:
             return
-        lines = "".join(json.dumps(receipt) + "\n" for receipt in self._unsaved)
+        lines = "".join(json.dumps([*receipt, _check(receipt)]) + "\n" for receipt in self._unsaved)
         name = f"receipts-{self._writer}-{self._written:06d}.jsonl"
         self._write_note(name, lines.encode())
         self._written += 1
@@ -296,6 +302,24 @@ class Ledger:
         # The table exists; a second driver that writes there at this moment is no failure.
         with contextlib.suppress(OSError):
             storage.delete_prefix(work_uri(self.uri))
+
+
+def _check(receipt: Sequence[Any]) -> str:
+    return storage.digest(json.dumps(list(receipt)).encode())[:8]
+
+
+def _receipt(line: bytes) -> tuple[int, int, str] | None:
+    """What a line of receipts says, or None if it is damaged."""
+    try:
+        unit, size, digest, *check = json.loads(line)
+        numbers = type(unit) is type(size) is int and unit >= 0
+        whole = numbers and len(bytes.fromhex(digest)) == HASH_BYTES
+    except (ValueError, TypeError, RecursionError):
+        return None
+    # Those of release 0.1.0 have no check.
+    if not whole or check not in ([], [_check([unit, size, digest])]):
+        return None
+    return unit, size, digest
 
 
 def refuse_other_options(uri: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from pipelines.errors import InputError
 from pipelines.tables import tokenizer_store
 from pipelines.tables.image_table import ImageParts
 from pipelines.tables.token_files import Identity
-from pipelines.tables.token_table import MANIFEST, MAX_VOCAB_SIZE
+from pipelines.tables.token_table import MAX_VOCAB_SIZE, read_manifest
 from pipelines.tokenization.ledger import refuse_other_options
 
 LIBRARIES = ("numpy", "pillow", "pyarrow", "torch")
@@ -156,13 +156,8 @@ def finished_manifest(task: TokenizeTask, options: dict[str, Any]) -> dict[str, 
         InputError: it is of another one; names the field and both values.
     """
     try:
-        manifest: dict[str, Any] = storage.read_json(storage.join(task.output, MANIFEST))
-    except FileNotFoundError:
+        manifest = read_manifest(task.output)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    if manifest.get("kind") != "token_table":
-        raise InputError(
-            f"{task.output}: holds a {manifest.get('kind')!r}, not a token table; "
-            "use another --output"
-        )
     refuse_other_options(task.output, manifest, task.identity.to_dict() | options)
     return manifest

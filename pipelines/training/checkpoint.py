@@ -15,20 +15,38 @@ import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from pipelines import storage
+from pipelines.errors import InputError
+from pipelines.records import Count, Hash, read_values
 from pipelines.training.distributed import World
 
 MARKER = "COMPLETE"
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 NAME = re.compile(r"step_(\d{8,})")
 SCHEMA_VERSION = 1
+
+
+class FileRecord(TypedDict):
+    """What a marker says of a file."""
+
+    bytes: Count
+    hash: Hash
+
+
+class Marker(TypedDict):
+    """What must stand in COMPLETE."""
+
+    schema_version: Literal[1]
+    step: Count
+    files: dict[str, FileRecord]
 
 
 class DamagedCheckpointError(Exception):
@@ -89,21 +107,23 @@ def load(root: str, step: int) -> Checkpoint:
     try:
         state = json.loads(files[STATE])
         weights, moments = load_tensors(files[MODEL]), load_tensors(files[OPTIMIZER])
-    except (KeyError, ValueError) as error:
+    except Exception as error:  # safetensors raises its own, undocumented, types
         raise DamagedCheckpointError(f"{uri}: {error}") from error
     return Checkpoint(step=step, weights=weights, moments=moments, state=state)
 
 
 def _marker(uri: str) -> dict[str, Any]:
     try:
-        marker = storage.read_json(storage.join(uri, MARKER))
-        files: dict[str, Any] = marker["files"]
+        marker = read_values(storage.join(uri, MARKER), Marker, "it is passed over")
     except FileNotFoundError as error:
         raise DamagedCheckpointError(
             f"{uri}: {MARKER} is missing; it was never finished"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpointError(f"{uri}/{MARKER}: not readable ({error})") from error
+    except InputError as error:
+        raise DamagedCheckpointError(str(error)) from error
+    files: dict[str, Any] = marker["files"]
+    if files.keys() != {MODEL, OPTIMIZER, STATE}:
+        raise DamagedCheckpointError(f"{uri}/{MARKER}: lists other files than a checkpoint has")
     return files
 
 

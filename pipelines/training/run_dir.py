@@ -19,16 +19,59 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NotRequired
 
 import yaml
+from typing_extensions import TypedDict
 
 from pipelines import storage
 from pipelines.config.checks import changed_fields, to_dict
-from pipelines.errors import InputError
+from pipelines.errors import InputError, parsing
+from pipelines.records import Count, check_values, read_record, read_values, write_record
 from pipelines.redaction import redacted_values
 from pipelines.tracking.spool import Spool
 from pipelines.training.goodput import Attempt
+
+REMEDY = "restore it, or give another output or name for a new run"
+FORGET = "remove it to go on without"
+
+
+class RunRecord(TypedDict):
+    """What must stand in run.json."""
+
+    fingerprints: dict[str, Any]
+    mlflow_run_id: str
+
+
+class EventRecord(TypedDict):
+    """What every event has; each kind adds its own."""
+
+    event: str
+    time: float
+    message: NotRequired[str]
+
+
+class Skip(TypedDict):
+    """See `Skips`."""
+
+    from_step: Count
+    batches: Count
+
+
+class SkipsRecord(TypedDict):
+    """What must stand in skips.json."""
+
+    entries: list[Skip]
+
+
+class ReportRecord(TypedDict):
+    """What must stand in report.json to tell of a finished run."""
+
+    outcome: str
+    message: str
+    steps: Count
+    last_period: dict[str, Any]
+    goodput: dict[str, Any]
 
 
 class RunDir:
@@ -60,7 +103,7 @@ class RunDir:
             InputError: a field or fingerprint differs from the first start; names all of them.
         """
         try:
-            old = yaml.safe_load(storage.read_bytes(self.at("config.yaml")))
+            old = self._first_config()
             known = self.record()["fingerprints"]
         except FileNotFoundError:
             text = yaml.safe_dump(
@@ -68,10 +111,8 @@ class RunDir:
             )
             record = {"fingerprints": dict(fingerprints), "mlflow_run_id": mlflow_run_id}
             storage.write_bytes(self.at("config.yaml"), text.encode())
-            storage.write_json(self.at("run.json"), record)
+            write_record(self.at("run.json"), record)
             return
-        except yaml.YAMLError as error:
-            raise InputError(f"{self.at('config.yaml')}: not valid YAML ({error})") from error
         refuse_changes(self.uri, "another configuration", changed_fields(old, config, may_change))
         changed = {
             f"fingerprint of {name}": (known.get(name), value)
@@ -80,36 +121,41 @@ class RunDir:
         }
         refuse_changes(self.uri, "other data", changed)
 
+    def _first_config(self) -> dict[str, Any]:
+        path = self.at("config.yaml")
+        data = storage.read_bytes(path)
+        with parsing(path, REMEDY):
+            return dict(yaml.safe_load(data))
+
     def record(self) -> dict[str, Any]:
-        """run.json."""
-        record: dict[str, Any] = storage.read_json(self.at("run.json"))
-        return record
+        """run.json. Raises FileNotFoundError, or InputError if it is damaged."""
+        return read_values(self.at("run.json"), RunRecord, REMEDY)
 
     def set_run_id(self, run_id: str) -> None:
         """Keeps the MLflow run id for the next start."""
         record = self.record()
         if run_id and run_id != record["mlflow_run_id"]:
-            storage.write_json(self.at("run.json"), {**record, "mlflow_run_id": run_id})
+            write_record(self.at("run.json"), {**record, "mlflow_run_id": run_id})
 
     def event(self, kind: str, **fields: Any) -> dict[str, Any]:
         """Writes one event down and returns it."""
         now = time.time()
         event = {"event": kind, "time": now, **redacted_values(fields)}
-        storage.write_json(self.at("events", f"{now:017.6f}-{kind}.json"), event)
+        write_record(self.at("events", f"{now:017.6f}-{kind}.json"), event)
         return event
 
     def events(self, kind: str = "") -> list[dict[str, Any]]:
         """All events, or those of one kind, oldest first."""
         ending = f"-{kind}.json" if kind else ".json"
         return [
-            storage.read_json(self.at("events", file.path))
+            read_values(self.at("events", file.path), EventRecord, FORGET)
             for file in storage.list_files(self.at("events"), ending)
         ]
 
     def attempts(self) -> list[Attempt]:
         """All starts of the worker group, oldest first."""
         records = [
-            Attempt(**storage.read_json(self.at("attempts", file.path)))
+            read_record(self.at("attempts", file.path), Attempt, FORGET)
             for file in storage.list_files(self.at("attempts"), ".json")
         ]
         return sorted(records, key=lambda attempt: attempt.number)
@@ -117,18 +163,23 @@ class RunDir:
     def write_attempt(self, attempt: Attempt) -> None:
         """Creates or updates the record of an attempt."""
         name = f"{attempt.number:06d}.json"
-        storage.write_json(self.at("attempts", name), redacted_values(dataclasses.asdict(attempt)))
+        write_record(self.at("attempts", name), redacted_values(dataclasses.asdict(attempt)))
 
     def skips(self) -> "Skips":
         """The data skipped so far."""
-        try:
-            return Skips(storage.read_json(self.at("skips.json")))
-        except FileNotFoundError:
+        path = self.at("skips.json")
+        if not storage.exists(path):
             return Skips([])
+        found = storage.read_json(path)
+        if isinstance(found, list):  # as release 0.1.0 wrote them
+            found = check_values({"entries": found}, SkipsRecord, path, REMEDY)
+        else:
+            found = read_values(path, SkipsRecord, REMEDY)
+        return Skips(found["entries"])
 
     def write_skips(self, skips: "Skips") -> None:
         """Makes skips durable; to be done before the first step that uses them."""
-        storage.write_json(self.at("skips.json"), skips.entries)
+        write_record(self.at("skips.json"), {"entries": skips.entries})
 
     def request_end(self) -> None:
         """Asks the workers to save and end."""
@@ -148,14 +199,14 @@ class RunDir:
         if not storage.exists(storage.join(self.weights, "config.json")):
             return None
         try:
-            report: dict[str, Any] = storage.read_json(self.at("report.json"))
+            report = read_values(self.at("report.json"), ReportRecord, FORGET)
         except FileNotFoundError:
             return None
         return report if report["outcome"] == "finished" else None
 
     def write_report(self, report: Mapping[str, Any]) -> None:
         """Writes report.json."""
-        storage.write_json(self.at("report.json"), redacted_values(dict(report)))
+        write_record(self.at("report.json"), redacted_values(dict(report)))
 
     def remove(self) -> None:
         """Deletes all that a run keeps here, and nothing else."""

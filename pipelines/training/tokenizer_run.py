@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from beit.tokenizers import ImageTokenizer
 from pipelines import storage
 from pipelines.config.checks import changed_fields
 from pipelines.config.train_tokenizer import MAY_CHANGE, TrainTokenizerConfig, deciding_options
 from pipelines.errors import InputError, StageFailed
 from pipelines.pictures.scorecards import scorecard_pictures
+from pipelines.records import read_values
 from pipelines.scorecard import Scorecard, check_gate, score, scorecard_record
 from pipelines.tables import tokenizer_store
 from pipelines.tables.image_table import ImageTable
@@ -29,6 +32,13 @@ REMEDIES = {
     + ELSEWHERE,
     "projection": "raise model.code_dim or give more varied images; " + ELSEWHERE,
 }
+
+
+class OldRecord(TypedDict):
+    """What must stand in training.json."""
+
+    source: dict[str, Any]
+    mlflow_run_id: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +82,7 @@ def begin(run_dir: RunDir, config: TrainTokenizerConfig, plan: TokenizerPlan) ->
     """
     run_id = ""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        old = storage.read_json(run_dir.at(OLD_RECORD))
+        old = read_values(run_dir.at(OLD_RECORD), OldRecord, "give another output")
         require_same(old["source"], config, plan)
         run_id = old["mlflow_run_id"]
     fingerprints = {

@@ -254,7 +254,7 @@ def test_a_damaged_file_is_named_when_its_rows_are_read(tmp_path):
     data[len(data) // 3] ^= 1
     path.write_bytes(data)
     table.read_rows(0, 300)
-    with pytest.raises(InputError, match=f"{table.file_name(1)}: cannot be read"):
+    with pytest.raises(InputError, match=f"{table.file_name(1)}: damaged"):
         table.read_rows(250, 350)
     path.unlink()
     (tmp_path / table.file_name(2)).unlink()
