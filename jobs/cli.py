@@ -9,7 +9,8 @@ from pathlib import Path
 from pydoc import locate
 from typing import Any
 
-from jobs.command import parse, shipped_recipes, stage_main
+from jobs.command import parse, stage_main
+from jobs.recipes import shipped_recipes
 from pipelines.errors import InputError
 
 

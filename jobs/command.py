@@ -4,6 +4,7 @@
 `--print_config` shows the outcome. Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import importlib
@@ -15,8 +16,9 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_origin
+from typing import Any, TypeVar
 
+from jobs.recipes import recipe_names, with_lists, with_recipes
 from jobs.submission.access import NO_CLUSTER, SUBMISSION_ID, require_cluster, token_file, use_token
 from pipelines.config.pretrain import PretrainConfig, run_uri
 from pipelines.config.tracking import TrackingConfig
@@ -50,8 +52,8 @@ def parse(config_class: type[Config], argv: Sequence[str] | None, *, stage: str)
     """Flags and recipes to a frozen configuration.
 
     Raises:
-        SystemExit: 0 after --help and --print_config, 2 on unknown keys and wrong types.
-        InputError: the configuration's own checks refused a value.
+        SystemExit: 0 after --help and --print_config.
+        InputError: unknown keys, wrong types, or what the configuration's own checks refuse.
     """
     from jsonargparse import auto_cli, set_parsing_settings
 
@@ -61,53 +63,18 @@ def parse(config_class: type[Config], argv: Sequence[str] | None, *, stage: str)
         config: Config = auto_cli(
             config_class,
             as_positional=False,
-            args=_named_recipes(_bracket_lists(config_class, arguments)),
+            args=with_recipes(config_class, with_lists(config_class, arguments)),
             prog=f"beit {stage}",
             allow_abbrev=False,
+            exit_on_error=False,
         )
     except ValueError as error:
         raise InputError(str(error)) from error
+    except argparse.ArgumentError as error:
+        recipes = "".join(f" (recipe {name})" for name in recipe_names(arguments))
+        said = " ".join(str(error).split())
+        raise InputError(f"{said}{recipes}; `beit {stage} --help` lists all fields") from error
     return config
-
-
-def _bracket_lists(config_class: type, arguments: list[str]) -> list[str]:
-    """Lets a list be written `--tokens A` or `--tokens A,B`, beside YAML's `--tokens=[A, B]`."""
-    lists = {
-        f"--{field.name}"
-        for field in dataclasses.fields(config_class)
-        if get_origin(field.type) is list
-    }
-    bracketed: list[str] = []
-    for argument in arguments:
-        flag, equals, value = argument.partition("=")
-        if flag in lists and equals and not value.startswith("["):
-            bracketed.append(f"{flag}=[{value}]")
-        elif bracketed and bracketed[-1] in lists and not argument.startswith("["):
-            bracketed.append(f"[{argument}]")
-        else:
-            bracketed.append(argument)
-    return bracketed
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """Recipes of the package by name, wherever it is installed."""
-    return {path.stem: path for path in sorted(Path(__file__).with_name("configs").glob("*.yaml"))}
-
-
-def _named_recipes(arguments: list[str]) -> list[str]:
-    """Lets `--config` take a shipped recipe's name, or its path in a checkout that is not here."""
-    joined = [f"--config={a}" if before == "--config" else a
-              for before, a in zip(["", *arguments], arguments, strict=False)
-              if a != "--config"]  # fmt: skip
-    return [
-        _named(argument) if argument.startswith("--config=") else argument for argument in joined
-    ]
-
-
-def _named(argument: str) -> str:
-    given = Path(argument.removeprefix("--config="))
-    known = shipped_recipes().get(given.name.removesuffix(".yaml"))
-    return argument if known is None or given.is_file() else f"--config={known}"
 
 
 def stage_main(

@@ -11,7 +11,7 @@ import yaml
 
 from jobs import submit
 from jobs.cli import main, parse_stage
-from jobs.command import shipped_recipes
+from jobs.recipes import shipped_recipes
 from jobs.submission import package
 from jobs.submission.follow import LogPrinter, job_exit_code
 from pipelines.errors import InputError

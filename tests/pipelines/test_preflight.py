@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from jobs.cli import parse_stage
-from jobs.command import shipped_recipes
 from jobs.needs import is_done, needs_of
+from jobs.recipes import shipped_recipes
 from pipelines import preflight
 from pipelines.preflight import Bundle, Place, accelerator, capacity
 from pipelines.preflight.node import Question, examine, existing_part
