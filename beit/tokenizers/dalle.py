@@ -76,15 +76,24 @@ def _group(
     return nn.Sequential(layers)
 
 
+class _OwnPrecision(Conv):
+    """A convolution that autocast does not reach: in bfloat16 4.5 % of DALL-E's tokens change, and
+    8.5 % of the largest logits tie."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.w.dtype))
+
+
 class _Output(nn.Module):
     """ReLU and the final 1x1 convolution, always in the convolution's own precision."""
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
-        self.conv = Conv(in_dim, out_dim, 1)
+        self.conv = _OwnPrecision(in_dim, out_dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(F.relu(x).to(self.conv.w.dtype))
+        out: Tensor = self.conv(F.relu(x))
         return out
 
 
@@ -169,7 +178,9 @@ class DalleDecoder(nn.Module):
         self.blocks_per_group = blocks_per_group
         self.vocab_size = vocab_size
         gain = 1 / (NUM_GROUPS * blocks_per_group) ** 2
-        layers: OrderedDict[str, nn.Module] = OrderedDict(input=Conv(vocab_size, init_dim, 1))
+        layers: OrderedDict[str, nn.Module] = OrderedDict(
+            input=_OwnPrecision(vocab_size, init_dim, 1)
+        )
         in_dim = init_dim
         for group in range(NUM_GROUPS):
             out_dim = hidden_dim * 2 ** (NUM_GROUPS - 1 - group)

@@ -50,6 +50,13 @@ def _orthogonal(conv: nn.Conv2d) -> nn.Conv2d:
     return conv
 
 
+def _own_precision(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution from or to codes, which autocast does not reach: rounded, tokens change."""
+    with torch.autocast(x.device.type, enabled=False):
+        out: Tensor = conv(x.to(conv.weight.dtype))
+    return out
+
+
 class PatchEncoder(nn.Module):
     """images (B,3,H,W) in [0.1, 0.9] -> logits (B, vocab_size, H/patch, W/patch)."""
 
@@ -73,8 +80,7 @@ class PatchEncoder(nn.Module):
         self.blocks.to(torch.float16)
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.features(images).to(self.head.weight.dtype))
-        return logits
+        return _own_precision(self.head, self.features(images))
 
 
 class PatchDecoder(nn.Module):
@@ -90,7 +96,7 @@ class PatchDecoder(nn.Module):
         _zero(self.log_scale)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.blocks(self.codebook(z))
+        x = self.blocks(_own_precision(self.codebook, z))
         maps = [F.pixel_shuffle(head(x), self.patch_size) for head in (self.mu, self.log_scale)]
         return torch.cat(maps, dim=1)
 

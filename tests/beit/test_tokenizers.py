@@ -144,3 +144,21 @@ def test_damage_is_named(tmp_path):
     save_file({k: v.half() for k, v in load_file(weights).items()}, weights)
     with pytest.raises(ValueError, match="float32 expected"):
         load_tokenizer(target)
+
+
+@pytest.mark.parametrize("kind", ["dalle", "dvae"])
+def test_autocast_reaches_no_convolution_from_or_to_codes(kind):
+    """Tokens are the largest of thousands of logits: rounded to bfloat16, many tie or change."""
+    torch.manual_seed(0)
+    tokenizer = MAKERS[kind]()
+    side = tokenizer.image_size
+    images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)) * 0.8 + 0.1
+    first = {"dalle": lambda d: d.blocks.input, "dvae": lambda d: d.codebook}[kind]
+    embedded = []
+    first(tokenizer.decoder).register_forward_hook(lambda *given: embedded.append(given[-1].dtype))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = tokenizer.encoder(images)
+        tokenizer.decoder(torch.softmax(logits, 1))
+    assert (logits.dtype, embedded) == (torch.float32, [torch.float32])
+    # bfloat16 has 128 values an octave; float32 logits hardly repeat.
+    assert len(logits.unique()) > 0.99 * logits.numel()
