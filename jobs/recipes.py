@@ -74,7 +74,7 @@ def recipe_text(config_class: type, path: Path) -> str:
         ) from error
     except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"config = {path}: not valid YAML: {_one_line(error)}") from error
-    if root is None or root.tag.endswith(":null"):
+    if root is None or _is_null(root):
         return ""
     if not isinstance(root, yaml.MappingNode):
         raise InputError(f"config = {path}: it holds no fields, written `name: value`")
@@ -96,6 +96,12 @@ def _check(node: Any, hint: Any, path: Path, seen: set[int]) -> None:
         return
     seen.add(id(node))
     if isinstance(node, yaml.MappingNode):
+        # A section of which all is commented out says nothing.
+        node.value = [
+            (key, value)
+            for key, value in node.value
+            if not (_is_null(value) and dataclasses.is_dataclass(_type_of(hint, key.value)))
+        ]
         names: set[str] = set()
         for key, value in node.value:
             if key.value in names and key.value != "<<":
@@ -109,8 +115,12 @@ def _check(node: Any, hint: Any, path: Path, seen: set[int]) -> None:
         [element] = get_args(hint)[:1] if get_origin(hint) in (list, tuple) else [None]
         for value in node.value:
             _check(value, element, path, seen)
-    elif is_text(hint) and not node.tag.endswith(":null"):
+    elif is_text(hint) and not _is_null(node):
         node.tag, node.style = "tag:yaml.org,2002:str", '"'
+
+
+def _is_null(node: yaml.Node) -> bool:
+    return bool(node.tag == "tag:yaml.org,2002:null")
 
 
 def is_text(hint: Any) -> bool:

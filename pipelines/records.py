@@ -26,6 +26,8 @@ Hash = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 MAX_SHOWN = 100
 SEAL = "seal"
 """The field of a record that holds the hash of the others."""
+SEALED = "_sealed"
+"""Says at the other end of the file that there is a seal, for damage that takes one of them."""
 
 
 def write_record(uri: str, values: Mapping[str, Any]) -> None:
@@ -35,7 +37,7 @@ def write_record(uri: str, values: Mapping[str, Any]) -> None:
 
 def encode_record(values: Mapping[str, Any]) -> bytes:
     """The bytes of a sealed record."""
-    return storage.canonical_json({**values, SEAL: storage.fingerprint(values)})
+    return storage.canonical_json({SEALED: True, **values, SEAL: storage.fingerprint(values)})
 
 
 def read_record(uri: str, form: type[Form], remedy: str) -> Form:
@@ -61,8 +63,9 @@ def read_values(uri: str, form: Any, remedy: str) -> dict[str, Any]:
 def _unsealed(uri: str, remedy: str) -> Any:
     values = storage.read_json(uri)
     # Earlier releases wrote no seals.
-    if isinstance(values, dict) and SEAL in values:
-        seal = values.pop(SEAL)
+    if isinstance(values, dict) and (SEAL in values or SEALED in values):
+        values.pop(SEALED, None)
+        seal = values.pop(SEAL, "none")
         with parsing(uri, remedy):
             found = storage.fingerprint(values)
         if found != seal:

@@ -60,7 +60,9 @@ def test_numbers_and_other_types_are_still_read(tmp_path: Path) -> None:
     assert recipe(tmp_path, text) == Toy(layers=[1, 2], section=section)
 
 
-@pytest.mark.parametrize("text", ["", "# nothing\n", "---\n", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize(
+    "text", ["", "# nothing\n", "---\n", b"\xef\xbb\xbf", "section:\n#  rate: 1\n"]
+)
 def test_an_empty_recipe_says_nothing(tmp_path: Path, text: str | bytes) -> None:
     assert recipe(tmp_path, text) == Toy()
 

@@ -162,12 +162,13 @@ def run_directory(root: Path) -> Iterator[Subject]:
     run.write_report({**report, "goodput": {"bottleneck": "compute"}})
     (root / "new/weights").mkdir()
     (root / "new/weights/config.json").write_text("{}")
+    told = ("event", "time", "step", "message")
     [event], [attempt] = (list((root / "new" / kind).iterdir()) for kind in ("events", "attempts"))
     for name, path, read in (
         ("run configuration", "config.yaml", begun),
         ("run record", "run.json", lambda: run.record()["fingerprints"]),
         ("skips", "skips.json", lambda: run.skips().entries),
-        ("event", event, run.events),
+        ("event", event, lambda: [{name: e.get(name) for name in told} for e in run.events()]),
         ("attempt", attempt, run.attempts),
         ("report", "report.json", lambda: known(run.finished_report(), ReportRecord)),
     ):

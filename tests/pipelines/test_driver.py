@@ -61,7 +61,8 @@ def three_steps(config, plan, world, log):
 
 def report_of(run):
     report = json.loads(Path(run.at("report.json")).read_text())
-    del report["seal"]
+    assert report.pop("_sealed")
+    assert report.pop("seal")
     return report
 
 
