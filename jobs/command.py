@@ -13,17 +13,20 @@ import secrets
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from jobs.attempt import Attempt
 from jobs.recipes import recipe_names, with_lists, with_recipes
-from jobs.submission.access import NO_CLUSTER, SUBMISSION_ID, require_cluster, token_file, use_token
+from jobs.submission.access import JOB, NO_CLUSTER, require_cluster, token_file, use_token
 from pipelines.config.pretrain import PretrainConfig, run_uri
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError, StageFailed, printable
 from pipelines.redaction import redacted
+from pipelines.steps import say_step
 
 Config = TypeVar("Config")
 
@@ -84,22 +87,22 @@ def stage_main(
 
     `ray` says when Ray is needed: always, never, or `workers`.
     """
-    configs: list[Any] = []
 
-    def run() -> None:
+    def run(attempt: Attempt) -> None:
         config = with_tracking_environment(parse(config_class, argv, stage=stage))
-        configs.append(config)
+        attempt.begin(stage, config, output_of(config))
         prepare_environment()
         if ray == "always" or (ray == "workers" and _asks_for_workers(config)):
             connect_to_ray()
             preflight(stage, config)
+        say_step(f"{stage}: opening what it reads")
         result = importlib.import_module(module).run(config)
         summary = getattr(result, "summary", None)
         if summary is not None:
             print(printable(summary(), keep="\n"))
 
     with terminated_as_interrupted():
-        return exit_code(run, output=lambda: output_of(configs[0]) if configs else "")
+        return exit_code(run)
 
 
 def preflight(stage: str, config: Any) -> None:
@@ -128,7 +131,7 @@ def with_tracking_environment(config: Config) -> Config:
         "MLFLOW_TRACKING_URI": "uri",
         "MLFLOW_EXPERIMENT_NAME": "experiment",
         "SLURM_JOB_ID": "job_id",
-        SUBMISSION_ID: "job_id",
+        JOB: "job_id",
     }
     source = {field: name for name, field in variables.items() if os.environ.get(name)}
     given = {field: os.environ[name] for field, name in source.items()}
@@ -177,40 +180,36 @@ def output_of(config: Any) -> str:
     return run_uri(config) if isinstance(config, PretrainConfig) else getattr(config, "output", "")
 
 
-def exit_code(action: Callable[[], None], *, output: Callable[[], str] = str) -> int:
+def exit_code(action: Callable[[Attempt], None]) -> int:
     """Runs `action`; expected failures become one message on stderr and a code.
 
-    In a submitted job the outcome is the log's last line, and stands beside the output as
-    `OUTPUT.result.json`: schedulers lose exit codes, and logs go with their cluster.
+    Of an attempt of a job (`jobs.attempt`) every end is written down, a crash too.
     """
+    attempt = Attempt()
     code, cause = 0, ""
     try:
-        action()
+        action(attempt)
     except InputError as error:
         code, cause = 2, f"error: {error}"
     except StageFailed as error:
         code, cause = 1, f"failed: {error}"
     except KeyboardInterrupt as interrupt:
         code, cause = 130, f"interrupted. {interrupt}".rstrip()
+    except SystemExit as end:  # flags that do not parse, --help
+        attempt.end(2 if end.code else 0, "error: the flags do not parse" if end.code else "")
+        raise
+    except Exception as error:
+        if not attempt.job:
+            raise
+        traceback.print_exc()
+        attempt.end(1, redacted(f"crashed: {type(error).__name__}: {error}"))
+        return 1
     if cause:
         print(printable(redacted(cause), keep="\n"), file=sys.stderr)
     if code == 130:
         print("Run the same command again to go on from what is done.", file=sys.stderr)
-    if os.environ.get(SUBMISSION_ID):
-        _leave_outcome(code, redacted(cause), output())
+    attempt.end(code, redacted(cause))
     return code
-
-
-def _leave_outcome(code: int, cause: str, output: str) -> None:
-    from pipelines import storage
-
-    record = {"submission_id": os.environ[SUBMISSION_ID], "exit_code": code, "cause": cause}
-    if output:
-        with contextlib.suppress(OSError, InputError):  # the log says it, too
-            storage.write_json(storage.beside(output, ".result.json"), record)
-    sys.stderr.flush()
-    told = "; ".join(" ".join(line.split()) for line in cause.splitlines())
-    print(f"beit: exit code {code}" + (f": {told}" if told else ""), flush=True)
 
 
 def prepare_environment() -> None:
@@ -240,6 +239,7 @@ def connect_to_ray() -> None:
 
     if ray.is_initialized():
         return
+    say_step(f"joining the Ray cluster at {address}" if address else "starting Ray here")
     verbose = os.environ.get("BEIT_VERBOSE", "") not in ("", "0")
     quiet: dict[str, Any] = {} if verbose else {"log_to_driver": False, "logging_level": "ERROR"}
     try:
@@ -256,6 +256,8 @@ def connect_to_ray() -> None:
         raise StageFailed(
             f"Ray did not start on this machine: {reason}. BEIT_VERBOSE=1 shows its own log"
         ) from error
+    have = ray.cluster_resources()
+    say_step(f"Ray is there: {have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs")
 
 
 def _own_token() -> None:

@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     stage = argv[0] if argv else ""
 
-    def run() -> None:
+    def run(_: object) -> None:
         if stage and stage not in STAGES:
             raise InputError(f"{stage!r} is no stage; {USAGE}")
         config = with_tracking_environment(parse_stage(stage, argv[1:])) if stage else None

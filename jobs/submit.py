@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.command import ENVIRONMENT, exit_code, output_of
-from jobs.submission.access import SUBMISSION_ID, ClusterAwayError, find_address, use_token
+from jobs.submission.access import JOB, ClusterAwayError, find_address, use_token
 from pipelines import storage
 from pipelines.errors import InputError, StageFailed
 from pipelines.redaction import redacted
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(own)
     codes: list[int] = []
 
-    def act() -> None:
+    def act(_: object) -> None:
         if options.what in ACTIONS and flags:
             raise InputError(f"submit {options.what}: takes no flags of a stage")
         try:
@@ -143,7 +143,7 @@ def _submit(options: argparse.Namespace, flags: Sequence[str]) -> int:
                 submission_id=submission_id,
                 runtime_env={
                     "working_dir": folder,
-                    "env_vars": {**environment, SUBMISSION_ID: submission_id},
+                    "env_vars": {**environment, JOB: submission_id},
                 },
                 metadata=dict(job.metadata),
             )

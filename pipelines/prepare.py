@@ -8,6 +8,7 @@ in the table depends on when, where or in which order it was made.
 import dataclasses
 import json
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -50,6 +51,7 @@ from pipelines.preparation.unit import (
     receipt_uri,
     rejected_table_columns,
 )
+from pipelines.steps import say_step
 from pipelines.tables.image_files import REJECTED_SCHEMA, Part
 from pipelines.tables.image_table import IGNORED, MANIFEST, REJECTED, ImageTable, commit_manifest
 from pipelines.units import (
@@ -179,9 +181,13 @@ def _run_units(
         row_group_bytes=int(config.row_group_mb * MEGABYTE),
         digits=len(unit_name(0, len(plan.listings))),
     )
-    progress = totals.progress()
+    progress, before = totals.progress(), totals.done
+    if todo:
+        say_step("waiting for the first unit")
     try:
-        for outcome in _outcomes(task, plan, todo, config.num_tasks):
+        for number, outcome in enumerate(_outcomes(task, plan, todo, config.num_tasks)):
+            if number == 0:
+                progress.counted_from(before, outcome.facts["seconds"])
             totals.add(outcome.facts)
             totals.show(progress)
             totals.check(final=False)
@@ -220,7 +226,9 @@ def process(batch: pa.Table, task: PrepareTask, attempts: ActorHandle | None) ->
 def _outcome(task: PrepareTask, attempts: ActorHandle | None, unit: int, listing: str) -> Outcome:
     with attempt(attempts, f"unit {unit}") as deaths:
         try:
-            return Outcome(unit=unit, facts=process_unit(task, unit, listing, deaths=deaths))
+            began = time.monotonic()
+            facts = process_unit(task, unit, listing, deaths=deaths)
+            return Outcome(unit=unit, facts={**facts, "seconds": time.monotonic() - began})
         except (InputError, StageFailed, OSError) as error:
             return Outcome.of_error(unit, str(unit), error)
 

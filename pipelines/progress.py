@@ -12,7 +12,8 @@ class Progress:
 
     On a terminal one line is rewritten; elsewhere (a log file, a submitted job) a new line is
     printed every `log_every` seconds. Work done by an earlier, interrupted run is passed as
-    `initial`, so that rate and estimate speak of this run.
+    `initial`, so that rate and estimate speak of this run; `counted_from` leaves starting up out of
+    them.
     """
 
     def __init__(
@@ -41,6 +42,10 @@ class Progress:
         self.fields |= {name: str(value) for name, value in fields.items()}
         if time.monotonic() - self.printed >= self.every:
             self._print()
+
+    def counted_from(self, done: int, seconds_ago: float) -> None:
+        """Rate and estimate speak of what was done after `done`, in so many seconds up to now."""
+        self.initial, self.start = done, time.monotonic() - seconds_ago
 
     def close(self) -> None:
         """Prints the last state and ends the line."""

@@ -16,6 +16,7 @@ from pipelines.config.checks import flatten
 from pipelines.config.tokenize_images import TokenizeConfig
 from pipelines.errors import InputError, StageFailed
 from pipelines.progress import Progress
+from pipelines.steps import say_step
 from pipelines.tables.image_table import ImageParts
 from pipelines.tables.token_table import TokenTable, build_manifest
 from pipelines.tokenization import pool as token_pool
@@ -155,10 +156,15 @@ def _compute(
     progress = Progress(images.num_rows, "tokenize", "images", initial=before)
     gate = _Gate(config, task, ledger)
     begin = saved = time.monotonic()
+    if len(todo):
+        say_step("waiting for the first unit: encoders start")
     computed = 0
     try:
         gate.check()
         for outcome in _outcomes(task, ledger.units, gate.first(todo), images):
+            if not computed and outcome.facts:  # starting up belongs to no rate
+                begin = meter.begin = max(begin, token_report.began(outcome))
+                progress.counted_from(before, time.monotonic() - begin)
             if outcome.suspect:
                 gate.skip(outcome.unit)
             elif _book(outcome, ledger, config):

@@ -7,8 +7,10 @@ from pathlib import Path
 from pipelines.errors import InputError
 
 TOKEN_FILE = "~/.ray/auth_token"
-SUBMISSION_ID = "BEIT_SUBMISSION_ID"
-"""Variable by which a stage knows that it runs as a submitted job."""
+JOB = "BEIT_JOB"
+"""Variable by which a stage knows of which job it is an attempt."""
+RETRY = "BEIT_RETRY"
+"""Variable that lets a job be tried again although its input was bad."""
 ANSWER_SECONDS = 10.0
 NO_CLUSTER = "unset it to start Ray here, or name a running cluster (host:6379)"
 

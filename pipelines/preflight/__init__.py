@@ -6,7 +6,6 @@ does not fit is one sentence with its remedy.
 
 import contextlib
 import dataclasses
-import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from pipelines.preflight import capacity
 from pipelines.preflight.capacity import Bundle
 from pipelines.preflight.node import Place, Question, Report, Trouble, examine, existing_directory
 from pipelines.redaction import redacted
+from pipelines.steps import say_step
 
 __all__ = ["Bundle", "Needs", "Place", "findings", "require"]
 
@@ -60,9 +60,14 @@ def require(needs: Needs) -> None:
         StageFailed: nodes are missing, and no autoscaler is there to bring them.
     """
     _wait_for_nodes(needs.bundles)
+    nodes = len(_nodes())
+    if nodes > 1:
+        say_step(f"preflight: asking {nodes} nodes whether they can do it")
     found = findings(dataclasses.replace(needs, bundles=()))
     if found:
         raise InputError("\n".join(found))
+    if nodes > 1:
+        say_step("preflight: all of them can")
 
 
 def findings(needs: Needs) -> list[str]:
@@ -138,10 +143,9 @@ def _ask(questions: Mapping[_Node, Question]) -> dict[_Node, Report]:
         return {}
     ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS)
     for reference in late:
-        print(
+        say_step(
             f"preflight: node {asked[reference].name} has not answered within "
-            f"{ANSWER_SECONDS:.0f} s; left out",
-            file=sys.stderr,
+            f"{ANSWER_SECONDS:.0f} s; left out"
         )
         ray.cancel(reference, force=True)
     return {asked[reference]: _answer(reference) for reference in ready}
@@ -198,9 +202,9 @@ def _wait_for_nodes(groups: Sequence[Sequence[Bundle]]) -> None:
     give_up_at = time.monotonic() + NODE_SECONDS
     while missing := _missing(groups, _nodes()):
         if capacity.autoscaled():
-            print(f"preflight: {'; '.join(missing)}; the autoscaler is asked", file=sys.stderr)
+            say_step(f"preflight: {'; '.join(missing)}; the autoscaler is asked")
             return
         if time.monotonic() > give_up_at:
             raise StageFailed("\n".join(missing))
-        print(f"preflight: {'; '.join(missing)}; waiting for nodes", file=sys.stderr)
+        say_step(f"preflight: {'; '.join(missing)}; waiting for nodes")
         time.sleep(SAY_SECONDS)

@@ -58,6 +58,16 @@ class TokenizeResult:
         )
 
 
+def began(outcome: Outcome) -> float:
+    """When the work on a unit that has just ended began, on the monotonic clock.
+
+    Without the time that its pixels lay ready: the first ones wait for encoders to start.
+    """
+    seconds: dict[str, float] = outcome.facts["seconds"]
+    work = sum(seconds.get(name, 0.0) for name in ("read", "render", "encode", "write"))
+    return time.monotonic() - work
+
+
 class Meter:
     """Adds up where units spent their time."""
 

@@ -20,6 +20,7 @@ from pipelines.config.checks import flatten, to_dict
 from pipelines.config.common import ScalingConfig
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError, StageFailed
+from pipelines.steps import say_step
 from pipelines.tracking.spool import Spool
 from pipelines.training.checkpoint import complete_steps
 from pipelines.training.distributed import World, join_world
@@ -265,6 +266,8 @@ def _train_on_ray(loop: Loop[Config_, Plan_], config: Config_, plan: Plan_, laun
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
+    each = f"{scaling.cpus_per_worker} CPU" + (" and 1 GPU" if scaling.use_gpu else "")
+    say_step(f"waiting for workers: {low} x {each}")
     failed: TrainingFailedError | None = None
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:

@@ -124,6 +124,11 @@ class Attempt:
     """Why it stopped."""
 
     @property
+    def seconds_of_steps(self) -> float:
+        """Its time since starting up."""
+        return sum(self.seconds.values()) - self.seconds.get("startup", 0.0)
+
+    @property
     def until(self) -> float:
         """When it last wrote."""
         return self.entered_at + sum(self.seconds.values())

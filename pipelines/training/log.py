@@ -21,6 +21,7 @@ from PIL import Image
 from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.progress import Progress
+from pipelines.steps import say_step
 from pipelines.tracking.spool import LinesFile, Spool
 from pipelines.tracking.system_metrics import SystemMetrics
 from pipelines.training.checkpoint import complete_steps
@@ -219,6 +220,7 @@ class ProgressThread:
         self.every = 0.5 if storage.is_local(run.uri) else 20.0
         self.seen = {event["time"] for event in run.events()}
         self.attempts = len(run.attempts())
+        self.started, self.counted = 0, (0, 0)
         self.progress = Progress(total_steps, label, "step", initial=start_step)
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._work, name="progress", daemon=True)
@@ -250,5 +252,13 @@ class ProgressThread:
                 continue
             text = event.get("message") or json.dumps(event)
             self.progress.stream.write(f"\n{event['event']}: {text}\n")
+        for attempt in attempts[self.started :]:
+            workers = "1 worker" if attempt.workers == 1 else f"{attempt.workers} workers"
+            say_step(f"{workers} started, from step {attempt.start_step}; reading first batches")
+        self.started = len(attempts)
         if attempts and attempts[-1].latest:
-            self.progress.update(attempts[-1].next_step, **attempts[-1].latest)
+            last = attempts[-1]
+            if (last.number, last.next_step) != self.counted:
+                self.counted = last.number, last.next_step
+                self.progress.counted_from(last.start_step, last.seconds_of_steps)
+            self.progress.update(last.next_step, **last.latest)

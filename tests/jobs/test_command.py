@@ -78,7 +78,7 @@ def test_a_value_the_configuration_refuses_is_bad_input() -> None:
 def test_expected_failures_become_a_message_and_a_code(
     error: BaseException, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def action() -> None:
+    def action(_: object) -> None:
         raise error
 
     assert exit_code(action) == code
@@ -86,7 +86,7 @@ def test_expected_failures_become_a_message_and_a_code(
 
 
 def test_programming_errors_keep_their_traceback() -> None:
-    def action() -> None:
+    def action(_: object) -> None:
         raise KeyError("a bug")
 
     with pytest.raises(KeyError):
