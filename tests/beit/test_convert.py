@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from transformers import (
     BeitModel,
 )
 
-from beit.classifier import BeitClassifier, classifier_from_pretraining
+from beit.classifier import BeitClassifier, Classification, classifier_from_pretraining
 from beit.convert import (
     from_huggingface,
     from_timm,
@@ -64,9 +65,9 @@ def mim(config, **kwargs):
     return randomised(BeitMIM(**config), **kwargs)
 
 
-def classifier(config, **kwargs):
+def classifier(config, *, pooling="mean", **kwargs):
     config = {k: v for k, v in config.items() if k != "vocab_size"}
-    return randomised(BeitClassifier(**config, num_classes=7), **kwargs)
+    return randomised(BeitClassifier(**config, num_classes=7, pooling=pooling), **kwargs)
 
 
 def inputs(model, batch=3):
@@ -152,6 +153,7 @@ def test_transformers_round_trip_is_bitwise(config, folder):
     for model, cls in (
         (mim(config), BeitForMaskedImageModeling),
         (classifier(config), BeitForImageClassification),
+        (classifier(config, pooling="cls"), BeitForImageClassification),
     ):
         network = load_strictly(cls, folder(model))
         path = folder(model) / cls.__name__
@@ -165,8 +167,9 @@ def test_transformers_round_trip_is_bitwise(config, folder):
 
 
 @pytest.mark.parametrize("config", [SHARED, PLAIN, PER_BLOCK], ids=["shared", "plain", "per_block"])
-def test_classifier_equals_transformers(config, folder):
-    model = classifier(config)
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_classifier_equals_transformers(config, pooling, folder):
+    model = classifier(config, pooling=pooling)
     network = load_strictly(BeitForImageClassification, folder(model))
     pixels, _ = inputs(model)
     with torch.no_grad():
@@ -214,7 +217,28 @@ def test_gradients_equal_those_of_transformers(folder):
         torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("make", [mim, classifier])
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_loss_and_gradients_of_a_classifier_equal_those_of_transformers(pooling, folder):
+    model = classifier(PER_BLOCK, pooling=pooling).train()
+    network = load_strictly(BeitForImageClassification, folder(model))
+    pixels, _ = inputs(model, batch=5)
+    labels = torch.tensor([3, 0, 6, 3, 1])
+    shares = torch.tensor([[1.0, 0.0]]).repeat(5, 1)
+    loss, hits = Classification(model)(pixels, torch.stack((labels, labels), dim=1), shares)
+    (loss / 5).backward()
+    theirs = network(pixels, labels=labels)
+    theirs.loss.backward()
+    torch.testing.assert_close(loss / 5, theirs.loss, atol=1e-6, rtol=1e-6)
+    assert hits == (theirs.logits.argmax(dim=1) == labels).sum()
+    gradients = from_huggingface(
+        {name: parameter.grad for name, parameter in network.named_parameters()},
+        network.config.to_dict(),
+    ).state_dict()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("make", [mim, classifier, partial(classifier, pooling="cls")])
 @pytest.mark.parametrize("config", [SHARED, PLAIN, PER_BLOCK], ids=["shared", "plain", "per_block"])
 def test_unilm_round_trip_is_strict_and_bitwise(make, config):
     model = make(config)
@@ -295,7 +319,7 @@ def test_other_computations_are_refused():
         from_unilm(to_unilm(mim(PLAIN)))
 
 
-@pytest.mark.parametrize("make", [mim, classifier])
+@pytest.mark.parametrize("make", [mim, classifier, partial(classifier, pooling="cls")])
 @pytest.mark.parametrize("config", [SHARED, PLAIN, PER_BLOCK], ids=["shared", "plain", "per_block"])
 def test_timm_round_trip_computes_the_same(make, config):
     model = make(config)
@@ -327,6 +351,28 @@ def test_fine_tuning_starts_from_the_encoder_with_the_bias_in_every_block():
     assert len({table.data_ptr() for table in tables}) == 3
     shared = model.rel_pos_bias.relative_position_bias_table
     assert all(torch.equal(table, shared) for table in tables)
+
+
+def test_a_second_fine_tuning_keeps_the_norm_and_the_head_where_it_is_asked_to():
+    first = classifier(PER_BLOCK)
+    again = partial(classifier_from_pretraining, first, num_classes=7, drop_path=0.3)
+    kept = again(keep_head=True)
+    assert kept.config() == {**first.config(), "drop_path": 0.3}
+    for name, value in first.state_dict().items():
+        assert torch.equal(kept.state_dict()[name], value), name
+    fresh = again().state_dict()
+    differing = {name for name, value in first.state_dict().items() if (fresh[name] != value).any()}
+    assert differing == {"head.weight", "head.bias"}
+    assert classifier_from_pretraining(first, num_classes=2).num_classes == 2
+
+
+def test_the_class_token_is_normed_as_in_pretraining():
+    model = mim(SHARED)
+    tuned = classifier_from_pretraining(model, num_classes=9, pooling="cls").eval()
+    pixels, _ = inputs(model)
+    with torch.no_grad():
+        expected = model.features(pixels)[:, 0]
+        torch.testing.assert_close(tuned.pooled(pixels), expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(("size", "expected"), [("base", 86_530_984), ("large", 304_430_568)])

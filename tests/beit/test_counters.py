@@ -15,12 +15,16 @@ STREAMS = [
     counters.ORDER_GROUPS,
     counters.ORDER_ROTATION,
     counters.ORDER_WINDOWS,
+    counters.AUGMENTATIONS,
+    counters.ERASURES,
+    counters.ERASED_PIXELS,
+    counters.MIXES,
 ]
 
 
 def test_words_do_not_change_from_release_to_release():
     """Golden: a change here gives every table, order and mask of before another meaning."""
-    order = [counters.words(5, stream, (1, 2, 3), 1)[0] for stream in STREAMS[2:]]
+    order = [counters.words(5, stream, (1, 2, 3), 1)[0] for stream in STREAMS[2:5]]
     assert order == [3505761252815942983, 10664135168318060490, 9759596371567998130]
     position = (3, *counters.of_digest(DIGEST))
     assert counters.uniforms(77, counters.VIEWS, position, 5) == [
