@@ -35,7 +35,7 @@ from pipelines.training.distributed import (
 )
 from pipelines.training.health import HealthMonitor
 from pipelines.training.log import TrainLog
-from pipelines.training.objective import build_objective
+from pipelines.training.objective import build_objective, warm_start
 from pipelines.training.pretraining import (
     PretrainPlan,
     PretrainResult,
@@ -77,6 +77,9 @@ def run(config: PretrainConfig) -> PretrainResult:
 
     # Training, and what becomes of it.
     inputs = input_datasets(config, tables)
+    if config.init:
+        begun_with = plan.fingerprints["init"]
+        inputs.append(Dataset(name="weights", uri=config.init, digest=begun_with))
     with driver.start_tracking(config, run_dir, stage=STAGE, inputs=inputs) as tracked:
         # A run that was done before it was recorded is recorded now.
         report = done or driver.train(
@@ -108,7 +111,10 @@ def train_loop(  # noqa: PLR0912, PLR0915
     data = WorkerData(config, world)
     vocabulary = plan.vocabulary
     vocab_size = None if vocabulary is None else vocabulary.size
-    objective = build_objective(config, vocab_size).to(world.device)
+    objective = build_objective(config, vocab_size)
+    if config.init:
+        warm_start(config, objective.network)
+    objective = objective.to(world.device)
     model = objective.network  # what is optimised and checkpointed
     wrapped = wrap_model(
         objective, world, strategy=config.scaling.strategy, compiled=config.scaling.compile

@@ -11,12 +11,13 @@ from pipelines.config.common import Action
 from pipelines.config.tracking import TrackingConfig
 
 # What a resumed run may change: how it is computed, watched and reported. Everything else decides
-# what is computed, and a change to it asks for another run directory. `images` and `tokens` may
-# move to another URI: their fingerprints are compared instead.
+# what is computed, and a change to it asks for another run directory. `images`, `tokens` and `init`
+# may move to another URI: their fingerprints are compared instead.
 MAY_CHANGE = (
     "images",
     "tokens",
     "tokenizer",
+    "init",
     "output",
     "name",
     "log_every",
@@ -283,6 +284,9 @@ class PretrainConfig:
     """Sub-directory of output for this run; empty: output itself."""
     tokenizer: str = ""
     """URI of the tokenizer, for pictures of decoded tokens only; empty: none are made."""
+    init: str = ""
+    """URI of weights to begin with: a run, a weights folder, or published weights (see
+    docs/pretrain.md); empty: from the seed."""
     seed: int = 0
     """Initial weights, order of samples, masks and stochastic depth follow from it."""
     log_every: Annotated[int, Ge(1)] = 10

@@ -89,11 +89,12 @@ def _signature(weights: Path) -> "ModelSignature":
     config = read_weights_config(weights)["model"]
     height, width = image_hw(config["image_size"], config["patch_size"])
     images = TensorSpec(np.dtype(np.uint8), (-1, height, width, 3))
-    features = TensorSpec(np.dtype(np.float32), (-1, config["dim"]))
+    said = config.get("num_classes") or config["dim"]
+    outputs = TensorSpec(np.dtype(np.float32), (-1, said))
     # MLflow hands on only the parameters that the signature names.
     layer = ParamSpec("layer", "long", 0)
     return ModelSignature(
-        inputs=Schema([images]), outputs=Schema([features]), params=ParamSchema([layer])
+        inputs=Schema([images]), outputs=Schema([outputs]), params=ParamSchema([layer])
     )
 
 

@@ -1,12 +1,17 @@
 """From a configuration to the objective that a run trains."""
 
 import torch
+from torch import nn
 
 from beit.mae import Mae, MaeNetwork
 from beit.mim import BeitMIM, BeitV2MIM
 from beit.objectives import Beit, BeitV2, Objective
+from beit.positions import resize_positions
 from beit.vit import EncoderOptions
+from beit.warm_start import taken_over
 from pipelines.config.pretrain import PretrainConfig
+from pipelines.errors import InputError
+from pipelines.tables.weights_store import open_whole
 
 
 def build_objective(config: PretrainConfig, vocab_size: int | None) -> Objective:
@@ -56,6 +61,30 @@ def build_objective(config: PretrainConfig, vocab_size: int | None) -> Objective
 def _known(vocab_size: int | None) -> int:
     assert vocab_size is not None, "open_tables refuses a run that predicts tokens and has none"
     return vocab_size
+
+
+def warm_start(config: PretrainConfig, network: nn.Module) -> str:
+    """Gives `network` the weights at `config.init`, positions resized: their fingerprint.
+
+    A network on torch's meta device is only compared with them.
+
+    Raises:
+        InputError: there are none, or their encoder is another one.
+    """
+    stored = open_whole(config.init, field="init")
+    weights, side = stored.network, config.model.image_size
+    if weights.image_size != (side, side):
+        plain = weights.plain() if isinstance(weights, BeitV2MIM | MaeNetwork) else weights
+        weights = resize_positions(plain, side)
+    try:
+        taken = taken_over(network, weights, source=stored.uri)
+    except ValueError as error:
+        raise InputError(
+            f"init = {config.init}: {error}; give model.* the sizes of these weights"
+        ) from error
+    if next(network.parameters()).device.type != "meta":
+        network.load_state_dict(taken, strict=False)
+    return stored.fingerprint
 
 
 def flops_per_image(config: PretrainConfig, vocab_size: int | None) -> float:

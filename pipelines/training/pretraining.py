@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from pipelines import storage
 from pipelines.config.finetune import FinetuneConfig
@@ -16,7 +17,7 @@ from pipelines.reading.ingest import TrainingTables
 from pipelines.tables import tokenizer_store
 from pipelines.tracking import Dataset
 from pipelines.training.data import largest_divisor, make_order, open_tables
-from pipelines.training.objective import flops_per_image
+from pipelines.training.objective import build_objective, flops_per_image, warm_start
 from pipelines.training.probing import probe_rows
 from pipelines.training.run_dir import RunDir
 
@@ -69,6 +70,7 @@ def with_absolute_uris(config: PretrainConfig) -> PretrainConfig:
         tokens=[absolute(uri) for uri in config.tokens],
         output=absolute(config.output),
         tokenizer=absolute(config.tokenizer),
+        init=absolute(config.init),
         probe=dataclasses.replace(config.probe, images=absolute(config.probe.images)),
     )
 
@@ -91,17 +93,23 @@ def make_plan(config: PretrainConfig, data: TrainingTables) -> PretrainPlan:
     """Everything that follows from configuration and tables.
 
     Raises:
-        InputError: warm-up as long as the run, or a batch larger than the table.
+        InputError: warm-up as long as the run, a batch larger than the table, or weights to begin
+            with that do not fit.
     """
     order = make_order(config, data)
     total, warmup = schedule_lengths(config.optim, order.steps_per_epoch)
+    fingerprints = {**data.fingerprints(), "order": storage.fingerprint(order.to_dict())}
+    if config.init:
+        with torch.device("meta"):
+            network = build_objective(config, data.vocab_size).network
+        fingerprints["init"] = warm_start(config, network)
     return PretrainPlan(
         total_steps=total,
         warmup_steps=warmup,
         steps_per_epoch=order.steps_per_epoch,
         vocabulary=vocabulary_of(data),
         flops_per_image=flops_per_image(config, data.vocab_size),
-        fingerprints={**data.fingerprints(), "order": storage.fingerprint(order.to_dict())},
+        fingerprints=fingerprints,
     )
 
 

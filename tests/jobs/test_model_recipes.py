@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from beit.classifier import BeitClassifier
 from beit.mim import SIZES, BeitMIM, model_config
 from jobs.command import parse
+from pipelines.config.finetune import AugmentConfig, FinetuneConfig, MixingConfig
 from pipelines.config.pretrain import PretrainConfig
 from pipelines.training.objective import build_objective
 
@@ -20,6 +22,38 @@ def load(path):
     flags = ["--config", str(path), "--images", "I", "--output", "O"]
     tokens = [] if path.stem.startswith("mae") else ["--tokens", "T"]
     return parse(PretrainConfig, [*flags, *tokens], stage="pretrain")
+
+
+TUNING = {  # epochs, warm-up, learning rate, layer decay, drop path
+    "finetune_beit_base_in1k": (100, 20, 4e-3, 0.65, 0.1),
+    "finetune_beit_large_in1k": (50, 5, 1e-3, 0.75, 0.2),
+    "finetune_beit_v2_base_in1k": (100, 20, 5e-4, 0.6, 0.2),
+    "finetune_mae_base_in1k": (100, 5, 5e-4 * 1024 / 256, 0.65, 0.1),
+}
+
+
+def load_tuning(path):
+    flags = ["--config", str(path), "--run", "R", "--images", "I", "--output", "O"]
+    return parse(FinetuneConfig, flags, stage="finetune")
+
+
+@pytest.mark.parametrize("name", TUNING)
+def test_a_recipe_of_fine_tuning_has_the_published_values(name):
+    config = load_tuning(CONFIGS / f"{name}.yaml")
+    optim = config.optim
+    found = (optim.epochs, optim.warmup_epochs, optim.lr, optim.layer_decay, config.model.drop_path)
+    assert found == TUNING[name]
+    assert (optim.weight_decay, optim.min_lr, optim.clip_grad_norm) == (0.05, 1e-6, None)
+    assert (config.mixing, config.augment) == (MixingConfig(), AugmentConfig())
+    assert config.data.global_batch_size == 1024
+    large = "large" in name
+    size = {**SIZES["large" if large else "base"], "relative_positions": "per_block"}
+    with torch.device("meta"):
+        network = BeitClassifier(
+            **size, image_size=224, patch_size=16, absolute_positions=False, num_classes=1000
+        )
+    gflop = re.search(r"([\d.]+) GFLOP an image", (CONFIGS / f"{name}.yaml").read_text())[1]
+    assert network.flops_per_image() == pytest.approx(float(gflop) * 1e9, rel=5e-3)
 
 
 def test_all_recipes_are_there():
@@ -108,7 +142,9 @@ def test_mae_is_the_official_network_and_schedule():
     assert objective.flops_per_image(147) + left_out == pytest.approx(expected, rel=2e-3)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [*RECIPES, *CONFIGS.glob("finetune_*.yaml")], ids=lambda path: path.stem
+)
 def test_a_header_says_what_a_user_wants_to_know(path):
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     text = "\n".join(header)
@@ -117,4 +153,5 @@ def test_a_header_says_what_a_user_wants_to_know(path):
     assert f"jobs/configs/{path.name}" in text
     steps = int(re.search(r"([\d,]+) in all", text)[1].replace(",", ""))
     per_epoch = int(re.search(r"([\d,]+) steps an epoch", text)[1].replace(",", ""))
-    assert steps == per_epoch * load(path).optim.epochs
+    config = load_tuning(path) if path.stem.startswith("finetune") else load(path)
+    assert steps == per_epoch * config.optim.epochs

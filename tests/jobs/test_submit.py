@@ -65,9 +65,11 @@ def test_this_checkout_is_small(tmp_path):
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_the_configuration_that_is_sent_is_the_one_that_was_meant(name, tmp_path):
     chain = name in ("quickstart", "demo")
-    stage = "pipeline" if chain else "pretrain"
+    tunes = name.startswith("finetune")
+    stage = "pipeline" if chain else "finetune" if tunes else "pretrain"
     flags = ["--config", name, "--output", "/shared/out"]
-    flags += [] if chain else ["--images", "/shared/i", "--tokens", "/shared/t"]
+    reads = ["--run", "/shared/r"] if tunes else ["--tokens", "/shared/t"]
+    flags += [] if chain else ["--images", "/shared/i", *reads]
     sent = tmp_path / "job.yaml"
     sent.write_text(submit.describe(stage, flags).config_text)
     assert parse_stage(stage, ["--config", str(sent)]) == parse_stage(stage, flags)

@@ -34,11 +34,11 @@ ENCODER = {
 }
 
 
-def write_encoder(path: Path | str, **changes: object) -> str:
-    """A weights folder of an untrained encoder."""
+def write_encoder(path: Path | str, *, silent: bool = False, **changes: object) -> str:
+    """A weights folder of an untrained encoder; a silent one does not tell its pixels."""
     model = BeitMIM(**{**ENCODER, **changes})
     model.init_weights(torch.Generator().manual_seed(3))
-    save_weights(model, path, extra={"pixel_mean": MEAN, "pixel_std": STD})
+    save_weights(model, path, extra={} if silent else {"pixel_mean": MEAN, "pixel_std": STD})
     return str(path)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,12 @@ def draw_image(index: int) -> Image.Image:
 
 
 def write_images(
-    uri: str, num_images: int = 96, *, parts: int = 2, labelled: bool = True
+    uri: str,
+    num_images: int = 96,
+    *,
+    parts: int = 2,
+    labelled: bool = True,
+    class_names: Sequence[str] = ("a", "b", "c"),
 ) -> ImageTable:
     """An image table of PNGs with 3 classes, several row groups a part."""
     rows = []
@@ -83,7 +89,7 @@ def write_images(
     commit_manifest(
         uri,
         parts=records,
-        class_names=["a", "b", "c"],
+        class_names=class_names,
         source={},
         options={},
         rejected={},

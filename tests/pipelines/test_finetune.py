@@ -3,23 +3,52 @@
 import dataclasses
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import yaml
+from transformers import BeitForImageClassification
 
-from beit.classifier import BeitClassifier
+from beit.augment import apply_operations, augmentation_of, erasure_of
+from beit.classifier import BeitClassifier, Classification
+from beit.foreign import write_huggingface, write_unilm
+from beit.images import decode_array
+from beit.mixing import mix_of, mixed
+from beit.positions import resize_bias_table
+from beit.views import render_fast, sample_view
 from beit.weights import load_weights, read_weights_config
-from pipelines import finetune
+from pipelines import evaluate, finetune
+from pipelines import export as export_stage
 from pipelines.config.checks import to_dict
+from pipelines.config.evaluate import EvaluateConfig
+from pipelines.config.export import ExportConfig
+from pipelines.config.finetune import MAY_CHANGE
+from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError
+from pipelines.tracking.served_model import FeatureModel
 from pipelines.training.checkpoint import complete_steps
+from pipelines.training.data import make_order
+from pipelines.training.distributed import World
+from pipelines.training.finetuning import build_classifier, plan_run
+from pipelines.training.labelled import LabelledData, open_labelled
+from pipelines.training.log import TrainLog
 from pipelines.training.run_dir import RunDir
-from tests.pipelines.finetune_fixtures import MEAN, make_inputs, small_finetune, write_encoder
+from tests.pipelines.finetune_fixtures import (
+    MEAN,
+    STD,
+    make_inputs,
+    small_finetune,
+    write_encoder,
+)
 from tests.pipelines.pretrain_fixtures import (
     events_of,
     metrics_of,
@@ -137,9 +166,7 @@ def test_bad_input_is_refused_by_name(finished, inputs, tmp_path):
     write_images(str(tmp_path / "two"), 2, parts=1)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "vit"}')
-    silent = write_encoder(tmp_path / "silent")
-    text = (tmp_path / "silent" / "config.json").read_text()
-    (tmp_path / "silent" / "config.json").write_text(text.replace("pixel_", "x_"))
+    silent = write_encoder(tmp_path / "silent", silent=True)
     for changes, message in [
         ({"run": ""}, "run = '': give"),
         ({"run": str(tmp_path / "nowhere")}, "run = .*nowhere: nothing is there"),
@@ -165,3 +192,205 @@ def test_bad_input_is_refused_by_name(finished, inputs, tmp_path):
     other = small_finetune(inputs, finished.run_uri, mixing={"mixup": 0.3})
     with pytest.raises(InputError, match=r"mixing\.mixup: 0\.8 != 0\.3"):
         finetune.run(other)
+
+
+def data_of(config, rank=0, size=1):
+    world = World(rank, size, torch.device("cpu"))
+    return LabelledData(config, world, image_size=32, grid_size=(4, 4), mean=MEAN, std=STD)
+
+
+def whole_steps(config, size, count=3):
+    """Pixels, labels and shares of steps, as `size` workers see them together."""
+    workers = [data_of(config, rank, size) for rank in range(size)]
+    steps = []
+    for batches in zip(*(worker.batches([(4, count)]) for worker in workers), strict=True):
+        parts = [part for batch in batches for part in batch.parts]
+        steps.append(
+            [
+                torch.cat([getattr(p, name) for p in parts])
+                for name in ("pixels", "labels", "shares")
+            ]
+        )
+    for worker in workers:
+        worker.close()
+    return steps
+
+
+def test_a_step_does_not_depend_on_the_number_of_workers(inputs, tmp_path):
+    config = small_finetune(inputs, tmp_path)
+    for one, two in zip(whole_steps(config, 1), whole_steps(config, 2), strict=True):
+        for expected, found in zip(one, two, strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_an_idle_worker_sees_nothing_that_counts(inputs, tmp_path):
+    config = small_finetune(inputs, tmp_path, scaling={"accumulate_steps": 2})
+    idle = next(data_of(config, rank=2, size=3).batches([(0, 1)]))
+    assert [part.shares.sum() for part in idle.parts] == [0, 0]
+    assert idle.row_ids.size == 0
+    sums = Classification(build_classifier(config, make(config)))(
+        idle.parts[0].pixels, idle.parts[0].labels, idle.parts[0].shares
+    )
+    assert sums.tolist() == [0, 0]
+
+
+def test_a_batch_is_view_operations_erasing_and_mixing_one_after_the_other(inputs, tmp_path):
+    config = small_finetune(inputs, tmp_path, augment={"erase_probability": 1.0})
+    (pixels, labels, shares), *_ = whole_steps(config, 1, count=1)
+    tables = open_labelled(config)
+    order = make_order(config, tables)
+    rows = order.global_batch(*order.locate(4))
+    epoch = order.locate(4)[0]
+    fill = tuple(min(255, round(255 * value)) for value in MEAN)
+    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (MEAN, STD))
+    plain = torch.empty(16, 3, 32, 32)
+    for i, row in enumerate(rows.tolist()):
+        record = tables.images.read_rows(row, row + 1).to_pylist()[0]
+        digest, source = record["digest"], decode_array(record["image"])
+        assert labels[i, 0] == record["label"]
+        view = sample_view(config.policy, digest, epoch, *source.shape[:2])
+        what = augmentation_of(digest, epoch, seed=0, size=32, erase_probability=1.0)
+        drawn = apply_operations(render_fast(source, view, 32), what.operations, fill)
+        plain[i] = (torch.from_numpy(drawn.transpose(2, 0, 1).astype("float32")) - mean) / std
+        if what.erased:
+            top, left, height, width = what.erased
+            noise = erasure_of(digest, epoch, what.erased, seed=0).noise
+            plain[i, :, top : top + height, left : left + width] = torch.from_numpy(noise)
+    for shard in range(4):
+        mine = slice(4 * shard, 4 * shard + 4)
+        mix = mix_of(seed=0, step=4, shard=shard, size=(32, 32), mixup=0.8, cutmix=1.0)
+        torch.testing.assert_close(pixels[mine], mixed(plain[mine], mix), atol=1e-5, rtol=0)
+        assert torch.equal(labels[mine, 1], labels[mine, 0].flip(0))
+        assert shares[mine, 0].tolist() == pytest.approx([mix.share] * 4)
+
+
+def make(config):
+    return plan_run(config)[2]
+
+
+def test_the_head_goes_on_with_the_same_classes_and_positions_grow(finished, inputs, tmp_path):
+    first = load_weights(finished.weights_uri).state_dict()
+    larger = small_finetune(
+        inputs, tmp_path, run=finished.run_uri, model={"image_size": 48, "drop_path": 0.2}
+    )
+    plan = make(larger)
+    assert (plan.keep_head, plan.image_size, plan.grid_size) == (True, 48, (6, 6))
+    assert plan.mean == tuple(MEAN)
+    network = build_classifier(larger, plan)
+    assert torch.equal(network.state_dict()["head.weight"], first["head.weight"])
+    table = network.blocks[1].attn.relative_position_bias_table
+    own = first["blocks.1.attn.relative_position_bias_table"]
+    torch.testing.assert_close(table, resize_bias_table(own, (4, 4), (6, 6)))
+
+    other = str(tmp_path / "other")
+    write_images(other, 24, parts=1, class_names=["x", "y", "z"])
+    renamed = small_finetune(inputs, tmp_path, run=finished.run_uri, images=other, test="")
+    assert not make(renamed).keep_head
+    asked = small_finetune(inputs, tmp_path, run=finished.run_uri, model={"head": "fresh"})
+    fresh = build_classifier(asked, make(asked)).state_dict()
+    assert not torch.equal(fresh["head.weight"], first["head.weight"])
+    assert torch.equal(fresh["fc_norm.weight"], first["fc_norm.weight"])
+    with pytest.raises(InputError, match=r"test = .*: has images of 'a', 'b', 'c', of which"):
+        make(dataclasses.replace(renamed, test=inputs["test"]))
+
+
+@pytest.mark.parametrize("family", ["mae", "hf", "unilm", "cls"])
+def test_it_begins_with_what_others_wrote(family, inputs, tmp_path):
+    model, given = {}, {}
+    if family == "mae":  # as a run of MAE leaves it: no head, absolute positions
+        options = {"absolute_positions": True, "relative_positions": "none", "vocab_size": 0}
+        uri = write_encoder(tmp_path / "mae", **options, layer_scale_init=None)
+    else:
+        source = load_weights(inputs["run"])
+        uri = str(tmp_path / family)
+        if family == "unilm":
+            write_unilm(source, uri)
+            uri += "/checkpoint.pth"
+            given = {"mean": MEAN, "std": STD}
+            with pytest.raises(InputError, match=r"data\.mean, data\.std = null"):
+                make(small_finetune(inputs, tmp_path / "run", run=uri))
+        else:
+            write_huggingface(source, uri, mean=MEAN, std=STD)
+            model = {"pooling": "cls"} if family == "cls" else {}
+    config = small_finetune(
+        inputs, tmp_path / "run", run=uri, model=model, data=given, optim={"steps": 4}
+    )
+    result = finetune.run(config)
+    network = load_weights(result.weights_uri)
+    assert network.pooling == ("cls" if family == "cls" else "mean")
+    assert (network.pos_embed is not None) == (family == "mae")
+    assert result.test.images == 30
+
+
+def test_the_classifier_is_exported_evaluated_and_served(finished, inputs, tmp_path):
+    def export(name):
+        config = ExportConfig(run=finished.run_uri, output=str(tmp_path / name), format=name)
+        assert export_stage.run(config).largest_difference < 1e-4
+        return str(tmp_path / name)
+
+    network = load_weights(finished.weights_uri).eval()
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    theirs = BeitForImageClassification.from_pretrained(export("hf")).eval()
+    assert theirs.config.id2label == {0: "a", 1: "b", 2: "c"}
+    with torch.no_grad():
+        logits = network(pixels)
+        torch.testing.assert_close(theirs(pixels).logits, logits, atol=1e-5, rtol=0)
+    for name in ("timm", "unilm", "weights", "onnx"):
+        export(name)
+    extra = read_weights_config(tmp_path / "weights")["extra"]
+    assert extra["class_names"] == ["a", "b", "c"]
+
+    found = evaluate.run(
+        EvaluateConfig(
+            run=finished.run_uri, images=inputs["images"], num_folds=2, baselines=False,
+            layers=[2], tracking=TrackingConfig(enabled=False),
+        )
+    )  # fmt: skip
+    assert found.scores["pretrained"]["linear"].accuracy > 0.5
+
+    served = FeatureModel()
+    served.load_context(types.SimpleNamespace(artifacts={"weights": finished.weights_uri}))
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    said = served.predict(None, images)
+    assert said.shape == (2, 3)
+    np.testing.assert_allclose(said.sum(axis=1), 1, atol=1e-5)
+    assert served.predict(None, images, {"layer": 1}).shape == (2, 32)
+
+
+def train_as_worker(rank, size, port, inputs, output):
+    """One of `size` processes that fine-tune, without Ray."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size
+    )
+    world = World(rank, size, torch.device("cpu"))
+    config = small_finetune(inputs, output)
+    run, plan = RunDir(config.output), make(config)
+    if rank == 0:
+        run.begin(config, plan.fingerprints, may_change=MAY_CHANGE)
+    world.barrier()
+    with TrainLog(run, world, launched_at=time.time()) as log:
+        finetune.train_loop(config, plan, world, log)
+    dist.destroy_process_group()
+
+
+@pytest.mark.long
+def test_three_workers_of_which_one_is_idle_have_the_losses_of_one(finished, inputs, tmp_path):
+    """Equal up to the order of sums in float32; two of three divide the four shards."""
+    output = str(tmp_path / "many")
+    mp.spawn(train_as_worker, args=(3, free_port(), inputs, output), nprocs=3)
+    expected, found = per_step(finished.run_uri), per_step(output)
+    assert sorted(found) == list(range(12))
+    for step, (loss, samples) in found.items():
+        assert samples == expected[step][1]
+        assert loss == pytest.approx(expected[step][0], abs=5e-5)
+    tests = [event for event in events_of(output) if event["event"] == "test"]
+    assert tests[-1]["images"] == 30
+    assert tests[-1]["accuracy"] == pytest.approx(finished.test.accuracy, abs=0.04)
+
+
+def free_port():
+    """A TCP port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

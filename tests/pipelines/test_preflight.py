@@ -152,11 +152,13 @@ def test_room_is_on_nodes_not_in_sums(count, each, nodes, fitting):
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_every_recipe_says_what_it_needs(name):
     chain = name in ("quickstart", "demo")
-    stage = "pipeline" if chain else "pretrain"
+    tunes = name.startswith("finetune")
+    stage = "pipeline" if chain else "finetune" if tunes else "pretrain"
     flags = ["--config", name, "--output", "s3://b/out", "--tracking.uri", "http://mlflow:5000"]
-    flags = (
-        flags[:4] if chain else [*flags, "--images", "s3://b/i", "--tokens", "s3://b/t,s3://b/u"]
-    )
+    reads = ["--tokens", "s3://b/t,s3://b/u"]
+    if tunes:
+        reads = ["--run", "s3://b/r", "--test", "s3://b/v"]
+    flags = flags[:4] if chain else [*flags, "--images", "s3://b/i", *reads]
     config = parse_stage(stage, flags)
     needs = needs_of(stage, config)
     named = {place.field: place.uri for place in needs.places}
@@ -164,10 +166,10 @@ def test_every_recipe_says_what_it_needs(name):
         assert named == {"output": "s3://b/out"}
         assert len(needs.bundles) == 2  # tokenize and pretrain
         return
-    assert named == {
-        "output": named["output"], "images": "s3://b/i",
-        "tokens[0]": "s3://b/t", "tokens[1]": "s3://b/u",
-    }  # fmt: skip
+    inputs = {"tokens[0]": "s3://b/t", "tokens[1]": "s3://b/u"}
+    if tunes:
+        inputs = {"run": "s3://b/r", "test": "s3://b/v"}
+    assert named == {"output": named["output"], "images": "s3://b/i", **inputs}
     (workers,) = needs.bundles[0]
     assert workers.count == config.scaling.worker_range[0]
     assert ("GPU" in workers.resources) == config.scaling.use_gpu == needs.gpu
