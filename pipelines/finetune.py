@@ -201,7 +201,7 @@ def train_loop(  # noqa: PLR0912, PLR0915
                         part.pixels,
                         part.labels,
                         part.shares,
-                        noise=noise[part.rows].to(world.device, non_blocking=True),
+                        noise=noise[part.rows],
                     )
                     loss = sums[0] / config.data.global_batch_size
                 loss.backward()

@@ -176,7 +176,7 @@ def train_loop(  # noqa: PLR0912, PLR0915
 
             # Forward and backward. Each micro-batch contributes its share of the global mean over
             # masked patches, so neither workers nor micro-batches with fewer of them weigh more.
-            masked = world.sum(torch.tensor(float(batch.num_masked), device=world.device))
+            masked = world.sum(torch.full((), float(batch.num_masked), device=world.device))
             noise = data.my_rows(
                 drop_path_noise(
                     seed=config.seed,
@@ -195,7 +195,7 @@ def train_loop(  # noqa: PLR0912, PLR0915
                         part.mask,
                         part.targets,
                         num_masked=part.num_masked,
-                        noise=noise[part.rows].to(world.device, non_blocking=True),
+                        noise=noise[part.rows],
                     )
                     loss = outcome.sums[0] / masked.clamp(min=1)
                 loss.backward()

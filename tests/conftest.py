@@ -41,7 +41,7 @@ def ray_turn() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def ray_cluster(ray_turn: None) -> Iterator[None]:
-    """A local Ray with 8 logical CPUs, started once."""
+    """A local Ray with 4 logical CPUs, started once."""
     import ray
 
     # Workers import the packages under test from the repository, wherever pytest was started.
@@ -50,7 +50,7 @@ def ray_cluster(ray_turn: None) -> Iterator[None]:
     )
     ray.init(
         address="local",
-        num_cpus=8,
+        num_cpus=4,
         object_store_memory=500_000_000,
         include_dashboard=False,
         log_to_driver=False,

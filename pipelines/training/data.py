@@ -151,11 +151,11 @@ class WorkerFeed(Generic[AnyConfig]):
         return (pixels * self._std + self._mean).round().clamp(0, 255).to(torch.uint8)
 
     def my_rows(self, values: Tensor) -> Tensor:
-        """This worker's rows of something drawn for the whole global batch."""
+        """This worker's rows of something drawn for the whole global batch, on the device."""
         share = len(values) // self.active
         if self.world.rank >= self.active:
-            return values[:1]  # of the image that stands in, see `_nothing`
-        return values[self.world.rank * share : (self.world.rank + 1) * share]
+            return self.move(values[:1])  # of the image that stands in, see `_nothing`
+        return self.move(values[self.world.rank * share : (self.world.rank + 1) * share])
 
     def explain(self, finding: Finding, elapsed: float) -> Finding:
         """Says of starvation what this worker's read-ahead was busy with for `elapsed` seconds.
@@ -231,7 +231,9 @@ class WorkerFeed(Generic[AnyConfig]):
         return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
     def move(self, tensor: Tensor) -> Tensor:
-        """A tensor on the device."""
+        """A tensor on the device; from page-locked memory, so that the host waits for nothing."""
+        if self.world.device.type == "cuda":
+            tensor = tensor.pin_memory()
         return tensor.to(self.world.device, non_blocking=True)
 
 

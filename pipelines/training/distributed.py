@@ -116,11 +116,11 @@ def wrap_model(model: nn.Module, world: World, *, strategy: str, compiled: bool)
     Gradients are summed over workers, not averaged: the loss is already a share of the global
     mean. With FSDP2 the parameters of `model.network` become sharded.
     """
-    if strategy == "fsdp":
-        _shard(model.get_submodule("network"), world, compiled=compiled)
-        return model
     if compiled:
-        model.compile()
+        _compile(model)
+    if strategy == "fsdp":
+        _shard(model.get_submodule("network"), world)
+        return model
     if not world.grouped:
         return model
     wrapped = nn.parallel.DistributedDataParallel(
@@ -134,6 +134,17 @@ def wrap_model(model: nn.Module, world: World, *, strategy: str, compiled: bool)
     else:
         wrapped.register_comm_hook(None, _sum)
     return wrapped
+
+
+def _compile(model: nn.Module) -> None:
+    """By block, or whole where there is none.
+
+    Of a network compiled whole the first gradient is ready when the last is: nothing would be left
+    to exchange them beside. Blocks of one kind share their compiled code.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    for module in blocks or [model]:
+        module.compile()
 
 
 def _sum(_: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
@@ -158,14 +169,12 @@ def _sum_in_rank_order(size: int, bucket: GradBucket) -> torch.futures.Future[Te
     )
 
 
-def _shard(network: nn.Module, world: World, *, compiled: bool) -> None:
+def _shard(network: nn.Module, world: World) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(world.device.type, (world.size,))
     for block in [module for module in network.modules() if isinstance(module, Block)]:
-        if compiled:
-            block.compile()
         fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh)
     register_fsdp_forward_method(network, "features")
