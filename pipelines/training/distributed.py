@@ -142,9 +142,9 @@ def _compile(model: nn.Module) -> None:
     Of a network compiled whole the first gradient is ready when the last is: nothing would be left
     to exchange them beside. Blocks of one kind share their compiled code.
     """
-    blocks = [module for module in model.modules() if isinstance(module, Block)]
-    for module in blocks or [model]:
-        module.compile()
+    blocks: list[nn.Module] = [part for part in model.modules() if isinstance(part, Block)]
+    for part in blocks or [model]:
+        part.compile()
 
 
 def _sum(_: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:

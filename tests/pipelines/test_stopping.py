@@ -140,4 +140,4 @@ def test_sigterm_before_the_workers_have_begun_ends_the_run(ray_turn, tables, tm
     finally:
         command.kill()
     assert command.returncode == 130, said
-    assert [run.info.status for run in runs(config.output)] == ["KILLED"]
+    assert [run.info.status for run in runs(config.tracking.uri)] == ["KILLED"]

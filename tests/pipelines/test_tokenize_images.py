@@ -305,7 +305,7 @@ def test_other_options_on_the_same_output_are_refused_by_name(
         tokenize_images.run(world.make_config(images, tokenizer, output, policy=policy))
     with pytest.raises(InputError, match="rows_per_unit: 20 != 40"):
         tokenize_images.run(world.make_config(images, tokenizer, output, rows_per_unit=40))
-    with pytest.raises(InputError, match="not a token table"):
+    with pytest.raises(InputError, match="not 'token_table'"):
         tokenize_images.run(world.make_config(images, tokenizer, images))
     other = world.make_tokenizer(str(tmp_path / "other"), seed=1)
     with pytest.raises(InputError, match="tokenizer_fingerprint"):
@@ -385,7 +385,7 @@ def test_a_collapsed_tokenizer_is_stopped(images, tokenizer, tmp_path, ray_clust
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["render", "encode"])
+@pytest.mark.parametrize("stage", ["render", pytest.param("encode", marks=pytest.mark.long)])
 def test_a_unit_that_kills_its_process_is_quarantined(
     stage, finished, images, tokenizer, tmp_path, monkeypatch
 ):
