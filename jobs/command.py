@@ -14,12 +14,12 @@ import signal
 import sys
 import threading
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from jobs.attempt import Attempt
+from jobs.environment import hide_secrets, prepare_environment, worker_environment
 from jobs.recipes import recipe_names, with_lists, with_recipes
 from jobs.submission.access import JOB, NO_CLUSTER, require_cluster, token_file, use_token
 from pipelines.config.pretrain import PretrainConfig, run_uri
@@ -29,26 +29,6 @@ from pipelines.redaction import redacted
 from pipelines.steps import say_step
 
 Config = TypeVar("Config")
-
-# Ray and MLflow read these when they are imported; what the user has set stays.
-ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths keep their meaning in training workers
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a checkpoint commits within half a second
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-    "RAY_agent_register_timeout_ms": "120000",  # a busy machine starts Ray slowly
-    "RAY_worker_niceness": "0",  # the default of 15 starves workers on a machine that does more
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",  # workers of a finished pool announce harmless deaths
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 
 
 def parse(config_class: type[Config], argv: Sequence[str] | None, *, stage: str) -> Config:
@@ -185,6 +165,7 @@ def exit_code(action: Callable[[Attempt], None]) -> int:
 
     Of an attempt of a job (`jobs.attempt`) every end is written down, a crash too.
     """
+    hide_secrets()
     attempt = Attempt()
     code, cause = 0, ""
     try:
@@ -201,7 +182,7 @@ def exit_code(action: Callable[[Attempt], None]) -> int:
     except Exception as error:
         if not attempt.job:
             raise
-        traceback.print_exc()
+        print(redacted(traceback.format_exc()), file=sys.stderr)
         attempt.end(1, redacted(f"crashed: {type(error).__name__}: {error}"))
         return 1
     if cause:
@@ -210,14 +191,6 @@ def exit_code(action: Callable[[Attempt], None]) -> int:
         print("Run the same command again to go on from what is done.", file=sys.stderr)
     attempt.end(code, redacted(cause))
     return code
-
-
-def prepare_environment() -> None:
-    """Quiet defaults for the libraries below; nothing the user has set is overridden."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")  # of libraries; ours are printed, not warned
 
 
 def connect_to_ray() -> None:
@@ -240,12 +213,13 @@ def connect_to_ray() -> None:
     if ray.is_initialized():
         return
     say_step(f"joining the Ray cluster at {address}" if address else "starting Ray here")
+    runtime_env = {"env_vars": worker_environment()} if address else None
     verbose = os.environ.get("BEIT_VERBOSE", "") not in ("", "0")
     quiet: dict[str, Any] = {} if verbose else {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         with contextlib.nullcontext() if verbose else _muted_stderr():
             if address:
-                ray.init(address="auto", **quiet)
+                ray.init(address="auto", runtime_env=runtime_env, **quiet)
             else:
                 cpus = max(4, os.cpu_count() or 1)
                 ray.init(address="local", num_cpus=cpus, include_dashboard=verbose, **quiet)

@@ -20,12 +20,8 @@ USAGE = "usage: beit doctor [STAGE [--config RECIPE] [--dotted.field VALUE ...]]
 def main(argv: Sequence[str]) -> int:
     """Looks, says what it found, and returns 0, or 2 if something does not fit."""
     from jobs.cli import STAGES, parse_stage
-    from jobs.command import (
-        connect_to_ray,
-        exit_code,
-        prepare_environment,
-        with_tracking_environment,
-    )
+    from jobs.command import connect_to_ray, exit_code, with_tracking_environment
+    from jobs.environment import prepare_environment
 
     if argv and argv[0] in ("-h", "--help"):
         print(f"{USAGE}\n\n{__doc__}")

@@ -18,7 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from jobs.command import ENVIRONMENT, exit_code, output_of
+from jobs.command import exit_code, output_of
+from jobs.environment import ENVIRONMENT, named_variables
 from jobs.submission.access import JOB, ClusterAwayError, find_address, use_token
 from pipelines import storage
 from pipelines.errors import InputError, StageFailed
@@ -250,11 +251,7 @@ def job_environment(names: Sequence[str]) -> dict[str, str]:
     """
     environment = {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
     environment["RAY_JOB_STOP_WAIT_TIME_S"] = str(STOP_SECONDS)
-    for name in names:
-        if name not in os.environ:
-            raise InputError(f"--env {name}: not set in this shell")
-        environment[name] = os.environ[name]
-    return environment
+    return environment | named_variables(names, "--env")
 
 
 def code_version() -> str:

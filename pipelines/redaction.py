@@ -1,6 +1,7 @@
 """Secrets stay out of everything that is written: the one place that takes them out."""
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 HIDDEN = "***"
@@ -13,8 +14,20 @@ _QUERY = re.compile(
 )
 
 
+_KNOWN: set[str] = set()
+
+
+def hide(values: Iterable[str]) -> None:
+    """From now on these values (passwords of this process) are taken out, too."""
+    _KNOWN.update(values)
+
+
 def redacted(text: str) -> str:
-    """`text` with user info and secret query values of the URIs in it replaced by `***`."""
+    """`text` with user info and secret query values of the URIs in it, and what `hide` was told,
+    replaced by `***`.
+    """
+    for value in sorted(_KNOWN, key=len, reverse=True):
+        text = text.replace(value, HIDDEN)
     return _QUERY.sub(rf"\1{HIDDEN}", _USER_INFO.sub(f"{HIDDEN}@", text))
 
 

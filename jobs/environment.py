@@ -1,0 +1,82 @@
+"""Variables of the processes of a command: what all get, what workers get, what is hidden."""
+
+import json
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+
+from pipelines.errors import InputError
+from pipelines.redaction import hide
+
+# Ray and MLflow read these when they are imported; what the user has set stays.
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths keep their meaning in training workers
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a checkpoint commits within half a second
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_agent_register_timeout_ms": "120000",  # a busy machine starts Ray slowly
+    "RAY_worker_niceness": "0",  # the default of 15 starves workers on a machine that does more
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # workers of a finished pool announce harmless deaths
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+NAMED = "BEIT_ENV"
+"""Variable that names others, with commas: workers of a cluster get those, too."""
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+_SECRET = re.compile(
+    r"SECRET|TOKEN|PASSW|PASSPHRASE|CREDENTIAL|ACCESS_?KEY|ACCOUNT_?KEY|API_?KEY|PRIVATE_?KEY"
+)
+LEAST_SECRET = 6  # characters; shorter values stand in too many words
+
+
+def prepare_environment() -> None:
+    """Quiet defaults for the libraries below; nothing the user has set is overridden."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # of libraries; ours are printed, not warned
+
+
+def hide_secrets() -> None:
+    """From now on nothing that is written shows the value of a variable that sounds secret."""
+    hide(
+        value
+        for name, value in os.environ.items()
+        if _SECRET.search(name.upper())
+        and not name.upper().endswith(("_FILE", "_PATH", "_MODE", "_DIR"))
+        and len(value) >= LEAST_SECRET
+    )
+
+
+def named_variables(names: Sequence[str], source: str) -> dict[str, str]:
+    """Variables of this shell by name. Raises InputError for one that is not set."""
+    for name in names:
+        if name not in os.environ:
+            raise InputError(f"{source} {name}: not set in this shell")
+    return {name: os.environ[name] for name in names}
+
+
+def worker_environment() -> dict[str, str]:
+    """What workers on a cluster get of this process: what every command sets, and what the user
+    names in BEIT_ENV. They inherit nothing else, for their nodes were started by others.
+
+    What the job's own runtime environment says (of `beit submit --env`, of a RayJob) they have
+    already, and Ray refuses to be told twice.
+
+    Raises:
+        InputError: a named variable is not set.
+    """
+    names = [name for name in re.split(r"[,\s]+", os.environ.get(NAMED, "")) if name]
+    wanted = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    wanted |= named_variables(names, NAMED)
+    job = json.loads(os.environ.get(JOB_CONFIG, "{}")).get("runtime_env") or {}
+    return {name: value for name, value in wanted.items() if name not in job.get("env_vars", {})}

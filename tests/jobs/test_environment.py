@@ -1,0 +1,172 @@
+"""Variables: what workers of a cluster get, and that secrets stand in nothing that is written."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from jobs import submit
+from jobs.environment import ENVIRONMENT, JOB_CONFIG, hide_secrets, worker_environment
+from jobs.submission import cluster
+from pipelines import redaction
+from pipelines.config.checks import to_dict
+from pipelines.errors import InputError
+from tests.pipelines.pretrain_fixtures import make_tables, small_config
+
+REPOSITORY = Path(__file__).parents[2]
+SECRETS = {
+    name: f"planted-{number}-geheim"
+    for number, name in enumerate(
+        ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID", "RAY_AUTH_TOKEN",
+         "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "DATABRICKS_TOKEN",
+         "AZURE_STORAGE_ACCOUNT_KEY", "HF_TOKEN", "MY_PASSPHRASE")
+    )
+}  # fmt: skip
+
+
+@pytest.fixture
+def shell(monkeypatch):
+    """A shell with secrets in it, and nothing known of them yet."""
+    monkeypatch.setattr(redaction, "_KNOWN", set())
+    for name in (*ENVIRONMENT, "BEIT_ENV", JOB_CONFIG):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+def test_workers_get_what_every_command_sets_and_what_is_named(shell):
+    shell.setenv("RAY_worker_niceness", "5")
+    shell.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "7")
+    shell.setenv("BEIT_ENV", "AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_PASSWORD")
+    assert worker_environment() == {
+        "RAY_worker_niceness": "5",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "7",
+        "AWS_SECRET_ACCESS_KEY": SECRETS["AWS_SECRET_ACCESS_KEY"],
+        "MLFLOW_TRACKING_PASSWORD": SECRETS["MLFLOW_TRACKING_PASSWORD"],
+    }
+    # What the job says itself must not be said again: Ray would refuse, and print all values.
+    shell.setenv(
+        JOB_CONFIG, json.dumps({"runtime_env": {"env_vars": {"RAY_worker_niceness": "0"}}})
+    )
+    assert "RAY_worker_niceness" not in worker_environment()
+    shell.setenv("BEIT_ENV", "NOT_SET")
+    with pytest.raises(InputError, match="BEIT_ENV NOT_SET"):
+        worker_environment()
+
+
+def test_values_of_secret_variables_are_taken_out_of_any_text(shell):
+    shell.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", "/var/run/token")
+    shell.setenv("SHORT_TOKEN", "abc")
+    shell.setenv("AWS_PROFILE", "research")
+    shell.setenv("PWD", "/home/research")
+    hide_secrets()
+    text = redaction.redacted(" ".join([*SECRETS.values(), "/var/run/token abc research"]))
+    assert text == " ".join([redaction.HIDDEN] * len(SECRETS)) + " /var/run/token abc research"
+
+
+def test_a_submission_hands_secrets_over_in_its_environment_alone(shell, tmp_path, capsys):
+    sent = {}
+
+    def take(client, **job):
+        folder = Path(job["runtime_env"]["working_dir"])
+        sent.update(job, files=[path.read_text() for path in folder.rglob("*") if path.is_file()])
+
+    shell.setattr(cluster, "connect", lambda *_: None)
+    shell.setattr(cluster, "newest_attempt", lambda *_: (0, None))
+    shell.setattr(cluster, "submit", take)
+    flags = ["--source", "s3://raw/x", "--output", "s3://beit/y?secret_key=planted-11-geheim",
+             "--tracking.uri", "http://anna:planted-12-geheim@mlflow:5000"]  # fmt: skip
+    names = [word for name in SECRETS for word in ("--env", name)]
+    shell.setattr(submit, "_report", lambda *_, **__: 0)
+    line = ["prepare", "--address", "http://h:8265", "--detach", "--code", "image", *names, "--"]
+    assert submit.main([*line, *flags]) == 0
+    assert SECRETS.items() <= sent["runtime_env"]["env_vars"].items()
+    told = capsys.readouterr()
+    for place in (sent["entrypoint"], sent["submission_id"], str(sent["metadata"]), *told):
+        assert "geheim" not in place
+    # The configuration is what the job connects by: it holds what the user put into URIs, no more.
+    assert not any(secret in text for secret in SECRETS.values() for text in sent["files"])
+    record = submit._record(SimpleNamespace(**{
+        "submission_id": "x", "status": SimpleNamespace(value="RUNNING"), "start_time": 0,
+        "metadata": sent["metadata"], "driver_exit_code": None,
+        "runtime_env": sent["runtime_env"],
+    }))  # fmt: skip
+    assert "geheim" not in json.dumps(record)
+
+
+CRASH = """
+import os, sys
+from pipelines import pretrain
+from jobs.cli import main
+real = pretrain.run
+def run(config):
+    real(config)
+    raise RuntimeError(f"refused: {os.environ['AWS_SECRET_ACCESS_KEY']}")
+pretrain.run = run
+sys.exit(main(["pretrain", *sys.argv[1:]]))
+"""
+
+
+def test_secrets_stand_nowhere_after_a_run_and_its_crash(shell, tmp_path):
+    tables = make_tables(tmp_path / "tables")
+    config = small_config(
+        tables, str(tmp_path / "run"), optim={"steps": 4}, scaling={"num_workers": 0},
+        tracking={"enabled": True, "uri": f"sqlite:///{tmp_path}/mlflow.db"},
+    )  # fmt: skip
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(to_dict(config)))
+    done = subprocess.run(
+        [sys.executable, "-c", CRASH, "--config", str(recipe)],
+        cwd=REPOSITORY, text=True, capture_output=True, check=False,
+        env={**os.environ, "BEIT_JOB": "job", "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "RuntimeError: refused: ***" in done.stderr
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    kinds = {path.suffix for path in written} | {path.name for path in written}
+    assert {"mlflow.db", "run.result.json", ".log", "config.yaml", "report.json"} <= kinds
+    leaks = [str(path) for path in written if b"geheim" in path.read_bytes()]
+    assert leaks == []
+    assert "geheim" not in done.stdout + done.stderr
+
+
+ASK = """
+import os, ray
+from jobs.command import connect_to_ray
+from jobs.environment import prepare_environment
+prepare_environment()
+connect_to_ray()
+ask = ray.remote(num_cpus=0)(lambda: dict(os.environ))
+seen = ray.get(ask.remote())
+for name in ("MLFLOW_HTTP_REQUEST_TIMEOUT", "RAY_worker_niceness", "HF_TOKEN", "MY_PASSPHRASE"):
+    print(name, seen.get(name))
+"""
+
+
+@pytest.mark.long
+def test_workers_of_a_cluster_that_others_started_have_them(ray_turn, shell, tmp_path):
+    from ray.cluster_utils import Cluster
+
+    shell.delenv("HF_TOKEN")
+    shell.delenv("RAY_AUTH_TOKEN")
+    shell.delenv("MY_PASSPHRASE")
+    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", ASK], cwd=REPOSITORY, text=True, capture_output=True,
+            check=False,
+            env={**os.environ, "RAY_ADDRESS": started.address, "BEIT_ENV": "HF_TOKEN",
+                 "HF_TOKEN": "named-geheim", "MY_PASSPHRASE": "not-named"},
+        )  # fmt: skip
+    finally:
+        started.shutdown()
+    assert done.stdout.splitlines() == [
+        "MLFLOW_HTTP_REQUEST_TIMEOUT 20", "RAY_worker_niceness 0", "HF_TOKEN named-geheim",
+        "MY_PASSPHRASE None",
+    ], done.stderr  # fmt: skip
