@@ -24,11 +24,14 @@ from jobs.recipes import recipe_names, with_lists, with_recipes
 from jobs.submission.access import JOB, NO_CLUSTER, require_cluster, token_file, use_token
 from pipelines.config.pretrain import PretrainConfig, run_uri
 from pipelines.config.tracking import TrackingConfig
-from pipelines.errors import InputError, StageFailed, printable
+from pipelines.errors import InputError, StageFailed, of_system, printable
 from pipelines.redaction import redacted
 from pipelines.steps import say_step
 
 Config = TypeVar("Config")
+
+
+RAY_STARTS = 3
 
 
 def parse(config_class: type[Config], argv: Sequence[str] | None, *, stage: str) -> Config:
@@ -170,27 +173,43 @@ def exit_code(action: Callable[[Attempt], None]) -> int:
     code, cause = 0, ""
     try:
         action(attempt)
-    except InputError as error:
-        code, cause = 2, f"error: {error}"
-    except StageFailed as error:
-        code, cause = 1, f"failed: {error}"
     except KeyboardInterrupt as interrupt:
         code, cause = 130, f"interrupted. {interrupt}".rstrip()
     except SystemExit as end:  # flags that do not parse, --help
         attempt.end(2 if end.code else 0, "error: the flags do not parse" if end.code else "")
         raise
     except Exception as error:
-        if not attempt.job:
+        code, cause = _expected(error)
+        if not code and not attempt.job:
             raise
-        print(redacted(traceback.format_exc()), file=sys.stderr)
-        attempt.end(1, redacted(f"crashed: {type(error).__name__}: {error}"))
-        return 1
+        if not code:
+            print(redacted(traceback.format_exc()), file=sys.stderr)
+            attempt.end(1, redacted(f"crashed: {type(error).__name__}: {error}"))
+            return 1
     if cause:
         print(printable(redacted(cause), keep="\n"), file=sys.stderr)
     if code == 130:
         print("Run the same command again to go on from what is done.", file=sys.stderr)
     attempt.end(code, redacted(cause))
     return code
+
+
+def _expected(error: Exception) -> tuple[int, str]:
+    """Code and cause of a failure that needs no traceback; (0, "") of any other."""
+    if isinstance(error, OSError) and error.errno is not None and not is_verbose():
+        error = of_system(error) if not isinstance(error, InputError) else error
+    if isinstance(error, InputError):
+        return 2, f"error: {error}"
+    if isinstance(error, StageFailed):
+        return 1, f"failed: {error}"
+    if isinstance(error, MemoryError):
+        return 1, f"failed: not enough memory {error}".rstrip()
+    return 0, ""
+
+
+def is_verbose() -> bool:
+    """Whether the user wants to see what is kept out of sight."""
+    return os.environ.get("BEIT_VERBOSE", "") not in ("", "0")
 
 
 def connect_to_ray() -> None:
@@ -214,24 +233,40 @@ def connect_to_ray() -> None:
         return
     say_step(f"joining the Ray cluster at {address}" if address else "starting Ray here")
     runtime_env = {"env_vars": worker_environment()} if address else None
-    verbose = os.environ.get("BEIT_VERBOSE", "") not in ("", "0")
+    verbose = is_verbose()
     quiet: dict[str, Any] = {} if verbose else {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         with contextlib.nullcontext() if verbose else _muted_stderr():
             if address:
                 ray.init(address="auto", runtime_env=runtime_env, **quiet)
             else:
-                cpus = max(4, os.cpu_count() or 1)
-                ray.init(address="local", num_cpus=cpus, include_dashboard=verbose, **quiet)
+                _start_ray(include_dashboard=verbose, **quiet)
     except Exception as error:  # Ray says most of what goes wrong with the plain class
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if address:
             raise InputError(f"RAY_ADDRESS = {address!r}: {reason}; {NO_CLUSTER}") from error
         raise StageFailed(
-            f"Ray did not start on this machine: {reason}. BEIT_VERBOSE=1 shows its own log"
+            f"Ray did not start on this machine: {reason.rstrip('.')}; run the same command again "
+            "when it is less busy. BEIT_VERBOSE=1 shows Ray's own log"
         ) from error
     have = ray.cluster_resources()
     say_step(f"Ray is there: {have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs")
+
+
+def _start_ray(**options: Any) -> None:
+    """Ray waits for its own processes for 30 s, too short for a machine that is busy."""
+    import ray
+
+    cpus = max(4, os.cpu_count() or 1)
+    for attempt in range(RAY_STARTS):
+        try:
+            ray.init(address="local", num_cpus=cpus, **options)
+        except Exception as error:
+            if "timed out during startup" not in str(error) or attempt == RAY_STARTS - 1:
+                raise
+            ray.shutdown()
+        else:
+            return
 
 
 def _own_token() -> None:

@@ -1,6 +1,8 @@
 """The failures that a stage reports without a traceback, and how names are shown."""
 
 import contextlib
+import errno
+import os
 from collections.abc import Iterator
 
 
@@ -34,6 +36,27 @@ def printable(text: str, *, keep: str = "") -> str:
 
 class StoreError(InputError, OSError):
     """An object store refuses us as a whole: its bucket or our credentials are wrong."""
+
+
+# What an operating system refuses because of what was given, and what is given instead.
+_BAD_PLACE = dict.fromkeys(
+    (errno.EACCES, errno.EPERM, errno.EROFS), "give a place that you may use, or change its rights"
+) | dict.fromkeys(
+    (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
+    "check the path",
+)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def of_system(error: OSError) -> InputError | StageFailed:
+    """What the operating system or a store refused, as one of ours: bad input or a fault."""
+    said = error.strerror or str(error)
+    named = isinstance(error.filename, str | bytes)
+    place = f"{printable(os.fsdecode(error.filename))}: " if named else ""
+    if error.errno in _BAD_PLACE:
+        return InputError(f"{place}{said}; {_BAD_PLACE[error.errno]}")
+    mend = "free some there" if error.errno in _FULL else "when this is mended"
+    return StageFailed(f"{place}{said}; {mend}, and the same command goes on from what is done")
 
 
 @contextlib.contextmanager

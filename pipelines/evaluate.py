@@ -6,8 +6,10 @@ divided between fitting and testing; the block, the weight decay and everything 
 chosen is chosen on rows that no test counts.
 """
 
+import sys
+import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NotRequired
 
 import numpy as np
@@ -38,6 +40,9 @@ from pipelines.evaluation.probes import (
 )
 from pipelines.progress import Progress
 from pipelines.records import read_values, write_record
+from pipelines.training.checkpoint import checkpoint_name
+from pipelines.training.run_dir import RunDir
+from pipelines.training.weights import is_unfinished, save_newest
 
 __all__ = ["Result", "knn_accuracy", "linear_accuracy", "run"]
 
@@ -117,7 +122,7 @@ def run(config: EvaluateConfig) -> Result:
     for name in ("run", "images"):
         if not getattr(config, name):
             raise InputError(f"{name} = '': give its directory or URI")
-    weights = open_weights(config.run)
+    weights = _weights(config.run)
     output = config.output or storage.join(storage.absolute(config.run), "evaluation")
     layers = config.layers or list(range(1, weights.model.depth + 1))
     if max(layers) > weights.model.depth:
@@ -155,6 +160,20 @@ def run(config: EvaluateConfig) -> Result:
         result = _result(report, output, already_done=False)
         _record(tracked, result, report)
     return result
+
+
+def _weights(uri: str) -> Weights:
+    """Those of a run, of its newest checkpoint if it is not finished, or of a weights directory."""
+    if not is_unfinished(uri):
+        return open_weights(uri)
+    with tempfile.TemporaryDirectory() as directory:
+        step = save_newest(uri, directory)
+        print(f"evaluate: {uri} is not finished: as it was after step {step}", file=sys.stderr)
+        return replace(
+            open_weights(directory),
+            uri=storage.join(storage.absolute(uri), "checkpoints", checkpoint_name(step)),
+            run_id=RunDir(uri).record()["mlflow_run_id"],
+        )
 
 
 Split = tuple[np.ndarray, np.ndarray, np.ndarray]

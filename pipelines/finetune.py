@@ -27,6 +27,7 @@ from pipelines.training import driver, goodput
 from pipelines.training.checkpoint import Checkpoint, Saver
 from pipelines.training.distributed import (
     World,
+    check_device,
     clip_gradients,
     resolve_precision,
     snapshot,
@@ -63,6 +64,7 @@ def run(config: FinetuneConfig) -> FinetuneResult:
         StageFailed: a health check stopped the run, or the workers failed too often.
     """
     launched_at = time.time()
+    check_device(config.scaling)
 
     # Everything that can be refused is refused before anything is written.
     config = with_absolute_uris(config)
@@ -252,7 +254,7 @@ def train_loop(  # noqa: PLR0912, PLR0915
             period_start, first_period = step, False
             findings = [data.explain(finding, elapsed) for finding in findings]
             data.start_period()
-            for finding in findings:
+            for finding in monitor.news(findings, step - 1):
                 log.finding(finding)
             severe = findings[0] if findings and findings[0].action != "warn" else None
             if severe and severe.action == "rollback":

@@ -16,7 +16,6 @@ from beit.objectives import Objective
 from beit.optim import parameter_groups
 from beit.schedules import warmup_cosine
 from beit.vit import drop_path_noise
-from beit.weights import save_weights
 from pipelines import storage
 from pipelines.config.pretrain import MAY_CHANGE, PretrainConfig, run_uri
 from pipelines.errors import StageFailed
@@ -27,6 +26,7 @@ from pipelines.training.checkpoint import Checkpoint, Saver
 from pipelines.training.data import WorkerData
 from pipelines.training.distributed import (
     World,
+    check_device,
     clip_gradients,
     resolve_precision,
     snapshot,
@@ -49,6 +49,7 @@ from pipelines.training.recovery import checkpoint_state, resume, roll_back
 from pipelines.training.run_dir import RunDir
 from pipelines.training.step_metrics import StepMetrics
 from pipelines.training.stopping import stop_requested
+from pipelines.training.weights import save_encoder
 
 STAGE = "pretrain"
 
@@ -63,6 +64,7 @@ def run(config: PretrainConfig) -> PretrainResult:
     launched_at = time.time()
 
     # Everything that can be refused is refused before anything is written.
+    check_device(config.scaling)
     config = with_absolute_uris(config)
     tables, plan = plan_run(config)
 
@@ -256,7 +258,7 @@ def train_loop(  # noqa: PLR0912, PLR0915
             period_start, first_period = step, False
             findings = [data.explain(finding, elapsed) for finding in findings]
             data.start_period()
-            for finding in findings:
+            for finding in monitor.news(findings, step - 1):
                 log.finding(finding)
             severe = findings[0] if findings and findings[0].action != "warn" else None
             if severe and severe.action == "rollback":
@@ -317,14 +319,12 @@ def write_weights(
 ) -> None:
     """`weights/`: the encoder as later stages load it."""
     with tempfile.TemporaryDirectory() as directory:
-        save_weights(
-            objective.export(weights),
+        save_encoder(
+            config,
+            objective,
+            weights,
             directory,
-            extra={
-                "pixel_mean": list(config.data.mean),
-                "pixel_std": list(config.data.std),
-                "fingerprints": dict(plan.fingerprints),
-                "steps": plan.total_steps,
-            },
+            fingerprints=plan.fingerprints,
+            steps=plan.total_steps,
         )
         storage.store_dir(directory, run_dir.weights, last="config.json")

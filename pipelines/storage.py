@@ -155,8 +155,13 @@ def _temporary_file(target: Path, data: bytes | pa.Buffer) -> Iterator[Path]:
             file.flush()
             os.fsync(file.fileno())
         yield temporary
+    except OSError as error:
+        # A full disk is told by `write`, which knows no names.
+        error.filename = str(target)
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def create(uri: str, data: bytes) -> bool:

@@ -153,7 +153,7 @@ def _compute(
         f"{task.identity.precision}"
     )
     meter = token_report.Meter(record)
-    progress = Progress(images.num_rows, "tokenize", "images", initial=before)
+    progress = Progress(images.num_rows, "tokenize", "images", initial=ledger.rows_settled)
     gate = _Gate(config, task, ledger)
     begin = saved = time.monotonic()
     if len(todo):
@@ -172,7 +172,7 @@ def _compute(
                 _check_shared(task, ledger, outcome.unit)
             meter.add(outcome, ledger.units.rows(outcome.unit))
             progress.update(
-                ledger.rows_done, rejected=len(ledger.rejected), waiting=meter.waiting()
+                ledger.rows_settled, rejected=len(ledger.rejected), waiting=meter.waiting()
             )
             if time.monotonic() - saved > SAVE_EVERY_SECONDS:
                 ledger.save()

@@ -27,7 +27,14 @@ from pipelines.tables.image_table import ImageTable
 from pipelines.tracking import Dataset
 from pipelines.training import driver
 from pipelines.training.checkpoint import Checkpoint, Saver, resume_point
-from pipelines.training.distributed import World, clip_gradients, restore, snapshot, wrap_model
+from pipelines.training.distributed import (
+    World,
+    check_device,
+    clip_gradients,
+    restore,
+    snapshot,
+    wrap_model,
+)
 from pipelines.training.log import TrainLog
 from pipelines.training.run_dir import RunDir
 from pipelines.training.step_metrics import StepMetrics
@@ -83,6 +90,7 @@ def run(config: TrainTokenizerConfig) -> TrainTokenizerResult:
         StageFailed: the codebook collapsed, the loss is not finite, or the workers died too often.
     """
     launched_at = time.time()
+    check_device(config.scaling)
 
     # Everything that can be refused is refused before anything is written.
     require_uris(images=config.images, output=config.output)

@@ -151,7 +151,7 @@ class Totals:
         """In the unit of the progress line: images, or megabytes where those are not known."""
         if self.plan.num_items is not None:
             return self.items + sum(self.ignored.values())
-        return self.source_bytes // MEGABYTE
+        return -(-self.source_bytes // MEGABYTE)
 
     def progress(self) -> Progress:
         """The progress line, at what is done already."""

@@ -250,6 +250,11 @@ class Ledger:
     def done(self) -> NDArray[np.bool_]:
         return self.size >= 0
 
+    @property
+    def rows_settled(self) -> int:
+        """Rows of the units that are committed or rejected."""
+        return self.rows_done + sum(self.units.rows(unit) for unit in self.rejected)
+
     def todo(self) -> NDArray[np.int64]:
         """Units that are neither committed nor rejected, in order."""
         missing = ~self.done

@@ -75,10 +75,22 @@ class World:
             self.sum(torch.zeros(1, device=self.device))
 
 
+def check_device(scaling: common.ScalingConfig) -> None:
+    """Refuses a GPU that this process was asked to train on and does not have.
+
+    Raises:
+        InputError: there is none.
+    """
+    here = scaling.worker_range[1] == 0
+    if scaling.use_gpu and here and not torch.cuda.is_available():
+        raise InputError(
+            f"scaling.use_gpu = True: torch {torch.__version__} finds no CUDA device on this "
+            "machine; install a CUDA build of torch, or pass --scaling.use_gpu false"
+        )
+
+
 def join_world(*, use_gpu: bool, in_ray: bool) -> World:
     """This process's place; in a Ray Train worker the process group exists already.
-
-    Without Ray the device is CUDA if it was asked for and is there.
 
     Raises:
         InputError: a GPU that Ray counts (a CPU build of torch, no driver) is none.

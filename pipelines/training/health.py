@@ -8,6 +8,7 @@ the undisturbed one does.
 import math
 import statistics
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,6 +18,9 @@ from pipelines.training.step_metrics import Period
 
 MEMORY = 100  # gradient norms the median is taken over
 MIN_MEMORY = 10
+LASTING = {"code_collapse", "accuracy_floor", "data_starvation"}
+NEWS_RATIO = 2
+OVER = "over"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +30,7 @@ class Finding:
     kind: str
     """Field of the `health` section that decides about it."""
     action: str
-    """warn, stop or rollback."""
+    """warn, stop or rollback; `over` where a warning has passed."""
     step: int
     """Step it was seen at."""
     value: float | None
@@ -37,6 +41,11 @@ class Finding:
     def stopping(self, reason: str) -> "Finding":
         """The same, ending the run."""
         return replace(self, action="stop", message=f"{self.message} Stopped: {reason}.")
+
+    def over(self, step: int) -> "Finding":
+        """What is told when it has passed."""
+        message = f"step {step}: {self.kind} is over; it was told at step {self.step}."
+        return replace(self, action=OVER, step=step, value=None, message=message)
 
     def to_event(self) -> dict[str, Any]:
         """Plain values for the run's events."""
@@ -58,6 +67,7 @@ class HealthMonitor:
         self.judged_from = judged_from
         self.unigram_accuracy = unigram_accuracy
         self.norms: deque[float] = deque(maxlen=MEMORY)
+        self.told: dict[str, Finding] = {}
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs to judge alike."""
@@ -81,6 +91,25 @@ class HealthMonitor:
         findings += self._starvation(data_wait_share, last)
         order = {"rollback": 0, "stop": 1, "warn": 2}
         return sorted(findings, key=lambda finding: order[finding.action])
+
+    def news(self, findings: Sequence[Finding], step: int) -> list[Finding]:
+        """What of a period's findings is to be told: a lasting warning at its start, when its
+        value has doubled or halved since, and at its end; everything else each time."""
+        news = [finding for finding in findings if self._is_new(finding)]
+        for finding in news:
+            if finding.kind in LASTING:
+                self.told[finding.kind] = finding
+        found = {finding.kind for finding in findings}
+        if found <= LASTING:  # in a period of other troubles these are not judged
+            news += [self.told.pop(kind).over(step) for kind in sorted(self.told.keys() - found)]
+        return news
+
+    def _is_new(self, finding: Finding) -> bool:
+        before = self.told.get(finding.kind)
+        if before is None or finding.action != "warn":
+            return True
+        low, high = sorted((before.value or 0.0, finding.value or 0.0))
+        return high >= NEWS_RATIO * low and high > low
 
     def _non_finite(self, period: Period) -> list[Finding]:
         if self.config.non_finite == "off":

@@ -1,15 +1,20 @@
 """Flags, recipes, exit codes: what a user meets before any work starts."""
 
+import errno
 import importlib
+import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from jobs import cli
-from jobs.command import exit_code, parse
+from jobs.command import _start_ray, exit_code, parse
+from pipelines import storage
 from pipelines.errors import InputError, StageFailed
 
 
@@ -73,7 +78,12 @@ def test_a_value_the_configuration_refuses_is_bad_input() -> None:
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(InputError("images: 'x'"), 2), (StageFailed("collapsed"), 1), (KeyboardInterrupt(), 130)],
+    [
+        (InputError("images: 'x'"), 2),
+        (StageFailed("collapsed"), 1),
+        (KeyboardInterrupt(), 130),
+        (MemoryError("9 GB"), 1),
+    ],
 )
 def test_expected_failures_become_a_message_and_a_code(
     error: BaseException, code: int, capsys: pytest.CaptureFixture[str]
@@ -83,6 +93,57 @@ def test_expected_failures_become_a_message_and_a_code(
 
     assert exit_code(action) == code
     assert str(error) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "remedy"),
+    [
+        (errno.ENOSPC, 1, "free some there"),
+        (errno.EIO, 1, "when this is mended"),
+        (errno.EACCES, 2, "its rights"),
+        (errno.EROFS, 2, "its rights"),
+        (errno.ENOTDIR, 2, "check the path"),
+    ],
+)
+def test_what_the_system_refuses_is_one_sentence(
+    number: int, code: int, remedy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def action(_: object) -> None:
+        raise OSError(number, os.strerror(number), "a\x1b\nplace")
+
+    assert exit_code(action) == code
+    [line] = capsys.readouterr().err.splitlines()
+    assert "a\\x1b\\nplace" in line
+    assert os.strerror(number) in line
+    assert remedy in line
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    for write in (storage.write_bytes, storage.create):
+        with pytest.raises(OSError, match=r"No space left on device.*file\.json"):
+            write(str(tmp_path / "file.json"), b"data")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("failures", "starts"), [(0, 1), (2, 3), (9, 3)])
+def test_ray_is_given_time_on_a_busy_machine(
+    failures: int, starts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[object] = []
+
+    def init(**options: object) -> None:
+        begun.append(options)
+        if len(begun) <= failures:
+            raise Exception("The current node timed out during startup. And more.")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init, shutdown=lambda: None))
+    with pytest.raises(Exception, match="timed out") if failures > starts else nullcontext():
+        _start_ray()
+    assert len(begun) == starts
 
 
 def test_programming_errors_keep_their_traceback() -> None:

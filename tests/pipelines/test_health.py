@@ -113,3 +113,35 @@ def test_everything_can_be_switched_off():
     watch.check(period(0, (4.0,) * 20, (1.0,) * 20))
     bad = period(20, (math.nan,), (1e9,), accuracy=0, perplexity=1)
     assert watch.check(bad, data_wait_share=1) == []
+
+
+def test_a_lasting_warning_is_told_at_its_start_when_it_changes_and_at_its_end():
+    watch = monitor(accuracy_floor="warn")
+    accuracies = [0.5, 0.04, 0.05, 0.041, 0.09, 0.08, 0.5, 0.5, 0.09]
+    told = []
+    for step, accuracy in enumerate(accuracies):
+        findings = watch.check(period(step, (4.0,), (1.0,), accuracy=accuracy))
+        told.append(kinds(watch.news(findings, step)))
+    floor = "accuracy_floor"
+    assert told == [
+        [], [(floor, "warn", 1)], [], [], [(floor, "warn", 4)], [], [(floor, "over", 6)], [],
+        [(floor, "warn", 8)],
+    ]  # fmt: skip
+
+
+def test_what_is_not_judged_is_not_over():
+    watch = monitor(accuracy_floor="warn", non_finite="warn")
+    low = watch.check(period(0, (4.0,), (1.0,), accuracy=0.01))
+    assert kinds(watch.news(low, 0)) == [("accuracy_floor", "warn", 0)]
+    broken = watch.check(period(1, (math.nan,), (1.0,), accuracy=0.01))
+    assert kinds(watch.news(broken, 1)) == [("non_finite", "warn", 1)]
+    assert watch.news(watch.check(period(2, (4.0,), (1.0,), accuracy=0.01)), 2) == []
+
+
+def test_incidents_and_what_stops_a_run_are_told_each_time():
+    watch = monitor(accuracy_floor="stop", non_finite="rollback")
+    for step in range(3):
+        low = watch.check(period(step, (4.0,), (1.0,), accuracy=0.01))
+        assert kinds(watch.news(low, step)) == [("accuracy_floor", "stop", step)]
+        broken = watch.check(period(step, (math.nan,), (1.0,)))
+        assert kinds(watch.news(broken, step)) == [("non_finite", "rollback", step)]
