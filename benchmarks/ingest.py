@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import matplotlib
 import numpy as np
@@ -35,6 +36,7 @@ from beit.images import decode_array, decode_image, image_digest
 from beit.views import ViewPolicy, render, render_fast, render_sizes, sample_view
 from pipelines import storage
 from pipelines.config.pretrain import MaskingConfig
+from pipelines.reading import decoding
 from pipelines.reading.ingest import open_training_tables, train_batches
 from pipelines.sample_order import SampleOrder
 from pipelines.tables import token_table
@@ -244,10 +246,17 @@ def loaders(root: Path, files: list[bytes]) -> dict[str, Callable[[], None]]:
 
         return run
 
+    grey = [np.full((224, 224, 3), 128, np.uint8)]
+
+    def untransformed() -> None:
+        with mock.patch.object(decoding, "render_encoded", lambda *_, **__: grey):
+            ours(True)()
+
     return {
         "torch DataLoader, upstream transform": torch_loader,
         "train_batches, exact": ours(False),
         "train_batches, fast": ours(True),
+        "train_batches, nothing decoded": untransformed,
     }
 
 
