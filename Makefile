@@ -18,7 +18,7 @@ UV_SETTINGS = UV_FIND_LINKS="$(LINKS)" $(if $(LINKS),,UV_TORCH_BACKEND=$(TORCH))
 PEERS := timm==1.0.31 torchvision==0.29.2
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo ui test tests-with-ray tests-without-ray test-long lint format clean
+.PHONY: help run demo ui test tests-with-ray tests-without-ray test-long lint audit format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -77,6 +77,13 @@ lint: $(BIN)/.dev  ## lint, types and import rules
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Asserts, random numbers that are no secrets and programs that are called by name are meant.
+audit: $(BIN)/.dev  ## known vulnerabilities of the pinned dependencies (asks PyPI), and rules of security
+	$(BIN)/uv pip check --python $(BIN)/python
+	$(BIN)/ruff check --select S --ignore S101,S105,S112,S311,S603,S607 beit pipelines jobs
+	UV_FIND_LINKS="$(LINKS)" $(BIN)/uv tool run pip-audit --strict --no-deps --disable-pip -r constraints.txt \
+	  || { echo "audit: vulnerable, or PyPI's list of vulnerabilities could not be asked; see above"; exit 1; }
 
 format: $(BIN)/.dev  ## formats the code
 	$(BIN)/ruff format .
