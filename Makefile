@@ -44,9 +44,7 @@ demo: $(BIN)/.run  ## the same chain, long enough that the features beat raw pix
 	$(BIN)/beit quickstart --config jobs/configs/demo.yaml $(ARGS)
 
 ui: $(BIN)/.run  ## the MLflow pages of everything run here
-	@echo "Open http://127.0.0.1:$(PORT)/?workflowType=machine_learning (Ctrl-C ends the server)"
-	@MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server \
-	  --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port $(PORT) --workers 1
+	@$(BIN)/beit ui --port $(PORT)
 
 # Tests that start Ray wait half of the time: lint and the other tests run beside them, and what
 # those print comes at the end. With ARGS, for some of the tests, all run in one go.

@@ -1,5 +1,6 @@
 """`beit STAGE ...`: one console script for every stage; `python -m jobs STAGE` is the same."""
 
+import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -78,6 +79,16 @@ STAGES = {
         "audit:AuditConfig",
         ray="never",
     ),
+    "lineage": _stage(
+        "what an artefact was made from, back to the images, and what was made from it",
+        "lineage:LineageConfig",
+        ray="never",
+    ),
+    "report": _stage(
+        "runs side by side in one HTML file: what differs, intervals, curves, pictures, cost",
+        "report:ReportConfig",
+        ray="never",
+    ),
     "sync": _stage(
         "fills MLflow from run directories: later, or where no server was",
         "sync:SyncConfig",
@@ -88,10 +99,13 @@ STAGES = {
     ),
 }
 # Fields that stand without their flag; those in the plural take several.
-BARE = {"audit": "table", "sync": "runs"}
+BARE = {"audit": "table", "sync": "runs", "lineage": "artefact", "report": "runs"}
+# Modules of `jobs` that read their flags themselves.
+OWN_FLAGS = ("submit", "doctor", "ui")
 OTHERS = {
     "quickstart": "`pipeline` on a small real sample, or on your own folder",
     "doctor": "can every node do what a stage needs; makes nothing",
+    "ui": "MLflow's pages of what was run here, opened at the table of runs",
     "submit": "any of these as a job on a Ray cluster; status, logs, stop, list",
     "recipes": "the configurations that ship, by the name that --config takes",
 }
@@ -104,14 +118,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_usage())
         return 0 if arguments else 2
     name, *rest = arguments
-    if name == "submit":
-        from jobs import submit
-
-        return submit.main(rest)
-    if name == "doctor":
-        from jobs import doctor
-
-        return doctor.main(rest)
+    if name in OWN_FLAGS:
+        code: int = importlib.import_module(f"jobs.{name}").main(rest)
+        return code
     if name == "recipes":
         print(_recipes())
         return 0

@@ -9,15 +9,14 @@ chosen is chosen on rows that no test counts.
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, NotRequired
+from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 import torch
-from typing_extensions import TypedDict
 
 from beit.convert import Network
-from pipelines import pictures, storage, tracking
+from pipelines import storage, tracking
 from pipelines.config.checks import changed_fields
 from pipelines.config.evaluate import MAY_CHANGE, EvaluateConfig
 from pipelines.errors import InputError
@@ -38,6 +37,8 @@ from pipelines.evaluation.probes import (
     knn_predict,
     linear_accuracy,
 )
+from pipelines.evaluation.record import record
+from pipelines.evaluation.result import PIXELS, PRETRAINED, RANDOM, TITLES, Report, Result, Score
 from pipelines.progress import Progress
 from pipelines.records import read_values, write_record
 from pipelines.training.checkpoint import checkpoint_name
@@ -46,69 +47,7 @@ from pipelines.training.weights import is_unfinished, save_newest
 
 __all__ = ["Result", "knn_accuracy", "linear_accuracy", "run"]
 
-PRETRAINED, RANDOM, PIXELS = "pretrained", "random_init", "pixels"
-TITLES = {PRETRAINED: "pretrained", RANDOM: "random initialisation", PIXELS: "raw pixels"}
 VALIDATION_FOLDS = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """One probe of one kind of features, over all test rows."""
-
-    accuracy: float
-    low: float
-    high: float
-    """95 % interval, by bootstrap over groups."""
-    class_accuracy: list[float | None]
-    """Accuracy of each class; None where no image of it was tested."""
-    layers: list[int]
-    """Block chosen in each fold; 0 where there are none (pixels)."""
-    layer_accuracy: list[float]
-    """Validation accuracy of every candidate block, mean over folds."""
-
-
-class Report(TypedDict):
-    """What must stand in evaluation.json."""
-
-    scores: dict[str, dict[str, dict[str, Any]]]
-    gains: dict[str, list[float]]
-    majority: float
-    num_images: int
-    class_names: list[str]
-    layers: list[int]
-    identity: NotRequired[dict[str, Any]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What an evaluation found."""
-
-    scores: dict[str, dict[str, Score]]
-    """Features -> probe (linear, knn) -> score."""
-    gains: dict[str, tuple[float, float, float]]
-    """Pretrained minus baseline, linear probe: difference and its paired 95 % interval."""
-    majority: float
-    """Accuracy of always naming the most frequent class."""
-    num_images: int
-    class_names: list[str]
-    layers: list[int]
-    """Candidate blocks."""
-    output: str
-    already_done: bool
-
-    def summary(self) -> str:
-        """One line for people."""
-        linear = {name: score["linear"].accuracy for name, score in self.scores.items()}
-        knn = self.scores[PRETRAINED]["knn"].accuracy
-        text = f"linear probe {100 * linear[PRETRAINED]:.1f} %"
-        others = [
-            f"{TITLES[name]} {100 * linear[name]:.1f} %" for name in linear if name != PRETRAINED
-        ]
-        if others:
-            text += f" ({', '.join(others)})"
-        text += f", k-NN {100 * knn:.1f} %, most frequent class {100 * self.majority:.1f} %"
-        text += f", {self.num_images} images"
-        return text + (", was done already" if self.already_done else "")
 
 
 def run(config: EvaluateConfig) -> Result:
@@ -145,20 +84,36 @@ def run(config: EvaluateConfig) -> Result:
     inputs = [
         tracking.Dataset(name="weights", uri=weights.uri, digest=weights.fingerprint),
         tracking.Dataset(
-            name="image_table", uri=data.uri, digest=data.fingerprint, context="evaluation"
+            name="image_table",
+            uri=data.uri,
+            digest=data.fingerprint,
+            context="evaluation",
+            rows=len(data.labels),
         ),
     ]
     params = {name: value for name, value in asdict(config).items() if name != "tracking"}
     tags = {"beit.pretrain_run_id": weights.run_id} if weights.run_id else {}
+    if weights.tokenizer:
+        tags[tracking.TOKENIZER_TAG] = weights.tokenizer
     with tracking.start_run(
-        config.tracking, stage="evaluate", params=params, tags=tags, inputs=inputs
+        config.tracking,
+        stage="evaluate",
+        params=params,
+        tags=tags,
+        inputs=inputs,
+        parent_run_id=weights.run_id,
+        output=output,
     ) as tracked:
         splits = _splits(config, data, len(test.labels) if test else 0)
         report = _evaluate(config, weights, data, layers, splits)
+        hits = report.pop("hits")
         report["identity"] = identity
+        # First, for the report says that everything is there.
+        storage.write_json(storage.join(output, "hits.json"), hits)
+        tracked.log_artifact_file("hits.json", storage.canonical_json(hits))
         write_record(report_uri, report)
         result = _result(report, output, already_done=False)
-        _record(tracked, result, report)
+        record(tracked, result, report, inputs[-1])
     return result
 
 
@@ -250,6 +205,7 @@ def _evaluate(
     progress = Progress(2 * len(features) * len(splits), "probes", "fits")
     scores: dict[str, dict[str, Any]] = {}
     correct: dict[str, np.ndarray] = {}
+    hits_by_probe: dict[str, str] = {}
     matrix = np.zeros((num_classes, num_classes), np.int64)
     for name, arrays in features.items():
         scores[name] = {}
@@ -264,6 +220,8 @@ def _evaluate(
             predicted = np.concatenate(found)
             hits = predicted == truth
             low, high = accuracy_interval(hits, groups, seed=config.seed)
+            if name == PRETRAINED:
+                hits_by_probe[probe] = "".join(map(str, hits.astype(int)))
             scores[name][probe] = asdict(
                 Score(
                     accuracy=float(hits.mean()),
@@ -275,6 +233,9 @@ def _evaluate(
                     ],
                     layers=chosen,
                     layer_accuracy=np.mean(by_layer, axis=0).tolist(),
+                    layer_errors=(np.std(by_layer, axis=0, ddof=1) / len(splits) ** 0.5).tolist()
+                    if len(splits) > 1
+                    else [],
                 )
             )
             if probe == "linear":
@@ -299,6 +260,8 @@ def _evaluate(
         "class_counts": np.bincount(truth, minlength=num_classes).tolist(),
         "confusion": matrix.tolist(),
         "layers": layers,
+        # Image by image, so that two evaluations of the same images can be compared in pairs.
+        "hits": {**hits_by_probe, "groups": np.unique(groups, return_inverse=True)[1].tolist()},
     }
 
 
@@ -351,77 +314,3 @@ def _result(report: dict[str, Any], output: str, *, already_done: bool) -> Resul
         output=output,
         already_done=already_done,
     )
-
-
-def _record(tracked: tracking.Run, result: Result, report: dict[str, Any]) -> None:
-    metrics = {"majority_accuracy": result.majority, "num_images": result.num_images}
-    for name, probes in result.scores.items():
-        for probe, score in probes.items():
-            metrics[f"{probe}_accuracy/{name}"] = score.accuracy
-            for layer, value in zip(result.layers, score.layer_accuracy, strict=False):
-                if name != PIXELS:
-                    key = f"{probe}_validation_by_block/{name}"
-                    tracked.log_metrics({key: value}, step=layer)
-    for name, (gain, low, high) in result.gains.items():
-        metrics |= {f"gain_over/{name}": gain, f"gain_over/{name}_low": low}
-        metrics[f"gain_over/{name}_high"] = high
-    tracked.log_metrics(metrics, step=0)
-    tracked.set_note(_note(result))
-    tracked.log_artifact_file("evaluation.json", storage.canonical_json(report))
-    tracked.log_table(
-        "per_class.json",
-        {
-            "class": result.class_names,
-            "images": report["class_counts"],
-            **{
-                f"{TITLES[name]}, linear": [
-                    None if value is None else round(value, 4)
-                    for value in probes["linear"].class_accuracy
-                ]
-                for name, probes in result.scores.items()
-            },
-        },
-    )
-    best = result.scores[PRETRAINED]["linear"]
-    drawn = {
-        "confusion": pictures.confusion(
-            report["confusion"],
-            result.class_names,
-            title="Linear probe of the pretrained features",
-            note=f"{result.num_images} test images, accuracy {100 * best.accuracy:.1f} % "
-            f"[{100 * best.low:.1f}, {100 * best.high:.1f}]",
-        ),
-        "blocks": pictures.curve(
-            {
-                f"{TITLES[name]}, {probe}": (result.layers, score.layer_accuracy)
-                for name, probes in result.scores.items()
-                for probe, score in probes.items()
-                if name != PIXELS
-            },
-            title="Features block by block",
-            x_label="block",
-            y_label="validation accuracy",
-        ),
-    }
-    for name, picture in drawn.items():
-        tracked.log_image(name, picture)
-        storage.write_bytes(storage.join(result.output, f"{name}.png"), pictures.png(picture))
-
-
-def _note(result: Result) -> str:
-    lines = ["| features | linear probe | k-NN | block |", "| --- | --- | --- | --- |"]
-    for name, probes in result.scores.items():
-        linear, knn = probes["linear"], probes["knn"]
-        block = "-" if name == PIXELS else str(max(set(linear.layers), key=linear.layers.count))
-        lines.append(
-            f"| {TITLES[name]} | {100 * linear.accuracy:.1f} % "
-            f"[{100 * linear.low:.1f}, {100 * linear.high:.1f}] | {100 * knn.accuracy:.1f} % | "
-            f"{block} |"
-        )
-    lines.append(f"| most frequent class | {100 * result.majority:.1f} % | | |")
-    for name, (gain, low, high) in result.gains.items():
-        lines.append(
-            f"\nLinear probe against {TITLES[name]}: {100 * gain:+.1f} points, 95 % interval "
-            f"[{100 * low:+.1f}, {100 * high:+.1f}] (paired, by group)."
-        )
-    return "\n".join(lines)

@@ -130,7 +130,7 @@ def train_loop(  # noqa: PLR0912, PLR0915
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     monitor = HealthMonitor(config.health, judged_from=plan.warmup_steps, unigram_accuracy=None)
     metrics = StepMetrics(config.log_every, classification.metrics, None, world.device)
-    peak_tflops = config.scaling.peak_tflops or goodput.device_peak(world.device)
+    peak_tflops = log.peak(config.scaling.peak_tflops)
 
     # --- Resume point: the newest checkpoint that is whole.
     found = resume(log, world, network, optimizer, monitor)
@@ -234,7 +234,7 @@ def train_loop(  # noqa: PLR0912, PLR0915
                 "grad_norm": period.grad_norms[-1],
                 "images_per_second": images_per_second,
                 "data_wait_share": wait_share,
-                "mfu": goodput.model_flops_utilisation(
+                **goodput.model_flops_utilisation(
                     images_per_second, plan.flops_per_image, world.size, peak_tflops
                 ),
                 "epoch": skips.position(step - 1) / plan.steps_per_epoch,

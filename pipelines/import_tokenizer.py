@@ -113,6 +113,7 @@ def run(config: ImportTokenizerConfig) -> ImportTokenizerResult:
         inputs=[Dataset(name="image_table", uri=images.uri, digest=images.fingerprint)]
         if images
         else [],
+        output=output,
     ) as tracking:
         scorecard: Scorecard | None = None
         if images is not None:
@@ -129,7 +130,9 @@ def run(config: ImportTokenizerConfig) -> ImportTokenizerResult:
             patches=scorecard.nearest.patches if scorecard and scorecard.nearest else None,
         )
         tracking.set_output(Dataset(name="tokenizer", uri=output, digest=manifest["fingerprint"]))
-    return _result(output, manifest, files, already_done=False)
+        result = _result(output, manifest, files, already_done=False)
+        tracking.set_note(result.summary())
+    return result
 
 
 def _read(uri: str, field: str, role: str, sha256: str) -> tuple[SourceFile, dict[str, Tensor]]:

@@ -129,7 +129,7 @@ def train_loop(  # noqa: PLR0912, PLR0915
         unigram_accuracy=None if vocabulary is None else vocabulary.unigram_accuracy,
     )
     metrics = StepMetrics(config.log_every, objective.metrics, vocab_size, world.device)
-    peak_tflops = config.scaling.peak_tflops or goodput.device_peak(world.device)
+    peak_tflops = log.peak(config.scaling.peak_tflops)
 
     # --- Resume point: the newest checkpoint that is whole.
     found = resume(log, world, model, optimizer, monitor)
@@ -234,7 +234,7 @@ def train_loop(  # noqa: PLR0912, PLR0915
                 "grad_norm": period.grad_norms[-1],
                 "images_per_second": images_per_second,
                 "data_wait_share": wait_share,
-                "mfu": goodput.model_flops_utilisation(
+                **goodput.model_flops_utilisation(
                     images_per_second, plan.flops_per_image, world.size, peak_tflops
                 ),
                 "epoch": skips.position(step - 1) / plan.steps_per_epoch,

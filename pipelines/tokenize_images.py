@@ -75,14 +75,20 @@ def run(config: TokenizeConfig) -> TokenizeResult:
     if config.dry_run:
         return _dry_run(task, ledger, len(unverified))
     inputs = [
-        tracking.Dataset(name="image_table", uri=images.uri, digest=images.fingerprint),
+        tracking.Dataset(
+            name="image_table",
+            uri=images.uri,
+            digest=images.fingerprint,
+            context="tokens",
+            rows=images.num_rows,
+        ),
         tracking.Dataset(
             name="tokenizer", uri=task.tokenizer_uri, digest=task.identity.tokenizer_fingerprint
         ),
     ]
     params = flatten(asdict(config)) | flatten(task.identity.to_dict())
     with tracking.start_run(
-        config.tracking, stage="tokenize", params=params, inputs=inputs
+        config.tracking, stage="tokenize", params=params, inputs=inputs, output=task.output
     ) as record:
         if len(unverified):
             _verify(ledger, unverified, task)
@@ -93,6 +99,7 @@ def run(config: TokenizeConfig) -> TokenizeResult:
         record.set_output(
             tracking.Dataset(name="token_table", uri=task.output, digest=table.fingerprint)
         )
+        record.set_note(result.summary())
         token_report.log(record, images, table, task.tokenizer_uri, result)
     return result
 

@@ -125,6 +125,7 @@ def run(config: TrainTokenizerConfig) -> TrainTokenizerResult:
         tracked.set_output(
             Dataset(name="tokenizer", uri=config.output, digest=manifest["fingerprint"])
         )
+        tracked.set_note(_result(config.output, manifest, already_done=False).summary())
     if driver.is_recorded(config, run_dir):  # else the same command, or `beit sync`, records it
         run_dir.remove()
     return _result(config.output, manifest, already_done=already_done)

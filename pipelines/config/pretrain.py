@@ -203,7 +203,8 @@ class ScalingConfig(common.ScalingConfig):
     activation_checkpointing: bool = False
     """Recompute block activations in the backward pass: less memory, about a third more compute."""
     peak_tflops: Annotated[float | None, Gt(0)] = None
-    """Peak of one worker's device for MFU; null: known for common GPUs, else measured."""
+    """Peak of one worker's device for MFU; null: by data sheets
+    for common GPUs; for others there is no MFU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -41,6 +41,8 @@ class Weights:
     """Of pixels in [0, 1], as in training."""
     run_id: str
     """MLflow run that made them; "" where unknown."""
+    tokenizer: str
+    """Fingerprint of the tokenizer whose tokens they learned to predict; "" where unknown."""
 
 
 class Tracked(TypedDict):
@@ -101,6 +103,7 @@ def open_weights(uri: str) -> Weights:
         mean=tuple(extra["pixel_mean"]),
         std=tuple(extra["pixel_std"]),
         run_id=str(record.get("mlflow_run_id") or ""),
+        tokenizer=str(extra.get("fingerprints", {}).get("tokenizer") or ""),
     )
 
 

@@ -1,5 +1,6 @@
 """Plots: codebook usage, curves, confusion. Arrays in, Pillow images out."""
 
+import io
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,10 +11,14 @@ from PIL import Image
 from pipelines.pictures.canvas import FAINT, FRAME, INK, SERIES, Colour
 
 # Above this many classes names and figures would not be legible.
-MAX_NAMED_CLASSES = 50
+MAX_NAMED_CLASSES = 30
+MAX_PAIRS = 30
+MAX_LEGEND = 12
 MAX_COUNTED_CLASSES = 12
 MAX_NAME = 24
-DPI = 100
+DPI = 200  # legible on a projector and on a screen of high density
+
+Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 
 def codebook_usage(counts: Any, *, title: str = "Codebook usage") -> Image.Image:
@@ -41,14 +46,64 @@ def codebook_usage(counts: Any, *, title: str = "Codebook usage") -> Image.Image
 
 
 def curve(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    series: Series,
     *,
     title: str,
     x_label: str = "step",
     y_label: str = "",
     note: str = "",
+    bands: Series | None = None,
+    levels: Mapping[str, float] | None = None,
+    least_span: float = 0.0,
 ) -> Image.Image:
-    """Lines over steps; `series` maps a name to its x and y values."""
+    """Lines over steps.
+
+    Args:
+        series: name -> x and y values.
+        title: heading.
+        x_label: what x counts.
+        y_label: what y is.
+        note: line below the heading.
+        bands: name of a series -> lower and upper ends of the intervals of its values.
+        levels: name -> value that a dashed line marks, such as a baseline.
+        least_span: the y axis shows no less than this, so that noise does not fill it.
+    """
+    figure, axes = _curves(series, title, x_label, y_label, note)
+    for index, name in enumerate(series):
+        if bands and name in bands:
+            colour = _hex(SERIES[index % len(SERIES)])
+            axes.fill_between(series[name][0], *bands[name], color=colour, alpha=0.15, lw=0)
+    for index, (name, value) in enumerate((levels or {}).items()):
+        axes.axhline(value, label=name, color=_hex(FAINT), linewidth=1, dashes=(4, 2 + 2 * index))
+    low, high = axes.get_ylim()
+    missing = max(0.0, least_span - (high - low)) / 2
+    axes.set_ylim(low - missing, high + missing)
+    _legend(figure, axes)
+    return _drawn(figure)
+
+
+def curve_svg(series: Series, *, title: str, x_label: str = "step", y_label: str = "") -> str:
+    """The same as an SVG element, of any number of lines; a legend only where it can be read."""
+    figure, axes = _curves(series, title, x_label, y_label, "")
+    if len(series) <= MAX_LEGEND:
+        _legend(figure, axes)
+    return _svg(figure)
+
+
+def forest_svg(rows: Sequence[tuple[str, float, float, float]], *, title: str, x_label: str) -> str:
+    """Differences and their intervals, one below the other: (name, value, low, high)."""
+    figure, axes = _plot(title, "", size=(7.6, 1.4 + 0.3 * len(rows)))
+    axes.grid(axis="x", color=_hex(FRAME))
+    axes.axvline(0, color=_hex(INK), linewidth=1)
+    for row, (_, value, low, high) in enumerate(rows):
+        axes.plot([low, high], [row, row], color=_hex(SERIES[0]), linewidth=2)
+        axes.plot([value], [row], "o", color=_hex(SERIES[0]))
+    axes.set_yticks(range(len(rows)), [_short(name, 60) for name, *_ in rows], parse_math=False)
+    axes.set(xlabel=x_label, ylim=(len(rows) - 0.5, -0.5))
+    return _svg(figure)
+
+
+def _curves(series: Series, title: str, x_label: str, y_label: str, note: str) -> tuple[Any, Any]:
     figure, axes = _plot(title, note)
     axes.set(xlabel=x_label, ylabel=y_label)
     for index, (name, (xs, ys)) in enumerate(series.items()):
@@ -58,9 +113,17 @@ def curve(
             color=_hex(SERIES[index % len(SERIES)]), marker="o" if len(points) <= 30 else "",
             markersize=3.5,
         )  # fmt: skip
-    if series:
-        axes.legend(frameon=False)
-    return _drawn(figure)
+    return figure, axes
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    """Below the axes: never on the data."""
+    handles, names = axes.get_legend_handles_labels()
+    if names:
+        figure.legend(
+            handles, [_short(name, 70) for name in names], loc="outside lower left",
+            frameon=False, fontsize=9, ncols=1 if max(map(len, names)) > 30 else 2,
+        )  # fmt: skip
 
 
 def confusion(
@@ -68,13 +131,17 @@ def confusion(
 ) -> Image.Image:
     """Rows: the true class; columns: the predicted one; cells: share of the row and count.
 
+    Of more classes than can be read so, the pairs that are confused most often.
+
     Args:
         matrix: int (C, C), counts.
-        class_names: C names; they are written where the classes are few enough to be legible.
+        class_names: C names.
         title: heading.
         note: line below the heading.
     """
     counts = np.asarray(matrix, dtype=np.int64)
+    if len(counts) > MAX_NAMED_CLASSES:
+        return _worst_pairs(counts, class_names, title, note)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     # White where nothing is; the right answers in one colour, the wrong ones in another.
     right = np.eye(len(counts), dtype=bool)[..., None]
@@ -88,10 +155,7 @@ def confusion(
     axes.tick_params(length=0, labelbottom=False, labeltop=True)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
-    if len(counts) > MAX_NAMED_CLASSES:
-        axes.set(xticks=[], yticks=[])
-        return _drawn(figure)
-    names = [name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…" for name in class_names]
+    names = [_short(name, MAX_NAME) for name in class_names]
     axes.set_xticks(range(len(names)), names, rotation=90, parse_math=False)
     axes.set_yticks(range(len(names)), names, parse_math=False)
     if len(counts) <= MAX_COUNTED_CLASSES:
@@ -102,6 +166,33 @@ def confusion(
                 ha="center", va="center", color="white" if share > 0.55 else _hex(INK),
             )  # fmt: skip
     return _drawn(figure)
+
+
+def _worst_pairs(
+    counts: np.ndarray, class_names: Sequence[str], title: str, note: str
+) -> Image.Image:
+    wrong = counts.copy()
+    np.fill_diagonal(wrong, 0)
+    order = np.argsort(wrong, axis=None, kind="stable")[::-1][:MAX_PAIRS]
+    pairs = [(*divmod(int(i), len(counts)), int(wrong.flat[i])) for i in order if wrong.flat[i]]
+    heading = f"{title}: the most frequent errors of {len(counts)} classes"
+    figure, axes = _plot(heading, note, size=(7.6, 1.6 + 0.24 * max(len(pairs), 1)))
+    axes.grid(axis="x", color=_hex(FRAME))
+    axes.barh(range(len(pairs)), [count for *_, count in pairs], color=_hex(SERIES[1]))
+    for row, (true, _, count) in enumerate(pairs):
+        share = f" {count} of {counts[true].sum()}"
+        axes.text(count, row, share, va="center", fontsize=8, color=_hex(INK))
+    names = [
+        f"{_short(class_names[true], MAX_NAME)} as {_short(class_names[found], MAX_NAME)}"
+        for true, found, _ in pairs
+    ]
+    axes.set_yticks(range(len(names)), names, parse_math=False)
+    axes.set(xlabel="test images", ylim=(max(len(pairs), 1) - 0.5, -0.5))
+    return _drawn(figure)
+
+
+def _short(name: str, length: int) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def _plot(title: str, note: str, *, size: tuple[float, float] = (7.6, 4.2)) -> tuple[Any, Any]:
@@ -130,6 +221,17 @@ def _drawn(figure: Any) -> Image.Image:
         warnings.filterwarnings("ignore", message="Glyph")
         canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+
+def _svg(figure: Any) -> str:
+    import matplotlib as mpl
+
+    buffer = io.StringIO()
+    # Text stays text: it can be searched, and the file says the same each time.
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "beit"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
 
 
 def _hex(colour: Colour) -> str:

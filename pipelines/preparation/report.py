@@ -220,7 +220,11 @@ def start_tracking(config: PrepareConfig, run_file: str) -> tracking.Run:
     except FileNotFoundError:
         earlier = ""
     run = tracking.start_run(
-        config.tracking, stage="prepare", params=params, resume_run_id=earlier or None
+        config.tracking,
+        stage="prepare",
+        params=params,
+        resume_run_id=earlier or None,
+        output=storage.absolute(config.output),
     )
     if run.run_id != earlier:
         write_record(run_file, {"run_id": run.run_id})
@@ -242,7 +246,7 @@ def record(run: tracking.Run, result: PrepareResult, source_bytes: int) -> None:
     counts |= {f"ignored/{reason}": count for reason, count in result.ignored.items()}
     run.log_metrics(counts)
     run.set_output(tracking.Dataset(name="image_table", uri=result.uri, digest=result.fingerprint))
-    run.set_note(f"Image table `{result.uri}`\n\n{result.summary()}")
+    run.set_note(result.summary())
     if run.run_id:
         if result.rejected:
             run.log_table("rejected.json", _first_rejected(result.uri))

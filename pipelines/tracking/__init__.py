@@ -31,22 +31,32 @@ from pipelines.redaction import redacted, redacted_values
 from pipelines.tracking import store as tracking_store
 from pipelines.tracking.background import Background
 from pipelines.tracking.context import context_tags
-from pipelines.tracking.datasets import Dataset
+from pipelines.tracking.datasets import INPUT_TAG, OUTPUT_TAG, STAGE_TAG, TOKENIZER_TAG, Dataset
 from pipelines.tracking.filler import Filler
+from pipelines.tracking.page import OWN_NOTE_TAG
 from pipelines.tracking.spool import LinesFile, Spool
 from pipelines.tracking.system_metrics import SystemMetrics
+from pipelines.tracking.table import HEADLINE, HIGH, LOW, deciding, run_name, save_views
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = ["Dataset", "Run", "SpooledRun", "disabled", "start_run"]
+__all__ = [
+    "HEADLINE",
+    "HIGH",
+    "LOW",
+    "TOKENIZER_TAG",
+    "Dataset",
+    "Run",
+    "SpooledRun",
+    "disabled",
+    "start_run",
+]
 
 log = logging.getLogger(__name__)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
-INPUT_TAG, OUTPUT_TAG, STAGE_TAG = "beit.input.", "beit.output.", "beit.stage"
-NOTE_TAG = "mlflow.note.content"
 FILL_EVERY, FILL_EVERY_REMOTE = 2.0, 20.0  # seconds; a remote spool is listed every time
 
 
@@ -73,10 +83,14 @@ class Run:
         """Sets tags."""
 
     def set_note(self, text: str) -> None:
-        """Sets the description of the run, Markdown."""
+        """Sets what the description of the run begins with, Markdown; see `page`."""
 
     def set_output(self, output: Dataset) -> None:
         """States what the run made, so that runs that use it can be linked to this one."""
+
+    def judge(self, metrics: Mapping[str, float], dataset: Dataset) -> None:
+        """States what this run found of the weights of its parent, on a data set: the parent and
+        its logged model get it too."""
 
     def log_weights(self, weights_dir: str, *, registered_model_name: str = "") -> None:
         """Stores weights as an MLflow model, see `pipelines.tracking.model_registry`."""
@@ -169,11 +183,16 @@ class SpooledRun(Run):
         self._spool.update(tags={**self._spool.record()["tags"], **tags})
 
     def set_note(self, text: str) -> None:
-        self.set_tags({NOTE_TAG: text})
+        self.set_tags({OWN_NOTE_TAG: text})
 
     def set_output(self, output: Dataset) -> None:
         name = OUTPUT_TAG + output.name
         self.set_tags({name: output.digest, f"{name}.uri": output.uri})
+
+    def judge(self, metrics: Mapping[str, float], dataset: Dataset) -> None:
+        self.log_metrics(metrics)
+        judged = {"metrics": dict(metrics), "dataset": dataclasses.asdict(dataset)}
+        self._spool.update(judged=judged)
 
     def log_weights(self, weights_dir: str, *, registered_model_name: str = "") -> None:
         weights = {"uri": weights_dir, "registered_model": registered_model_name}
@@ -212,6 +231,7 @@ def start_run(
     tags: Mapping[str, str] | None = None,
     inputs: Sequence[Dataset] = (),
     resume_run_id: str | None = None,
+    parent_run_id: str = "",
     note: str = "",
     output: str = "",
     spool: str = "",
@@ -227,7 +247,8 @@ def start_run(
         inputs: what the stage reads; kinds and fingerprints become tags, tables become datasets.
         resume_run_id: the run of an interrupted earlier try. A run that the store does not know
             any more is replaced by a new one.
-        note: description of the run, Markdown.
+        parent_run_id: the run that this one says something about, if the store has it.
+        note: what the description begins with, Markdown.
         output: what the stage makes; beside it stands what could not be sent, until it is.
         spool: the directory of a training run, which keeps its own record, also with tracking off.
         system_metrics: record the load of this machine. False where a worker does it.
@@ -247,11 +268,12 @@ def start_run(
     if config.enabled:
         all_tags |= context_tags(stage, config.job_id)
     if note:
-        all_tags[NOTE_TAG] = note
+        all_tags[OWN_NOTE_TAG] = note
     files.update(
         stage=stage,
-        name=config.run_name or f"{stage} {time.strftime('%Y-%m-%d %H:%M:%S')}",
-        params={name: str(value) for name, value in params.items()},
+        name=config.run_name or run_name(stage, params),
+        params={name: str(value) for name, value in deciding(stage, params).items()},
+        parent=parent_run_id,
         tags={**earlier.get("tags", {}), **all_tags},
         inputs=[dataclasses.asdict(one) for one in inputs],
         status="RUNNING",
@@ -285,6 +307,7 @@ def opened_run(
             return known
         record = spool.record()
         experiment_id = tracking_store.experiment_id(client, config, tracking_uri)
+        save_views(client, experiment_id)
         begun = int(1000 * record["started"])
         run = client.create_run(experiment_id, begun, run_name=record["name"])
         return str(run.info.run_id)
@@ -318,4 +341,6 @@ def input_tags(inputs: Sequence[Dataset]) -> dict[str, str]:
     digests: dict[str, list[str]] = {}
     for dataset in inputs:
         digests.setdefault(INPUT_TAG + dataset.name, []).append(dataset.digest)
-    return {name: ",".join(values) for name, values in digests.items()}
+    tags = {name: ",".join(values) for name, values in digests.items()}
+    tokenizer = tags.get(f"{INPUT_TAG}tokenizer")
+    return tags | {TOKENIZER_TAG: tokenizer} if tokenizer else tags

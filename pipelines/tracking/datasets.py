@@ -3,13 +3,23 @@
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput
 
-TABLES = ("image_table", "token_table")
+INPUT_TAG, OUTPUT_TAG, STAGE_TAG = "beit.input.", "beit.output.", "beit.stage"
+TOKENIZER_TAG = "beit.tokenizer"
+"""Fingerprint of the tokenizer that a run's tokens, weights or figures come from, however far."""
+COLUMNS = {
+    "image_table": {
+        "key": "string", "image": "binary", "height": "integer", "width": "integer",
+        "label": "integer", "digest": "binary",
+    },
+    "token_table": {"key": "string", "token_ids": "binary"},
+}  # fmt: skip
+"""What the tables hold, by kind."""
 MAX_DIGEST_LENGTH = 36
 
 
@@ -26,18 +36,39 @@ class Dataset:
     """What it is used for: training, evaluation, ..."""
     rows: int = 0
     """Of a table; 0 where nobody has counted."""
-    columns: Mapping[str, str] = field(default_factory=dict)
-    """Of a table: name -> type."""
+
+
+# Names of places in a chain, which say nothing: there, the directory above is named.
+GENERIC = ("images", "tokens", "tokenizer", "run", "weights", "evaluation")
 
 
 def short_name(uri: str) -> str:
-    """What people call an artefact: the last part of its URI."""
-    return uri.partition("?")[0].rstrip("/").rpartition("/")[2]
+    """What people call an artefact: the last part of its URI that is a name of its own."""
+    parts = [part for part in uri.partition("?")[0].split("/") if part]
+    own = [part for part in parts if part not in GENERIC]
+    return (own or parts or [""])[-1]
 
 
 def dataset_inputs(inputs: Sequence[Mapping[str, Any]]) -> "list[DatasetInput]":
     """MLflow's form of the tables among `inputs`, which are records of `Dataset`."""
-    return [_dataset_input(one) for one in inputs if one["name"] in TABLES]
+    return [_dataset_input(one) for one in inputs if one["name"] in COLUMNS]
+
+
+def dataset_name(one: Mapping[str, Any]) -> str:
+    """What MLflow calls it."""
+    return f"{short_name(one['uri'])} ({one['name'].replace('_', ' ')})"
+
+
+def dataset_label(entity: Any) -> str:
+    """An entity of MLflow in words: name, rows, fingerprint."""
+    rows = json.loads(entity.profile)["num_rows"] if entity.profile else 0
+    size = f", {rows:,} rows" if rows else ""
+    return f"{entity.name}{size}, fingerprint {entity.digest}"
+
+
+def dataset_digest(one: Mapping[str, Any]) -> str:
+    """Its fingerprint, as long as MLflow takes it."""
+    return str(one["digest"][:MAX_DIGEST_LENGTH])
 
 
 def _dataset_input(one: Mapping[str, Any]) -> "DatasetInput":
@@ -50,14 +81,15 @@ def _dataset_input(one: Mapping[str, Any]) -> "DatasetInput":
         warnings.simplefilter("ignore")
         source = resolve_dataset_source(one["uri"])
     columns = [
-        {"name": name, "type": kind, "required": True} for name, kind in one["columns"].items()
+        {"name": name, "type": kind, "required": name != "label"}
+        for name, kind in COLUMNS[one["name"]].items()
     ]
     entity = Entity(
-        name=f"{short_name(one['uri'])} ({one['name'].replace('_', ' ')})",
-        digest=one["digest"][:MAX_DIGEST_LENGTH],
+        name=dataset_name(one),
+        digest=dataset_digest(one),
         source_type=source._get_source_type(),
         source=source.to_json(),
-        schema=json.dumps({"mlflow_colspec": columns}) if columns else None,
+        schema=json.dumps({"mlflow_colspec": columns}),
         profile=json.dumps({"num_rows": one["rows"]}) if one["rows"] else None,
     )
     tags = [InputTag("mlflow.data.context", one["context"])] if one["context"] else []

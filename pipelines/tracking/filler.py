@@ -18,7 +18,16 @@ from PIL import Image
 from pipelines import storage
 from pipelines.redaction import redacted
 from pipelines.tracking import model_registry
-from pipelines.tracking.datasets import dataset_inputs
+from pipelines.tracking.datasets import (
+    INPUT_TAG,
+    OUTPUT_TAG,
+    TOKENIZER_TAG,
+    dataset_digest,
+    dataset_inputs,
+    dataset_name,
+)
+from pipelines.tracking.model_card import update_versions
+from pipelines.tracking.page import PARENT_TAG, update_page
 from pipelines.tracking.spool import LINES, Spool, Values
 
 if TYPE_CHECKING:
@@ -69,7 +78,7 @@ class Filler:
         self._send_values()
         self._send_pictures()
         if first or final:
-            self._send_files()
+            self._send_files(self.spool.files())
         if final:
             self._conclude()
 
@@ -90,6 +99,9 @@ class Filler:
         if inputs:
             self.client.log_inputs(self.run_id, inputs)
         self._tags = dict(run.data.tags)
+        parent = record.get("parent", "")
+        if parent and self._has_run(parent):
+            self._set_tags({PARENT_TAG: parent})
         self._seen_pictures = known_pictures(self.client, self.run_id)
         self._progress()
         known = {}
@@ -165,7 +177,7 @@ class Filler:
         try:
             self.client.log_batch(self.run_id, metrics)
         except MlflowException as error:
-            if error.error_code not in FINAL_CODES or self._is_gone():
+            if error.error_code not in FINAL_CODES or not self._has_run(self.run_id):
                 raise
             log.warning("tracking: values refused for good: %s", redacted(str(error))[:300])
         for metric in metrics:
@@ -173,13 +185,15 @@ class Filler:
         self.sent["values"] += len(metrics)
         self._progress()
 
-    def _is_gone(self) -> bool:
+    def _has_run(self, run_id: str) -> bool:
         from mlflow.exceptions import MlflowException
 
         try:
-            return bool(self.client.get_run(self.run_id).info.lifecycle_stage != "active")
-        except MlflowException:
-            return True
+            return bool(self.client.get_run(run_id).info.lifecycle_stage == "active")
+        except MlflowException as error:
+            if error.error_code not in FINAL_CODES:
+                raise
+            return False
 
     def _send_pictures(self) -> None:
         for key, step, uri in self.spool.pictures():
@@ -194,8 +208,8 @@ class Filler:
             self.sent["pictures"] += 1
             self._progress()
 
-    def _send_files(self) -> None:
-        for name, uri in self.spool.files().items():
+    def _send_files(self, files: Mapping[str, str]) -> None:
+        for name, uri in files.items():
             directory, _, file_name = name.rpartition("/")
             with tempfile.TemporaryDirectory() as temporary:
                 path = Path(temporary, file_name)
@@ -206,7 +220,10 @@ class Filler:
 
     def _conclude(self) -> None:
         record = self.spool.record()
+        self._send_files(self.spool.figures())
         self._send_weights(record)
+        self._send_judged(record)
+        update_page(self.client, self.run_id)
         error = record.get("error", "")
         if error:
             self._set_tags({ERROR_TAG: error})
@@ -225,12 +242,38 @@ class Filler:
             return
         size = sum(file.size for file in storage.list_files(weights["uri"]))
         self._progress(size / SLOWEST_UPLOAD)
-        model_registry.log_weights(
+        model_id = model_registry.log_weights(
             self.client,
             self.run_id,
             weights["uri"],
             registered_model_name=weights["registered_model"],
         )
+        told = (INPUT_TAG, OUTPUT_TAG, TOKENIZER_TAG)
+        tags = {name: value for name, value in self._tags.items() if name.startswith(told)}
+        self.client.set_logged_model_tags(model_id, tags)
+        update_versions(self.client, self.run_id)
+        self._progress()
+
+    def _send_judged(self, record: Mapping[str, Any]) -> None:
+        """What this run found of its parent's weights, to the parent and its logged model."""
+        from mlflow.entities import Metric
+
+        parent, judged = self._tags.get(PARENT_TAG, ""), record.get("judged")
+        if not parent or not judged:
+            return
+        # A fixed time: the same figures sent again are stored once.
+        when, dataset = int(1000 * record["ended"]), judged["dataset"]
+        source = {"dataset_name": dataset_name(dataset), "dataset_digest": dataset_digest(dataset)}
+        outputs = self.client.get_run(parent).outputs
+        models = outputs.model_outputs if outputs else []
+        model = {"model_id": models[0].model_id} if models else {}
+        metrics = [
+            Metric(metric_name(name), value, when, 0, **source, **model)
+            for name, value in judged["metrics"].items()
+        ]
+        self.client.log_batch(parent, metrics)
+        update_page(self.client, parent)
+        update_versions(self.client, parent)
         self._progress()
 
 
@@ -240,8 +283,8 @@ def _device_tags(spool: Spool) -> dict[str, str]:
     if not found:
         return {}
     attempt = storage.read_json(spool.at("attempts", found[-1].path))
-    tags = {"beit.device": attempt.get("device", ""), "beit.worker_host": attempt.get("host", "")}
-    return {name: value for name, value in tags.items() if value}
+    names = {"beit.device": "device", "beit.worker_host": "host", "beit.peak_tflops": "peak_tflops"}
+    return {tag: str(attempt[name]) for tag, name in names.items() if attempt.get(name)}
 
 
 def known_pictures(client: "MlflowClient", run_id: str) -> set[tuple[str, int]]:

@@ -1,10 +1,11 @@
-"""Walks from a run to the runs that made what it read, by the fingerprints in their tags."""
+"""Walks between the runs that made an artefact and those that used it, by fingerprints in tags."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pipelines.tracking import INPUT_TAG, OUTPUT_TAG, STAGE_TAG
+from pipelines.tracking.datasets import INPUT_TAG, OUTPUT_TAG, STAGE_TAG
 from pipelines.tracking.store import absolute_tracking_uri
 
 if TYPE_CHECKING:
@@ -17,14 +18,21 @@ class LineageNode:
     """A run and the runs behind its inputs."""
 
     run_id: str
+    name: str
     stage: str
     status: str
     outputs: dict[str, str]
     """Kind -> fingerprint of what the run made."""
+    uris: dict[str, str]
+    """Kind -> where it was written."""
     inputs: dict[str, list[str]]
     """Kind -> fingerprints of what the run read."""
+    rows: dict[str, int]
+    """Fingerprint, as long as MLflow takes it -> rows, of the tables among the inputs."""
     parents: list["LineageNode"] = field(default_factory=list)
     """The runs that made the inputs, newest of several that made the same."""
+    gaps: list[tuple[str, str]] = field(default_factory=list)
+    """Kind and fingerprint of inputs that no run of the store made."""
 
     def walk(self) -> Iterator["LineageNode"]:
         """This node and all before it, each run once."""
@@ -41,13 +49,13 @@ class LineageNode:
 def lineage(run_id: str, *, tracking_uri: str = "") -> LineageNode:
     """The run and, recursively, the finished runs that made what it read.
 
-    Inputs that no run of the store made (imported, or made with tracking off) end the walk; they
-    are still named in `inputs`.
+    Inputs that no run of the store made (made elsewhere, or with tracking off) end the walk; they
+    are `gaps`.
     """
     from mlflow import MlflowClient
 
     client = MlflowClient(absolute_tracking_uri(tracking_uri))
-    return _node(client, client.get_run(run_id), {})
+    return node_of(client, client.get_run(run_id), {})
 
 
 def users(kind: str, fingerprint: str, *, tracking_uri: str = "") -> list[LineageNode]:
@@ -56,45 +64,61 @@ def users(kind: str, fingerprint: str, *, tracking_uri: str = "") -> list[Lineag
     from mlflow import MlflowClient
 
     client = MlflowClient(absolute_tracking_uri(tracking_uri))
-    # A run with several inputs of one kind has them in one tag.
-    runs = _search(client, f"tags.`{INPUT_TAG}{kind}` LIKE '%{fingerprint}%'")
     known: dict[str, LineageNode] = {}
-    return [_node(client, run, known) for run in runs]
+    return [node_of(client, run, known) for run in users_of(client, kind, fingerprint)]
 
 
-def _node(
+def users_of(client: "MlflowClient", kind: str, fingerprint: str) -> "Sequence[MlflowEntity]":
+    """The same as MLflow's runs."""
+    # A run with several inputs of one kind has them in one tag.
+    return search(client, f"tags.`{INPUT_TAG}{kind}` LIKE '%{fingerprint}%'")
+
+
+def makers_of(client: "MlflowClient", kind: str, fingerprint: str) -> "Sequence[MlflowEntity]":
+    """Runs that made an artefact, newest first."""
+    return search(client, f"tags.`{OUTPUT_TAG}{kind}` = '{fingerprint}'")
+
+
+def node_of(
     client: "MlflowClient", run: "MlflowEntity", known: dict[str, LineageNode]
 ) -> LineageNode:
+    """The node of a run; `known` are those that were made already, and gets it."""
     run_id = run.info.run_id
     if run_id in known:
         return known[run_id]
     tags = run.data.tags
-    inputs = {
-        name.removeprefix(INPUT_TAG): value.split(",")
-        for name, value in sorted(tags.items())
-        if name.startswith(INPUT_TAG)
-    }
-    outputs = {
-        name.removeprefix(OUTPUT_TAG): value
-        for name, value in sorted(tags.items())
-        if name.startswith(OUTPUT_TAG) and not name.endswith(".uri")
-    }
+    made = _named(tags, OUTPUT_TAG)
+    datasets = [one.dataset for one in run.inputs.dataset_inputs] if run.inputs else []
     node = LineageNode(
         run_id=run_id,
+        name=run.info.run_name or "",
         stage=tags.get(STAGE_TAG, ""),
         status=run.info.status,
-        inputs=inputs,
-        outputs=outputs,
+        inputs={kind: value.split(",") for kind, value in _named(tags, INPUT_TAG).items()},
+        outputs={kind: value for kind, value in made.items() if not kind.endswith(".uri")},
+        uris={kind[:-4]: value for kind, value in made.items() if kind.endswith(".uri")},
+        rows={one.digest: json.loads(one.profile)["num_rows"] for one in datasets if one.profile},
     )
     known[run_id] = node
-    for kind, fingerprints in inputs.items():
+    for kind, fingerprints in node.inputs.items():
         for fingerprint in fingerprints:
-            makers = _search(client, f"tags.`{OUTPUT_TAG}{kind}` = '{fingerprint}'")
-            if makers and makers[0].info.run_id != run_id:
-                node.parents.append(_node(client, makers[0], known))
+            makers = makers_of(client, kind, fingerprint)
+            if not makers:
+                node.gaps.append((kind, fingerprint))
+            elif makers[0].info.run_id != run_id:
+                node.parents.append(node_of(client, makers[0], known))
     return node
 
 
-def _search(client: "MlflowClient", condition: str) -> "list[MlflowEntity]":
+def _named(tags: dict[str, str], prefix: str) -> dict[str, str]:
+    return {
+        name.removeprefix(prefix): value
+        for name, value in sorted(tags.items())
+        if name.startswith(prefix)
+    }
+
+
+def search(client: "MlflowClient", condition: str) -> "Sequence[MlflowEntity]":
+    """Runs of all experiments, newest first."""
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     return list(client.search_runs(experiments, condition, order_by=["attributes.start_time DESC"]))

@@ -5,19 +5,22 @@ beside it, so that `mlflow.pyfunc.load_model` works where only torch and MLflow 
 """
 
 import importlib.metadata
+import logging
 import tempfile
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from beit.vit import image_hw
-from beit.weights import read_weights_config
+from beit.foreign import write_huggingface
+from beit.weights import load_weights, read_weights_config
 from pipelines import storage
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
     from mlflow.models import ModelSignature
+
+log = logging.getLogger(__name__)
 
 REQUIREMENTS = ("torch", "numpy", "pillow", "safetensors")
 MODEL_NAME = "weights"
@@ -41,7 +44,7 @@ def log_weights(
         registered_model_name: name in the model registry; a new version is made.
 
     Returns:
-        the model's URI, `models:/...`, for `mlflow.pyfunc.load_model`.
+        the model's id; `models:/ID` is its URI for `mlflow.pyfunc.load_model`.
     """
     outputs = client.get_run(run_id).outputs
     if outputs is not None and outputs.model_outputs:
@@ -51,7 +54,7 @@ def log_weights(
         _link(client, run_id, model.model_id)
     if registered_model_name:
         _register(client, run_id, model.model_id, model.artifact_location, registered_model_name)
-    return f"models:/{model.model_id}"
+    return str(model.model_id)
 
 
 def _store(client: "MlflowClient", run_id: str, weights_uri: str) -> "LoggedModel":
@@ -70,7 +73,7 @@ def _store(client: "MlflowClient", run_id: str, weights_uri: str) -> "LoggedMode
             mlflow.pyfunc.save_model(
                 str(target),
                 python_model=str(Path(__file__).with_name("served_model.py")),
-                artifacts={"weights": str(weights)},
+                artifacts={"weights": str(weights), **_for_transformers(weights, directory)},
                 code_paths=[str(Path(beit.__file__).parent)],
                 pip_requirements=packages,
                 signature=_signature(weights),
@@ -81,14 +84,26 @@ def _store(client: "MlflowClient", run_id: str, weights_uri: str) -> "LoggedMode
         return client.finalize_logged_model(model.model_id, "READY")
 
 
+def _for_transformers(weights: Path, directory: str) -> dict[str, str]:
+    """The same weights as a folder that `transformers` loads without this package, if it can."""
+    network, extra = load_weights(weights), read_weights_config(weights).get("extra") or {}
+    folder = Path(directory, "huggingface")
+    options = {"mean": extra["pixel_mean"], "std": extra["pixel_std"]}
+    try:
+        write_huggingface(network, folder, class_names=extra.get("class_names", ()), **options)
+    except ValueError as error:
+        log.warning("tracking: the model has no folder for transformers: %s", error)
+        return {}
+    return {"huggingface": str(folder)}
+
+
 def _signature(weights: Path) -> "ModelSignature":
     import numpy as np
     from mlflow.models import ModelSignature
     from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
     config = read_weights_config(weights)["model"]
-    height, width = image_hw(config["image_size"], config["patch_size"])
-    images = TensorSpec(np.dtype(np.uint8), (-1, height, width, 3))
+    images = TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))
     said = config.get("num_classes") or config["dim"]
     outputs = TensorSpec(np.dtype(np.float32), (-1, said))
     # MLflow hands on only the parameters that the signature names.

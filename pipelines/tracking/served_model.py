@@ -10,14 +10,17 @@ import mlflow.models
 import numpy as np
 import torch
 from mlflow.pyfunc import PythonModel
+from PIL import Image
 
 from beit.classifier import BeitClassifier
+from beit.views import center_view, render
 from beit.weights import load_weights, read_weights_config
 
 
 class FeatureModel(PythonModel):
-    """What a network says of uint8 images (B, H, W, 3) of its size.
+    """What a network says of uint8 images (B, H, W, 3) of any size.
 
+    Of images that are not of its size it sees the central square, resized as for evaluations.
     The mean patch features of the last block; of a classifier, the probabilities of its classes.
     """
 
@@ -37,7 +40,8 @@ class FeatureModel(PythonModel):
         """Features (B, dim) after the final norm, or probabilities (B, classes) in the order of
         `class_names` in the weights' config.json; with `params={"layer": k}` features after
         block k."""
-        pixels = torch.from_numpy(np.ascontiguousarray(model_input)).permute(0, 3, 1, 2)
+        fitted = np.stack([_fitted(image, self.model.image_size) for image in model_input])
+        pixels = torch.from_numpy(fitted).permute(0, 3, 1, 2)
         layer = (params or {}).get("layer") or None
         with torch.inference_mode():
             normalised = (pixels.float() / 255 - self.mean) / self.std
@@ -47,6 +51,16 @@ class FeatureModel(PythonModel):
                 said = self.model.features(normalised, layer=layer)[:, 1:].mean(1)
         result: np.ndarray = said.numpy()
         return result
+
+
+def _fitted(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    height, width = image.shape[:2]
+    if (height, width) == size:
+        return image
+    if size[0] != size[1]:
+        raise ValueError(f"images of {(height, width)}: this network's are {size}; resize them")
+    whole = Image.fromarray(np.ascontiguousarray(image))
+    return render(whole, center_view(height, width, 1.0), size[0], "bicubic")
 
 
 mlflow.models.set_model(FeatureModel())

@@ -14,6 +14,7 @@ goes once MLflow has everything.
 
 import io
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -131,6 +132,11 @@ class Spool:
         found = {name: self.at(name) for name in ATTACHED if name in here}
         kept = storage.list_files(self.at("files"))
         return found | {file.path: self.at("files", file.path) for file in kept}
+
+    def figures(self) -> dict[str, str]:
+        """The newest picture of every key, as a file to attach: the run's description shows it."""
+        newest = {key: uri for key, _, uri in self.pictures()}
+        return {f"figures/{re.sub('[^A-Za-z0-9.-]', '_', key)}.png": u for key, u in newest.items()}
 
     def remove(self) -> None:
         """Deletes what stands here for MLflow alone."""

@@ -31,7 +31,6 @@ KNOBS = {
     "checkpoint": "checkpoint.every_steps (larger), checkpoint.asynchronous=true",
     "evaluation": "probe.every_steps (larger), probe.max_images (smaller)",
     "restart": "checkpoint.every_steps (smaller repeats less work), steadier nodes",
-    "idle": "start the command again sooner after it ends: nothing ran in that time",
 }
 
 # Dense bf16 peak of one device in TFLOP/s, from the vendors' data sheets.
@@ -114,6 +113,8 @@ class Attempt:
     """Machine of worker 0."""
     device: str = ""
     """What it computes on."""
+    peak_tflops: float | None = None
+    """Its peak, by which MFU is reckoned; None: not known."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Its books."""
     latest: dict[str, Any] = field(default_factory=dict)
@@ -144,7 +145,8 @@ class Goodput:
     """Steps done twice because a kill came after the last checkpoint; their time is `restart`."""
     attempts: int
     bottleneck: str
-    """The category other than compute with most seconds, or compute if all others are small."""
+    """The category other than compute with most seconds, or compute if all others are small; never
+    idle."""
     knob: str
     """What to change about it."""
 
@@ -204,18 +206,33 @@ def account(attempts: Sequence[Attempt], end: float) -> Goodput:
 
 
 def bottleneck(seconds: dict[str, float], *, floor: float = 0.05) -> str:
-    """The category to look at first: the largest beside compute if it takes 5 % or more."""
-    total = sum(seconds.values())
-    others = {name: value for name, value in seconds.items() if name != "compute"}
+    """The category to look at first: the largest beside compute if it takes 5 % or more.
+
+    Not idle, in which nothing ran: nothing about the run would change it.
+    """
+    total = sum(value for name, value in seconds.items() if name != "idle")
+    others = {name: value for name, value in seconds.items() if name not in ("compute", "idle")}
     worst = max(others, key=lambda name: others[name])
     return worst if total > 0 and others[worst] / total >= floor else "compute"
 
 
 def model_flops_utilisation(
-    images_per_second: float, flops: float, workers: int, peak_tflops: float
-) -> float:
-    """MFU = images/s x FLOPs per image / (workers x peak of one worker's device)."""
-    return images_per_second * flops / (workers * peak_tflops * 1e12)
+    images_per_second: float, flops: float, workers: int, peak_tflops: float | None
+) -> dict[str, float]:
+    """{"mfu": images/s x FLOPs per image / (workers x peak of one worker's device)}.
+
+    Empty where the peak is not known: one that was measured here would make a figure above 1.
+    """
+    if peak_tflops is None:
+        return {}
+    return {"mfu": images_per_second * flops / (workers * peak_tflops * 1e12)}
+
+
+def device_peak(device: torch.device, given: float | None = None) -> float | None:
+    """Peak of the device in TFLOP/s: as it is given, or from data sheets, or None."""
+    if given is not None or device.type != "cuda":
+        return given
+    return known_peak(torch.cuda.get_device_name(device))
 
 
 def known_peak(device_name: str) -> float | None:
@@ -224,18 +241,3 @@ def known_peak(device_name: str) -> float | None:
         if all(part in device_name for part in name.split()):
             return peak
     return None
-
-
-def device_peak(device: torch.device) -> float:
-    """Peak of the device in TFLOP/s: from data sheets, or of a matrix product here."""
-    if device.type == "cuda":
-        known = known_peak(torch.cuda.get_device_name(device))
-        if known is not None:
-            return known
-    size, best = 768, 0.0
-    a = torch.ones(size, size, device=device)
-    for _ in range(5):
-        start = time.perf_counter()
-        float((a @ a)[0, 0])
-        best = max(best, 2 * size**3 / (time.perf_counter() - start) / 1e12)
-    return best

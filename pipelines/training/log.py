@@ -26,7 +26,7 @@ from pipelines.tracking.spool import LinesFile, Spool
 from pipelines.tracking.system_metrics import SystemMetrics
 from pipelines.training.checkpoint import complete_steps
 from pipelines.training.distributed import World
-from pipelines.training.goodput import Attempt, Books
+from pipelines.training.goodput import Attempt, Books, device_peak
 from pipelines.training.health import Finding
 from pipelines.training.run_dir import RunDir
 
@@ -51,7 +51,7 @@ class TrainLog:
         system_metrics: bool = False,
     ) -> None:
         self.run, self.books, self.spool = run, Books(), Spool(run.uri)
-        self.active = world.rank == 0
+        self.active, self.device = world.rank == 0, world.device
         entered_at = time.time()
         pids = world.gather(torch.tensor([os.getpid()], device=world.device))
         # A worker of a later launch counts its attempt after those that are on record.
@@ -84,6 +84,12 @@ class TrainLog:
         self.flush()
         if self.system:
             self.system.close()
+
+    def peak(self, given: float | None) -> float | None:
+        """Peak of this worker's device in TFLOP/s, which is written down; None: not known."""
+        found = device_peak(self.device, given)
+        self.attempt = dataclasses.replace(self.attempt, peak_tflops=found)
+        return found
 
     def start(self, step: int | None) -> int:
         """Begins after the `step` steps of a checkpoint, or with step 0 if there is none."""

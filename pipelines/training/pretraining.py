@@ -221,10 +221,17 @@ def input_datasets(config: PretrainConfig, data: TrainingTables) -> list[Dataset
             uri=data.images.uri,
             digest=data.images.fingerprint,
             context="training",
+            rows=data.images.num_rows,
         )
     ]
     inputs += [
-        Dataset(name="token_table", uri=table.uri, digest=table.fingerprint, context="training")
+        Dataset(
+            name="token_table",
+            uri=table.uri,
+            digest=table.fingerprint,
+            context="training",
+            rows=table.num_rows,
+        )
         for table in data.tokens
     ]
     if data.tokens:
@@ -250,7 +257,8 @@ class PretrainResult:
     unigram_accuracy: float | None
     images_per_second: float
     data_wait_share: float
-    mfu: float
+    mfu: float | None
+    """None where the peak of the device is not known."""
     report: Mapping[str, Any]
     """report.json."""
 
@@ -264,10 +272,11 @@ class PretrainResult:
                 f"masked-token accuracy {self.mim_accuracy:.3f} "
                 f"(floor {self.unigram_accuracy:.3f}), "
             )
+        mfu = "" if self.mfu is None else f"MFU {self.mfu:.1%}; "
         return (
             f"pretrain: {self.steps} steps {done}; loss {self.loss:.3f}, {accuracy}"
-            f"{self.images_per_second:.0f} images/s, {self.data_wait_share:.0%} data wait, "
-            f"MFU {self.mfu:.1%}; look first at {books['bottleneck']}; run: {self.run_uri}"
+            f"{self.images_per_second:.0f} images/s, {self.data_wait_share:.0%} data wait; "
+            f"{mfu}look first at {books['bottleneck']}; run: {self.run_uri}"
         )
 
 
@@ -292,6 +301,6 @@ def result_of(
         unigram_accuracy=plan.vocabulary.unigram_accuracy if plan.vocabulary else None,
         images_per_second=figure("images_per_second"),
         data_wait_share=figure("data_wait_share"),
-        mfu=figure("mfu"),
+        mfu=period.get("mfu"),
         report=report,
     )

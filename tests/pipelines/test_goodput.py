@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from pipelines.training.goodput import (
     CATEGORIES,
@@ -6,6 +7,7 @@ from pipelines.training.goodput import (
     Books,
     account,
     bottleneck,
+    device_peak,
     known_peak,
     model_flops_utilisation,
 )
@@ -82,7 +84,7 @@ def test_a_run_with_a_restart_and_an_absence_adds_up():
     assert result.wall_seconds == pytest.approx(245.0)
     assert sum(seconds.values()) == pytest.approx(result.wall_seconds)
     assert result.repeated_steps == 5
-    assert result.bottleneck == "idle"
+    assert result.bottleneck == "restart", "nobody ran while it was idle: nothing to look at"
     assert result.share == pytest.approx(seconds["compute"] / 245.0)
 
 
@@ -101,7 +103,14 @@ def test_nothing_large_beside_compute_means_compute():
 
 
 def test_mfu_is_the_stated_formula():
-    assert model_flops_utilisation(1000.0, 100e9, 2, 100.0) == pytest.approx(0.5)
+    assert model_flops_utilisation(1000.0, 100e9, 2, 100.0) == {"mfu": pytest.approx(0.5)}
+
+
+def test_mfu_is_none_where_the_peak_is_not_known():
+    cpu = torch.device("cpu")
+    assert device_peak(cpu) is None
+    assert device_peak(cpu, 0.05) == 0.05
+    assert model_flops_utilisation(1000.0, 100e9, 2, device_peak(cpu)) == {}
 
 
 def test_peaks_are_found_by_the_name_that_torch_gives():

@@ -109,8 +109,30 @@ def test_confusion_marks_the_diagonal():
 
 
 def test_confusion_of_many_classes_stays_small():
-    picture = pictures.confusion(np.eye(600, dtype=int), [str(i) for i in range(600)])
-    assert max(picture.size) <= 1000
+    matrix = 50 * np.eye(1000, dtype=int)
+    matrix[7, 3], matrix[5, 2] = 40, 20
+    names = [f"class {i}" for i in range(1000)]
+    picture = pictures.confusion(matrix, names)
+    assert max(picture.size) <= 2000
+    bars = (np.asarray(picture) == SERIES[1]).all(-1)
+    widths = np.unique(bars.sum(1))[1:]
+    assert widths.max() == pytest.approx(2 * widths.min(), rel=0.02)  # 40 and 20, nothing else
+    pictures.confusion(50 * np.eye(40, dtype=int), names[:40])  # no error at all
+
+
+def test_curves_have_intervals_and_axes_that_do_not_magnify_noise():
+    noise = {"probe": ([1, 2, 3], [0.50, 0.501, 0.499])}
+    close, wide = (pictures.curve(noise, title="t", least_span=span) for span in (0.0, 0.5))
+
+    def height(picture):
+        rows = np.flatnonzero((np.asarray(picture) == SERIES[0]).all(-1)[:, 400:].any(1))
+        return rows[rows < 600].max() - rows[rows < 600].min()
+
+    assert height(wide) < height(close) / 10
+    banded = pictures.curve(noise, title="t", bands={"probe": ([0.4] * 3, [0.6] * 3)})
+    assert len(np.unique(np.asarray(banded).reshape(-1, 3), axis=0)) > 5
+    pale = (np.asarray(banded)[..., 2].astype(int) - np.asarray(banded)[..., 0] > 20).sum()
+    assert pale > 50_000
 
 
 def test_plots_are_the_same_each_time_and_leave_no_state():

@@ -1,13 +1,17 @@
 """Runs and their lineage, against a real MLflow store."""
 
+import base64
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import textwrap
 import time
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,12 +20,18 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from beit.mim import BeitMIM
+from beit.views import center_view, render
 from beit.weights import save_weights
-from pipelines import tracking
+from jobs.cli import config_class
+from pipelines import lineage as lineage_stage
+from pipelines import storage, tracking
+from pipelines.config.checks import flatten, to_dict
+from pipelines.config.lineage import LineageConfig
 from pipelines.config.tracking import TrackingConfig
-from pipelines.errors import InputError
+from pipelines.errors import InputError, StageFailed
 from pipelines.tracking.filler import known_pictures
 from pipelines.tracking.lineage import lineage, users
+from pipelines.tracking.table import DECIDING, MAX_PARAMS, VIEWS
 from tests.pipelines.tracking_fixtures import (  # noqa: F401 - fixtures
     REPOSITORY,
     config_fixture,
@@ -31,17 +41,26 @@ from tests.pipelines.tracking_fixtures import (  # noqa: F401 - fixtures
     steps,
 )
 
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+
+
+def tiny_model():
+    return BeitMIM(
+        image_size=16, patch_size=8, dim=16, depth=2, num_heads=2, vocab_size=8,
+        absolute_positions=True, relative_positions="none", layer_scale_init=None,
+    )  # fmt: skip
+
+
 # Driver
 
 
 def test_a_run_holds_everything_that_was_said(config, tmp_path):
     images = tracking.Dataset(
         name="image_table", uri="/data/emoji", digest="a" * 32, context="training", rows=4009,
-        columns={"key": "string"},
     )  # fmt: skip
     inputs = [images, dataset("tokenizer", "t" * 32)]
     config = dataclasses.replace(config, job_id="job-7")
-    with start(config, params={"optim.lr": 1e-3}, inputs=inputs, note="**hello**") as run:
+    with start(config, params={"num_views": 4}, inputs=inputs, note="**hello**") as run:
         for step in range(5):
             run.log_metrics({"loss": 1 / (1 + step), "odd name?": step}, step)
         run.log_image("pictures/masked", Image.new("RGB", (32, 32)), 4)
@@ -54,11 +73,11 @@ def test_a_run_holds_everything_that_was_said(config, tmp_path):
     client = MlflowClient(config.uri)
     stored = client.get_run(run.run_id)
     assert stored.info.status == "FINISHED"
-    assert stored.data.params == {"optim.lr": "0.001"}
+    assert stored.data.params == {"num_views": "4"}
     assert steps(client, run, "loss") == [0, 1, 2, 3, 4]
     assert stored.data.metrics["odd name_"] == 4
     tags = stored.data.tags
-    assert tags["mlflow.note.content"] == "**hello**"
+    assert tags["mlflow.note.content"].startswith("**hello**\n\n![pictures_masked.png](get-art")
     assert tags["beit.stage"] == "tokenize"
     assert tags["mlflow.source.name"] == "beit tokenize"
     head = subprocess.run(
@@ -80,7 +99,7 @@ def test_a_run_holds_everything_that_was_said(config, tmp_path):
     assert known_pictures(client, run.run_id) == {("pictures/masked", 4)}
     files = tmp_path / "mlartifacts" / "beit" / run.run_id / "artifacts"
     assert (files / "deep/er/data.bin").read_bytes() == b"\x00\x01"
-    assert (files / "config.yaml").read_text() == "optim.lr: 0.001\n"
+    assert (files / "config.yaml").read_text() == "num_views: 4\n"
     assert (files / "table.json").exists()
 
 
@@ -115,13 +134,13 @@ def test_the_status_tells_how_a_stage_ended(config, error, status):
 
 
 def test_a_resumed_run_goes_on_without_repeating_steps(config):
-    with start(config, params={"lr": 1, "steps": 10}) as run:
+    with start(config, stage="audit", params={"lr": 1, "steps": 10}) as run:
         for step in range(10):
             run.log_metrics({"loss": 0.0}, step)
         run.log_metrics({"probe": 0.5}, 4)
         run.log_image("tokens", Image.new("RGB", (8, 8)), 5)
 
-    again = start(config, params={"lr": 2, "more": 3}, resume_run_id=run.run_id)
+    again = start(config, stage="audit", params={"lr": 2, "more": 3}, resume_run_id=run.run_id)
     client = MlflowClient(config.uri)
     assert again.run_id == run.run_id
     assert client.get_run(run.run_id).info.status == "RUNNING"
@@ -203,6 +222,128 @@ def test_a_stage_outlives_a_store_that_fails_under_it(config, tmp_path, caplog):
     assert (tmp_path / "out.record/files/x.txt").read_bytes() == b"x"
 
 
+# The table, and what it answers
+
+
+def linked(client, run_id):
+    return set(re.findall(r"/runs/([0-9a-f]{32})", client.get_run(run_id).data.tags[NOTE]))
+
+
+NOTE = "mlflow.note.content"
+
+
+@pytest.fixture(scope="module", name="judged")
+def judged_fixture(empty_store, tmp_path_factory):
+    """Two pretrainings on tokens of tokenizers S and T, each evaluated, by name; made once."""
+    path = tmp_path_factory.mktemp("judged") / "mlflow.db"
+    shutil.copy(empty_store, path)
+    config, runs = TrackingConfig(uri=f"sqlite:///{path}"), {}
+    images = dataset("image_table", "I" * 32, uri="/data/emoji/images")
+    with start(config, stage="prepare", params={"source": "/raw/emoji"}) as made:
+        made.set_output(images)
+    runs["prepare"] = made.run_id
+    save_weights(
+        tiny_model(), path.parent / "weights", extra={"pixel_mean": MEAN, "pixel_std": STD}
+    )
+    for seed, tokenizer in enumerate("ST"):
+        inputs = [images, dataset("tokenizer", tokenizer * 32)]
+        params = {"model.dim": 192, "model.depth": 12, "objective.kind": "beit", "seed": seed,
+                  "masking.kind": "blockwise", "masking.num_masked": 75, "optim.steps": 100,
+                  "images": images.uri, "log_every": 10}  # fmt: skip
+        with start(config, stage="pretrain", params=params, inputs=inputs) as run:
+            run.set_note("Finished.")
+            run.log_image("painted", Image.new("RGB", (8, 8)), 3)
+            run.set_output(dataset("weights", str(seed) * 32))
+            run.log_weights(str(path.parent / "weights"))
+        runs[tokenizer] = run.run_id
+        weights = dataset("weights", str(seed) * 32)
+        with start(config, stage="evaluate", inputs=[weights, images], parent_run_id=run.run_id,
+                   tags={"beit.tokenizer": tokenizer * 32}) as judge:  # fmt: skip
+            gains = {"gain_over/pixels": 0.02, "gain_over/pixels_low": -0.01}
+            judge.log_metrics(gains | {"gain_over/pixels_high": 0.05})
+            accuracy = 0.5 + 0.1 * seed
+            found = {"linear_accuracy": accuracy, "linear_accuracy_low": accuracy - 0.02}
+            judge.judge(found | {"linear_accuracy_high": accuracy + 0.02}, images)
+        runs[f"evaluate {tokenizer}"] = judge.run_id
+    return config, runs, MlflowClient(config.uri)
+
+
+def test_the_best_probe_of_every_tokenizer_is_one_query(judged):
+    _, runs, client = judged
+    found = client.search_runs(
+        ["1"], "tags.`beit.stage` = 'pretrain'", order_by=["metrics.linear_accuracy DESC"]
+    )
+    best = {run.data.tags["beit.tokenizer"]: run.data.metrics for run in reversed(found)}
+    assert [run.info.run_id for run in found] == [runs["T"], runs["S"]]
+    assert best["S" * 32]["linear_accuracy"] == 0.5
+    assert best["T" * 32]["linear_accuracy_high"] == pytest.approx(0.62)
+
+
+def test_all_runs_on_an_image_table_are_one_query(judged):
+    _, runs, client = judged
+    found = client.search_runs(["1"], f"tags.`beit.input.image_table` LIKE '%{'I' * 32}%'")
+    assert {run.info.run_id for run in found} == set(runs.values()) - {runs["prepare"]}
+
+
+def test_what_made_a_model_is_one_query(judged):
+    _, runs, client = judged
+    found = client.search_logged_models(["1"], "metrics.linear_accuracy > 0.55")
+    assert [model.source_run_id for model in found] == [runs["T"]]
+    assert found[0].tags["beit.input.tokenizer"] == "T" * 32
+    assert found[0].tags["beit.input.image_table"] == "I" * 32
+    [metric] = [m for m in found[0].metrics if m.key == "linear_accuracy"]
+    assert (metric.dataset_name, metric.dataset_digest) == ("emoji (image table)", "I" * 32)
+
+
+def test_an_evaluation_lies_under_its_run_and_the_page_begins_with_its_verdict(judged):
+    _, runs, client = judged
+    assert client.get_run(runs["evaluate S"]).data.tags["mlflow.parentRunId"] == runs["S"]
+    note = client.get_run(runs["S"]).data.tags[NOTE]
+    assert note.splitlines()[0] == (
+        "**Linear probe 50.0 % [48.0, 52.0], +2.0 points [-1.0, +5.0] over raw pixels.**"
+    )
+    assert linked(client, runs["S"]) == {runs["prepare"], runs["evaluate S"]}
+    picture = f"![painted.png](get-artifact?path=figures/painted.png&run_uuid={runs['S']})"
+    assert picture in note
+    assert linked(client, runs["evaluate S"]) == {runs["prepare"], runs["S"]}
+
+
+def test_names_and_parameters_say_what_differs(judged):
+    _, runs, client = judged
+    run = client.get_run(runs["T"])
+    assert run.info.run_name == "beit · tiny · blockwise 75 · 100 steps · emoji · seed 1"
+    assert "log_every" not in run.data.params
+    assert len(run.data.params) <= 15
+    kept = client.download_artifacts(runs["T"], "config.yaml")
+    assert "log_every: 10" in Path(kept).read_text()
+
+
+def test_the_saved_views_are_those_of_the_page(judged):
+    _, _, client = judged
+    tags = client.get_experiment("1").tags
+    for key, view in VIEWS.items():
+        saved = json.loads(tags[f"mlflow.sharedViewState.{key}"])
+        form, _, packed = saved["state"].partition(";")
+        state = json.loads(zlib.decompress(base64.b64decode(packed)))
+        assert (form, saved["name"]) == ("deflate", view["name"])
+        assert client.search_runs(["1"], state["searchFilter"])
+        assert "metrics.`linear_accuracy`" in state["selectedColumns"]
+
+
+def test_deciding_parameters_are_fields_of_their_stages():
+    for stage, names in DECIDING.items():
+        config = config_class(stage)
+        required = {
+            field.name: "x" for field in dataclasses.fields(config)
+            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        }  # fmt: skip
+        known = set(flatten(to_dict(config(**required))))
+        if stage == "tokenize":  # which records the identity of its tokens, too
+            known |= {"precision", "image_size"}
+        assert set(names) <= known, stage
+        assert len(names) <= MAX_PARAMS
+
+
 # Lineage
 
 
@@ -253,19 +394,62 @@ def test_users_of_an_artefact_are_found(chain):
     }
 
 
-MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+def test_the_command_shows_both_directions(chain, tmp_path):
+    config, runs = chain
+    shown = lineage_stage.run(LineageConfig(artefact=runs["pretrain"], tracking=config)).summary()
+    before, after = shown.split("used by")
+    for name in ("pretrain", "prepare", "tokenizer", "tokens", "more"):
+        assert runs[name][:8] in before
+    assert before.count("KKKKKKKKKKKK") == 2, "read by pretrain, made by tokenize"
+    assert runs["evaluate"][:8] in after
+    # A table that was moved is known by what its manifest says.
+    storage.write_json(
+        str(tmp_path / "manifest.json"), {"kind": "token_table", "fingerprint": "K" * 32}
+    )
+    moved = lineage_stage.run(LineageConfig(artefact=str(tmp_path), tracking=config)).lines
+    assert runs["tokens"][:8] in moved[1]
+    assert any(runs["pretrain"][:8] in line for line in moved)
+
+
+def test_a_gap_in_the_chain_fails_and_is_named(chain, capsys):
+    config, runs = chain
+    with pytest.raises(
+        StageFailed, match=f"image_table {'J' * 32}, read by .*{runs['evaluate'][:8]}"
+    ):
+        lineage_stage.run(LineageConfig(artefact=runs["evaluate"], tracking=config))
+    assert runs["prepare"][:8] in capsys.readouterr().out, "what is known is shown all the same"
+
+
+def test_what_the_store_does_not_know_is_refused(chain, tmp_path):
+    config, _ = chain
+    for artefact, message in (
+        ("models:/nothing/1", "artefact = 'models:/nothing/1'"),
+        ("0" * 32, "artefact = '0000"),
+        (str(tmp_path), "no run, model, weights, tokenizer or table is there"),
+    ):
+        with pytest.raises(InputError, match=message):
+            lineage_stage.run(LineageConfig(artefact=artefact, tracking=config))
+    save_weights(tiny_model(), tmp_path / "weights", extra={})
+    with pytest.raises(InputError, match="no run of this store made or read the weights"):
+        lineage_stage.run(LineageConfig(artefact=str(tmp_path / "weights"), tracking=config))
 
 
 def registered(config, tmp_path):
     """A tiny network, registered twice (which is once), and its run."""
-    model = BeitMIM(
-        image_size=16, patch_size=8, dim=16, depth=2, num_heads=2, vocab_size=8,
-        absolute_positions=True, relative_positions="none", layer_scale_init=None,
-    )  # fmt: skip
+    torch.manual_seed(0)
+    model = tiny_model()
+    model.init_weights(torch.Generator().manual_seed(0))
     save_weights(model, tmp_path / "weights", extra={"pixel_mean": MEAN, "pixel_std": STD})
     run_id = None
     for _ in range(2):
-        with start(config, stage="pretrain", resume_run_id=run_id) as run:
+        images = dataset("image_table", "I" * 32, uri="/data/emoji")
+        tokenizer = dataset("tokenizer", "T" * 32)
+        with start(
+            config, stage="pretrain", params={"optim.lr": 0.001}, resume_run_id=run_id,
+            inputs=[dataclasses.replace(images, rows=4009), tokenizer],
+        ) as run:  # fmt: skip
+            run.log_image("painted", Image.new("RGB", (8, 8)), 3)
+            run.set_output(dataset("weights", "W" * 32))
             run.log_weights(str(tmp_path / "weights"), registered_model_name="beit-small")
         run_id = run.run_id
     return model.eval(), run_id
@@ -283,6 +467,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint
 
 def test_weights_become_a_model_without_pickle(config, tmp_path):
     import mlflow
+    import transformers
 
     model, run_id = registered(config, tmp_path)
     mlflow.set_tracking_uri(config.uri)
@@ -298,7 +483,37 @@ def test_weights_become_a_model_without_pickle(config, tmp_path):
     assert not {".pkl", ".pickle", ".pt", ".pth", ".bin"} & set(stored)
     client = MlflowClient(config.uri)
     assert len(client.get_run(run_id).outputs.model_outputs) == 1
-    assert len(client.search_model_versions("name = 'beit-small'")) == 1
+    [version] = client.search_model_versions("name = 'beit-small'")
+    for said in ("emoji (image table), 4,009 rows", "T" * 32, "| optim.lr | 0.001 |",
+                 "Not evaluated", "### Limits", "![painted.png]"):  # fmt: skip
+        assert said in version.description
+
+    # An evaluation makes the card say what it found.
+    with start(config, stage="evaluate", parent_run_id=run_id) as judge:
+        judge.judge({"linear_accuracy": 0.5, "linear_accuracy_low": 0.4,
+                     "linear_accuracy_high": 0.6}, dataset("image_table", "J" * 32))  # fmt: skip
+    [version] = client.search_model_versions("name = 'beit-small'")
+    assert "Linear probe 50.0 % [40.0, 60.0]" in version.description
+    assert version.tags["linear_accuracy_low"] == "0.4000"
+    assert version.tags["beit.tokenizer"] == "T" * 32
+
+    # Images of any size are seen as evaluations see them.
+    large = np.random.default_rng(1).integers(0, 256, (2, 40, 24, 3), dtype=np.uint8)
+    fitted = [
+        render(Image.fromarray(one), center_view(40, 24, 1.0), 16, "bicubic") for one in large
+    ]
+    np.testing.assert_allclose(loaded.predict(large), features(model, np.stack(fitted)), atol=1e-5)
+
+    # The same artifact is a folder for another library, which knows nothing of this one.
+    [folder] = (tmp_path / "mlartifacts").rglob("huggingface")
+    theirs = transformers.BeitModel.from_pretrained(folder).eval()
+    pixels = torch.from_numpy(IMAGES).permute(0, 3, 1, 2).float() / 255
+    pixels = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    with torch.no_grad():
+        found = theirs(pixels).last_hidden_state[:, 1:].mean(1).numpy()
+        # theirs ends before the final norm of a masked-image model
+        own = model.features(pixels, layer=2)[:, 1:].mean(1).numpy()
+    np.testing.assert_allclose(found, own, atol=1e-4)
 
 
 @pytest.mark.long

@@ -1,0 +1,110 @@
+"""What an evaluation leaves in MLflow and beside its report."""
+
+from typing import Any
+
+from pipelines import pictures, storage, tracking
+from pipelines.evaluation.result import PIXELS, PRETRAINED, TITLES, Result, Score
+
+
+def record(
+    tracked: tracking.Run, result: Result, report: dict[str, Any], images: tracking.Dataset
+) -> None:
+    """Figures, note, files and pictures, to MLflow and beside the report."""
+    linear, knn = (result.scores[PRETRAINED][probe] for probe in ("linear", "knn"))
+    headline = {
+        tracking.HEADLINE: linear.accuracy,
+        tracking.LOW: linear.low,
+        tracking.HIGH: linear.high,
+        "knn_accuracy": knn.accuracy,
+    }
+    metrics = {"majority_accuracy": result.majority, "num_images": result.num_images}
+    for name, probes in result.scores.items():
+        for probe, score in probes.items():
+            if name != PRETRAINED:  # the headline
+                metrics[f"{probe}_accuracy/{name}"] = score.accuracy
+            for layer, value in zip(result.layers, score.layer_accuracy, strict=False):
+                if name != PIXELS:
+                    key = f"{probe}_validation_by_block/{name}"
+                    tracked.log_metrics({key: value}, step=layer)
+    for name, (gain, low, high) in result.gains.items():
+        metrics |= {f"gain_over/{name}": gain, f"gain_over/{name}_low": low}
+        metrics[f"gain_over/{name}_high"] = high
+    tracked.log_metrics(metrics, step=0)
+    tracked.judge(headline, images)
+    tracked.set_note(note_of(result))
+    tracked.log_artifact_file("evaluation.json", storage.canonical_json(report))
+    tracked.log_table(
+        "per_class.json",
+        {
+            "class": result.class_names,
+            "images": report["class_counts"],
+            **{
+                f"{TITLES[name]}, linear": [
+                    None if value is None else round(value, 4)
+                    for value in probes["linear"].class_accuracy
+                ]
+                for name, probes in result.scores.items()
+            },
+        },
+    )
+    best = result.scores[PRETRAINED]["linear"]
+    drawn = {
+        "confusion": pictures.confusion(
+            report["confusion"],
+            result.class_names,
+            title="Linear probe of the pretrained features",
+            note=f"{result.num_images} test images, accuracy {100 * best.accuracy:.1f} % "
+            f"[{100 * best.low:.1f}, {100 * best.high:.1f}]",
+        ),
+        "blocks": pictures.curve(
+            {
+                f"{TITLES[name]}, {probe}": (result.layers, score.layer_accuracy)
+                for name, probes in result.scores.items()
+                for probe, score in probes.items()
+                if name != PIXELS
+            },
+            title="Features block by block",
+            x_label="block",
+            y_label="validation accuracy",
+            bands={
+                f"{TITLES[name]}, {probe}": _band(score)
+                for name, probes in result.scores.items()
+                for probe, score in probes.items()
+                if name != PIXELS and score.layer_errors
+            },
+            levels={
+                f"{TITLES[PIXELS]}, {probe}": score.layer_accuracy[0]
+                for probe, score in result.scores.get(PIXELS, {}).items()
+            },
+            least_span=0.1,
+            note="bands: 95 % over folds" if len(best.layers) > 1 else "",
+        ),
+    }
+    for name, picture in drawn.items():
+        tracked.log_image(name, picture)
+        storage.write_bytes(storage.join(result.output, f"{name}.png"), pictures.png(picture))
+
+
+def _band(score: Score) -> tuple[list[float], list[float]]:
+    pairs = list(zip(score.layer_accuracy, score.layer_errors, strict=True))
+    return [value - 2 * error for value, error in pairs], [v + 2 * e for v, e in pairs]
+
+
+def note_of(result: Result) -> str:
+    """The table of the description: features, probes, intervals, gains."""
+    lines = ["| features | linear probe | k-NN | block |", "| --- | --- | --- | --- |"]
+    for name, probes in result.scores.items():
+        linear, knn = probes["linear"], probes["knn"]
+        block = "-" if name == PIXELS else str(max(set(linear.layers), key=linear.layers.count))
+        lines.append(
+            f"| {TITLES[name]} | {100 * linear.accuracy:.1f} % "
+            f"[{100 * linear.low:.1f}, {100 * linear.high:.1f}] | {100 * knn.accuracy:.1f} % | "
+            f"{block} |"
+        )
+    lines.append(f"| most frequent class | {100 * result.majority:.1f} % | | |")
+    for name, (gain, low, high) in result.gains.items():
+        lines.append(
+            f"\nLinear probe against {TITLES[name]}: {100 * gain:+.1f} points, 95 % interval "
+            f"[{100 * low:+.1f}, {100 * high:+.1f}] (paired, by group)."
+        )
+    return "\n".join(lines)

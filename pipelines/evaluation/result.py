@@ -1,0 +1,71 @@
+"""What an evaluation found, and how it is told."""
+
+from dataclasses import dataclass, field
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
+
+PRETRAINED, RANDOM, PIXELS = "pretrained", "random_init", "pixels"
+TITLES = {PRETRAINED: "pretrained", RANDOM: "random initialisation", PIXELS: "raw pixels"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One probe of one kind of features, over all test rows."""
+
+    accuracy: float
+    low: float
+    high: float
+    """95 % interval, by bootstrap over groups."""
+    class_accuracy: list[float | None]
+    """Accuracy of each class; None where no image of it was tested."""
+    layers: list[int]
+    """Block chosen in each fold; 0 where there are none (pixels)."""
+    layer_accuracy: list[float]
+    """Validation accuracy of every candidate block, mean over folds."""
+    layer_errors: list[float] = field(default_factory=list)
+    """Its standard error over folds; empty for one fold."""
+
+
+class Report(TypedDict):
+    """What must stand in evaluation.json."""
+
+    scores: dict[str, dict[str, dict[str, Any]]]
+    gains: dict[str, list[float]]
+    majority: float
+    num_images: int
+    class_names: list[str]
+    layers: list[int]
+    identity: NotRequired[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What an evaluation found."""
+
+    scores: dict[str, dict[str, Score]]
+    """Features -> probe (linear, knn) -> score."""
+    gains: dict[str, tuple[float, float, float]]
+    """Pretrained minus baseline, linear probe: difference and its paired 95 % interval."""
+    majority: float
+    """Accuracy of always naming the most frequent class."""
+    num_images: int
+    class_names: list[str]
+    layers: list[int]
+    """Candidate blocks."""
+    output: str
+    already_done: bool
+
+    def summary(self) -> str:
+        """One line for people."""
+        linear = {name: score["linear"].accuracy for name, score in self.scores.items()}
+        knn = self.scores[PRETRAINED]["knn"].accuracy
+        text = f"linear probe {100 * linear[PRETRAINED]:.1f} %"
+        others = [
+            f"{TITLES[name]} {100 * linear[name]:.1f} %" for name in linear if name != PRETRAINED
+        ]
+        if others:
+            text += f" ({', '.join(others)})"
+        text += f", k-NN {100 * knn:.1f} %, most frequent class {100 * self.majority:.1f} %"
+        text += f", {self.num_images} images"
+        return text + (", was done already" if self.already_done else "")

@@ -1,0 +1,1 @@
+"""Parts of the `report` stage: what runs have to say, how they compare, and the page."""

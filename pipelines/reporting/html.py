@@ -1,0 +1,191 @@
+"""The report as one HTML file that needs nothing else: no script, no font, no address."""
+
+import base64
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from pipelines.pictures import plots
+from pipelines.reporting.compare import Setting, differing
+from pipelines.reporting.facts import Facts
+
+STYLE = """
+body{font:15px/1.45 system-ui,sans-serif;color:#1c2530;max-width:1200px;margin:2rem auto}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+th,td{text-align:left;padding:.25rem .8rem .25rem 0;border-bottom:1px solid #dde2e8}
+td{vertical-align:top}
+.wide{overflow-x:auto}.pictures{display:flex;gap:1rem;overflow-x:auto}
+figure{margin:0}figure img{max-height:640px}figcaption{color:#5b6673;font-size:.85rem}
+svg{max-width:100%;height:auto}
+"""
+MAX_PICTURES = 12
+
+
+def page(title: str, runs: Sequence[Facts], settings: Sequence[Setting]) -> str:
+    """The whole file."""
+    parts = [
+        f"<h1>{escape(title)}</h1><p>{escape(_sentence(settings))}</p>",
+        _section("Settings", _settings_table(settings), _forest(settings)),
+        _section("Runs", _runs_table(runs)),
+        _section("What differs", _differences_table(runs)),
+        _section("Curves", *_curves(runs)),
+        _section("The same images", *_pictures(runs)),
+        _section("Made from", _lineage_table(runs)),
+        _section("Cost", _cost_table(runs)),
+    ]
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
+        f"<style>{STYLE}</style><body>{''.join(parts)}</body></html>"
+    )
+
+
+def _sentence(settings: Sequence[Setting]) -> str:
+    judged = [one for one in settings if one.mean is not None]
+    if not judged:
+        return "None of these runs was evaluated; `beit evaluate --run RUN` says what they know."
+    best = max(judged, key=lambda one: one.mean or 0.0)
+    text = f"Best linear probe: {best.label}, {_percent(best.mean)} %"
+    if best.spread is not None:
+        text += f" ± {_percent(best.spread)} over {len(best.runs)} seeds"
+    if best.difference is not None:
+        text += f"; {_gain(best.difference)} points against {settings[0].label}"
+    return text + "."
+
+
+def _section(heading: str, *contents: str) -> str:
+    kept = [content for content in contents if content]
+    return f"<section><h2>{escape(heading)}</h2>{''.join(kept)}</section>" if kept else ""
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], name: str) -> str:
+    cells = "".join(f"<th>{escape(text)}</th>" for text in head)
+    lines = "".join(
+        "<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in rows
+    )
+    return (
+        f'<div class="wide"><table id="{name}"><thead><tr>{cells}</tr></thead>'
+        f"<tbody>{lines}</tbody></table></div>"
+    )
+
+
+def _settings_table(settings: Sequence[Setting]) -> str:
+    rows = [
+        (
+            one.label,
+            str(len(one.runs)),
+            _percent(one.mean),
+            _percent(one.spread),
+            _gain(one.difference) if one.difference else "",
+        )
+        for one in settings
+    ]
+    against = f"points against {settings[0].label} [95 %, in pairs]"
+    head = ("setting", "seeds", "linear probe %, mean", "spread over seeds", against)
+    return _table(head, rows, "settings")
+
+
+def _forest(settings: Sequence[Setting]) -> str:
+    rows = [(one.label, *one.difference) for one in settings if one.difference is not None]
+    if not rows:
+        return ""
+    return plots.forest_svg(
+        [(label, 100 * gain, 100 * low, 100 * high) for label, gain, low, high in rows],
+        title=f"Linear probe against {settings[0].label}",
+        x_label="points, 95 % interval of paired differences",
+    )
+
+
+def _runs_table(runs: Sequence[Facts]) -> str:
+    names = [name for name in _curve_names(runs) if name != "images_per_second"]
+    head = ["run", "status", "linear probe % [95 %]"]
+    head += [f"{name}, {which}" for name in names for which in ("last", "best")]
+    rows = []
+    for run in runs:
+        judged = run.judgement
+        row = [run.name, run.status]
+        row.append(
+            f"{_percent(judged.accuracy)} [{_percent(judged.low)}, {_percent(judged.high)}]"
+            if judged
+            else ""
+        )
+        for name in names:
+            values = run.curves.get(name, ([], []))[1]
+            best = min if "loss" in name else max
+            row += [f"{values[-1]:.4g}", f"{best(values):.4g}"] if values else ["", ""]
+        rows.append(row)
+    return _table(head, rows, "runs")
+
+
+def _differences_table(runs: Sequence[Facts]) -> str:
+    found = differing(runs)
+    if not found:
+        return ""
+    rows = [
+        (name, *("" if v is None else str(v) for v in values)) for name, values in found.items()
+    ]
+    return _table(("parameter", *(run.name for run in runs)), rows, "differences")
+
+
+def _curve_names(runs: Sequence[Facts]) -> list[str]:
+    return list(dict.fromkeys(name for run in runs for name in run.curves))
+
+
+def _curves(runs: Sequence[Facts]) -> list[str]:
+    drawn = []
+    for name in _curve_names(runs):
+        series = {
+            f"{run.name} ({run.run_id[:6]})": run.curves[name] for run in runs if name in run.curves
+        }
+        drawn.append(plots.curve_svg(series, title=name, y_label=name))
+    return drawn
+
+
+def _pictures(runs: Sequence[Facts]) -> list[str]:
+    """One row a kind of picture; runs show the same images where seed and tables are the same."""
+    rows = []
+    for kind in dict.fromkeys(name for run in runs for name in run.pictures):
+        shown = [run for run in runs if kind in run.pictures][:MAX_PICTURES]
+        figures = "".join(
+            f'<figure><img alt="{escape(kind)} of {escape(run.name)}" '
+            f'src="data:image/png;base64,{base64.b64encode(run.pictures[kind]).decode()}">'
+            f"<figcaption>{escape(run.name)}</figcaption></figure>"
+            for run in shown
+        )
+        rows.append(f'<div class="pictures">{figures}</div>')
+    return rows
+
+
+def _lineage_table(runs: Sequence[Facts]) -> str:
+    rows = [
+        (
+            run.name,
+            kind.replace("_", " "),
+            fingerprint[:12],
+            next((p.name for p in run.node.parents if p.outputs.get(kind) == fingerprint), "?"),
+        )
+        for run in runs
+        for kind, fingerprints in run.node.inputs.items()
+        for fingerprint in fingerprints
+    ]
+    return _table(("run", "read", "fingerprint", "made by"), rows, "lineage") if rows else ""
+
+
+def _cost_table(runs: Sequence[Facts]) -> str:
+    def figure(run: Facts, name: str) -> str:
+        value = run.cost.get(name)
+        if value is None:
+            return "?"
+        return f"{value:,.0f}" if name == "images" else f"{value:,.2f}"
+
+    names = ("device_hours", "images", "gigabytes")
+    rows = [(run.name, *(figure(run, name) for name in names)) for run in runs]
+    return _table(("run", "device-hours", "images seen", "GB kept"), rows, "cost")
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def _gain(difference: tuple[float, float, float]) -> str:
+    gain, low, high = (f"{100 * value:+.1f}" for value in difference)
+    return f"{gain} [{low}, {high}]"

@@ -1,0 +1,144 @@
+"""What the table of runs shows: names that say what differs, deciding parameters, saved views.
+
+A picture's card in MLflow prints all parameters of its run above the picture; the whole
+configuration is the run's `config.yaml`.
+"""
+
+import base64
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from pipelines.tracking.datasets import short_name
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+DECIDING = {
+    "pretrain": (
+        "objective.kind", "model.dim", "model.depth", "model.image_size", "model.patch_size",
+        "masking.kind", "masking.num_masked", "optim.lr", "optim.weight_decay", "optim.epochs",
+        "optim.steps", "data.global_batch_size", "seed", "images", "tokens",
+    ),
+    "train-tokenizer": (
+        "model.architecture", "model.vocab_size", "model.dim", "model.image_size",
+        "loss.likelihood", "optim.lr", "optim.steps", "data.global_batch_size", "seed", "images",
+    ),
+    "tokenize": ("images", "tokenizer", "num_views", "first_view", "precision", "image_size"),
+    "evaluate": (
+        "run", "images", "test_images", "pooling", "num_folds", "knn_k", "crop_fraction",
+        "max_images", "seed",
+    ),
+    "prepare": ("source", "output", "max_side", "labels", "max_rejected"),
+}  # fmt: skip
+"""Parameters by stage; a stage that is not here has all of its own."""
+MAX_PARAMS = 15
+
+SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large"}
+
+# Metrics that an evaluation copies to the run whose weights it judges.
+HEADLINE, LOW, HIGH = "linear_accuracy", "linear_accuracy_low", "linear_accuracy_high"
+
+PRETRAINING, EVALUATIONS = "beit-pretraining", "beit-evaluations"
+VIEWS = {
+    PRETRAINING: {
+        "name": "Pretraining, best first",
+        "filter": "tags.`beit.stage` = 'pretrain'",
+        "columns": (
+            "attributes.`Description`",
+            f"metrics.`{HEADLINE}`", f"metrics.`{LOW}`", f"metrics.`{HIGH}`",
+            "metrics.`knn_accuracy`", "metrics.`mim_accuracy`", "metrics.`loss`",
+            "params.`objective.kind`", "params.`masking.num_masked`", "params.`optim.lr`",
+            "params.`seed`", "tags.`beit.error`",
+        ),
+    },
+    EVALUATIONS: {
+        "name": "Evaluations",
+        "filter": "tags.`beit.stage` = 'evaluate'",
+        "columns": (
+            "attributes.`Dataset`",
+            f"metrics.`{HEADLINE}`", f"metrics.`{LOW}`", f"metrics.`{HIGH}`",
+            "metrics.`knn_accuracy`", "metrics.`gain_over/pixels`",
+            "metrics.`gain_over/pixels_low`", "metrics.`gain_over/random_init`",
+            "params.`run`", "params.`pooling`",
+        ),
+    },
+}  # fmt: skip
+
+
+def deciding(stage: str, params: Mapping[str, object]) -> dict[str, object]:
+    """The parameters that a reader compares runs by."""
+    if stage not in DECIDING:
+        return dict(params)
+    return {name: params[name] for name in DECIDING[stage] if name in params}
+
+
+def run_name(stage: str, params: Mapping[str, object]) -> str:
+    """What tells this run from others of its stage."""
+    words = [stage]
+    if "model.dim" in params and "model.depth" in params:
+        size = SIZES.get(
+            _number(params["model.dim"]), f"{params['model.dim']}x{params['model.depth']}"
+        )
+        words.append(f"{size}/{params.get('model.patch_size', '')}".rstrip("/"))
+    if "model.architecture" in params:
+        words.append(f"{params['model.architecture']} {params.get('model.vocab_size', '')}".strip())
+    if stage == "pretrain":
+        words[0] = str(params.get("objective.kind", stage))
+        words.append(f"{params.get('masking.kind')} {params.get('masking.num_masked')}")
+        words.append(_length(params))
+    places = (params.get(name) for name in ("run", "weights", "source", "images"))
+    words += [short_name(str(place)) for place in places if place]
+    if stage == "tokenize" and params.get("tokenizer"):
+        words.append(short_name(str(params["tokenizer"])))
+    if stage not in ("evaluate", "tokenize", "prepare") and "seed" in params:
+        words.append(f"seed {params['seed']}")
+    return " · ".join(words)
+
+
+def _length(params: Mapping[str, object]) -> str:
+    steps = params.get("optim.steps")
+    return f"{params.get('optim.epochs')} epochs" if steps is None else f"{steps} steps"
+
+
+def _number(value: object) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def view_link(tracking_uri: str, experiment_id: str, key: str = PRETRAINING) -> str:
+    """Address of a saved view of an experiment."""
+    # Without the first switch MLflow opens its view for language-model traces.
+    return (
+        f"{tracking_uri.rstrip('/')}/#/experiments/{experiment_id}/runs"
+        f"?workflowType=machine_learning&viewStateShareKey={key}"
+    )
+
+
+def save_views(client: "MlflowClient", experiment_id: str) -> None:
+    """Writes the saved views of an experiment where they are missing or of another version."""
+    tags = client.get_experiment(experiment_id).tags
+    for key, view in VIEWS.items():
+        name, value = f"mlflow.sharedViewState.{key}", _view_state(view)
+        if tags.get(name) != value:
+            client.set_experiment_tag(experiment_id, name, value)
+
+
+def _view_state(view: Mapping[str, str | Sequence[str]]) -> str:
+    # The words of MLflow's own table, packed as its button "Share" packs them.
+    state = {
+        "searchFilter": view["filter"],
+        "orderByKey": f"metrics.`{HEADLINE}`",
+        "orderByAsc": False,
+        "startTime": "ALL",
+        "lifecycleFilter": "Active",
+        "modelVersionFilter": "All Runs",
+        "datasetsFilter": [],
+        "selectedColumns": list(view["columns"]),
+        "runsExpanded": {},
+        "runsPinned": [],
+        "runsHidden": [],
+    }
+    packed = base64.b64encode(zlib.compress(json.dumps(state).encode(), 9)).decode()
+    saved = {"name": view["name"], "createdAt": 0, "updatedAt": 0, "state": f"deflate;{packed}"}
+    return json.dumps(saved)
