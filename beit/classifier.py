@@ -36,7 +36,11 @@ class BeitClassifier(BeitEncoder):
         if pooling not in ("mean", "cls"):
             raise ValueError(f"pooling {pooling!r}: use mean or cls")
         self.num_classes, self.pooling = num_classes, pooling
-        self.add_module(self.norm_name, nn.LayerNorm(self.dim, eps=self.norm_eps))
+        norm = nn.LayerNorm(self.dim, eps=self.norm_eps)
+        if pooling == "mean":
+            self.fc_norm = norm
+        else:
+            self.norm = norm
         self.head: nn.Module = nn.Linear(self.dim, num_classes) if num_classes else nn.Identity()
         self.init_weights()
 
@@ -66,9 +70,9 @@ class BeitClassifier(BeitEncoder):
     def pooled(self, pixels: Tensor, *, noise: Tensor | None = None) -> Tensor:
         """What the head sees of normalised pixels (B, 3, H, W): (B, dim)."""
         x = self.run_blocks(self.embed(pixels, None, None), noise=noise)
-        x = x[:, 1:].mean(dim=1) if self.pooling == "mean" else x[:, 0]
-        normed: Tensor = self.get_submodule(self.norm_name)(x)
-        return normed
+        if self.pooling == "mean":
+            return cast(Tensor, self.fc_norm(x[:, 1:].mean(dim=1)))
+        return cast(Tensor, self.norm(x[:, 0]))
 
     def features(self, pixels: Tensor, *, layer: int | None = None) -> Tensor:
         """Tokens (B, 1+N, dim), cls first, after block `layer` (from 1, None: the last)."""

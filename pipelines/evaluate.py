@@ -24,6 +24,7 @@ from pipelines.evaluation.features import (
     LabelledImages,
     Weights,
     block_features,
+    head_hits,
     joined,
     open_weights,
     pixel_features,
@@ -248,11 +249,16 @@ def _evaluate(
         difference = correct[PRETRAINED].astype(float) - correct[name]
         low, high = accuracy_interval(difference, groups, seed=config.seed)
         gains[name] = [float(difference.mean()), low, high]
+    own = head_hits(weights, data, tested, batch_size=config.batch_size, device=device)
+    head = None
+    if own is not None:
+        head = [float(own.mean()), *accuracy_interval(own, groups, seed=config.seed)]
     counts = np.bincount(data.labels[np.concatenate([splits[0][0], splits[0][1]])])
     return {
         "kind": "evaluation",
         "scores": scores,
         "gains": gains,
+        "head": head,
         "majority": float((truth == counts.argmax()).mean()),
         "num_images": len(truth),
         "num_groups": len(set(groups)),
@@ -306,6 +312,7 @@ def _result(report: dict[str, Any], output: str, *, already_done: bool) -> Resul
             name: {probe: Score(**score) for probe, score in probes.items()}
             for name, probes in report["scores"].items()
         },
+        head=tuple(report["head"]) if report.get("head") else None,
         gains={name: tuple(values) for name, values in report["gains"].items()},
         majority=report["majority"],
         num_images=report["num_images"],

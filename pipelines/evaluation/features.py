@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import TypedDict
 
+from beit.classifier import BeitClassifier
 from beit.convert import Network
 from beit.weights import CONFIG_FILE, load_weights, read_weights_config
 from pipelines import storage
@@ -43,6 +44,8 @@ class Weights:
     """MLflow run that made them; "" where unknown."""
     tokenizer: str
     """Fingerprint of the tokenizer whose tokens they learned to predict; "" where unknown."""
+    class_names: tuple[str, ...]
+    """Of a classifier."""
 
 
 class Tracked(TypedDict):
@@ -104,6 +107,7 @@ def open_weights(uri: str) -> Weights:
         std=tuple(extra["pixel_std"]),
         run_id=str(record.get("mlflow_run_id") or ""),
         tokenizer=str(extra.get("fingerprints", {}).get("tokenizer") or ""),
+        class_names=tuple(extra.get("class_names") or ()),
     )
 
 
@@ -253,6 +257,29 @@ def block_features(
             hook.remove()
     progress.close()
     return [torch.cat(kept[layer]).numpy() for layer in layers]
+
+
+@torch.no_grad()
+def head_hits(
+    weights: Weights, data: LabelledImages, rows: np.ndarray, *, batch_size: int, device: str
+) -> np.ndarray | None:
+    """Which of these rows the network's own head classifies right: bool (len(rows),).
+
+    None where it has no head, or one that lacks a class of `data`.
+    """
+    numbers = {comparable(name): number for number, name in enumerate(weights.class_names)}
+    classes = [numbers.get(comparable(name), -1) for name in data.class_names]
+    if not isinstance(weights.model, BeitClassifier) or -1 in classes:
+        return None
+    model = weights.model.to(device).eval()
+    center = torch.tensor(weights.mean, device=device).view(3, 1, 1)
+    scale = torch.tensor(weights.std, device=device).view(3, 1, 1)
+    found = []
+    for start in range(0, len(rows), batch_size):
+        batch = torch.from_numpy(data.pixels[rows[start : start + batch_size]]).to(device)
+        found.append(model((batch.float() / 255 - center) / scale).argmax(dim=1).cpu())
+    hits: np.ndarray = torch.cat(found).numpy() == np.asarray(classes)[data.labels[rows]]
+    return hits
 
 
 def pooled(tokens: Tensor, pooling: str, grid_size: tuple[int, int]) -> Tensor:

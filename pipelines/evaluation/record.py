@@ -18,6 +18,8 @@ def record(
         "knn_accuracy": knn.accuracy,
     }
     metrics = {"majority_accuracy": result.majority, "num_images": result.num_images}
+    if result.head is not None:
+        metrics["head_accuracy"] = result.head[0]
     for name, probes in result.scores.items():
         for probe, score in probes.items():
             if name != PRETRAINED:  # the headline

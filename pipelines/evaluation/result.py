@@ -36,6 +36,7 @@ class Report(TypedDict):
     num_images: int
     class_names: list[str]
     layers: list[int]
+    head: NotRequired[list[float] | None]
     identity: NotRequired[dict[str, Any]]
 
 
@@ -47,6 +48,8 @@ class Result:
     """Features -> probe (linear, knn) -> score."""
     gains: dict[str, tuple[float, float, float]]
     """Pretrained minus baseline, linear probe: difference and its paired 95 % interval."""
+    head: tuple[float, ...] | None
+    """Accuracy of a classifier's own head and its 95 % interval; None without one."""
     majority: float
     """Accuracy of always naming the most frequent class."""
     num_images: int
@@ -66,6 +69,8 @@ class Result:
         ]
         if others:
             text += f" ({', '.join(others)})"
+        if self.head is not None:
+            text += f", own head {100 * self.head[0]:.1f} %"
         text += f", k-NN {100 * knn:.1f} %, most frequent class {100 * self.majority:.1f} %"
         text += f", {self.num_images} images"
         return text + (", was done already" if self.already_done else "")

@@ -21,6 +21,11 @@ DECIDING = {
         "masking.kind", "masking.num_masked", "optim.lr", "optim.weight_decay", "optim.epochs",
         "optim.steps", "data.global_batch_size", "seed", "images", "tokens",
     ),
+    "finetune": (
+        "run", "images", "test", "model.image_size", "model.pooling", "model.drop_path",
+        "mixing.mixup", "mixing.cutmix", "optim.lr", "optim.layer_decay", "optim.epochs",
+        "optim.steps", "data.global_batch_size", "seed",
+    ),
     "train-tokenizer": (
         "model.architecture", "model.vocab_size", "model.dim", "model.image_size",
         "loss.likelihood", "optim.lr", "optim.steps", "data.global_batch_size", "seed", "images",

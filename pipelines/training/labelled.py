@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from beit.augment import Erasure
 from beit.mixing import mix_of, mixed
 from pipelines.config.finetune import FinetuneConfig
 from pipelines.reading import ingest
@@ -98,16 +99,25 @@ class LabelledData(WorkerFeed[FinetuneConfig]):
     def _on_device(self, batch: Batch) -> LabelledBatch:
         assert batch.labels is not None
         pixels = self.normalise(self.move(batch.pixels))
-        for row, erasure in enumerate(batch.erasures):
-            if erasure is not None:
-                _, height, width = erasure.noise.shape
-                rows = slice(erasure.top, erasure.top + height)
-                columns = slice(erasure.left, erasure.left + width)
-                pixels[row, :, rows, columns] = self.move(torch.from_numpy(erasure.noise))
+        self._erase(pixels, batch.erasures)
         labels = torch.stack((batch.labels, batch.labels), dim=1)
         shares = torch.tensor([1.0, 0.0]).repeat(len(labels), 1)
         self._mix(pixels, labels, shares, batch.step)
         return self._cut(pixels, self.move(labels), self.move(shares), batch.row_ids.numpy())
+
+    def _erase(self, pixels: Tensor, erasures: Sequence[Erasure | None]) -> None:
+        """Puts noise where an image is erased, in place; all of a batch's is copied at once."""
+        chosen = [(row, erasure) for row, erasure in enumerate(erasures) if erasure is not None]
+        if not chosen:
+            return
+        flat = np.concatenate([erasure.noise.ravel() for _, erasure in chosen])
+        sizes = [erasure.noise.size for _, erasure in chosen]
+        pieces = torch.split(self.move(torch.from_numpy(flat)), sizes)
+        for (row, erasure), noise in zip(chosen, pieces, strict=True):
+            _, height, width = erasure.noise.shape
+            rows = slice(erasure.top, erasure.top + height)
+            columns = slice(erasure.left, erasure.left + width)
+            pixels[row, :, rows, columns] = noise.view(3, height, width)
 
     def _mix(self, pixels: Tensor, labels: Tensor, shares: Tensor, position: int) -> None:
         """Mixes the images of each shard, in place."""
