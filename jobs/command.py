@@ -22,6 +22,7 @@ from jobs.attempt import Attempt
 from jobs.environment import hide_secrets, prepare_environment, worker_environment
 from jobs.recipes import recipe_names, with_lists, with_recipes
 from jobs.submission.access import JOB, NO_CLUSTER, require_cluster, token_file, use_token
+from pipelines.config.lease import LeaseConfig
 from pipelines.config.pretrain import PretrainConfig, run_uri
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError, StageFailed, of_system, printable
@@ -72,7 +73,8 @@ def stage_main(
     """
 
     def run(attempt: Attempt) -> None:
-        config = with_tracking_environment(parse(config_class, argv, stage=stage))
+        config = parse(config_class, argv, stage=stage)
+        config = with_job_name(with_tracking_environment(config))
         attempt.begin(stage, config, output_of(config))
         prepare_environment()
         if ray == "always" or (ray == "workers" and _asks_for_workers(config)):
@@ -120,22 +122,38 @@ def with_tracking_environment(config: Config) -> Config:
     given = {field: os.environ[name] for field, name in source.items()}
     said: set[str] = set()
 
-    def changed(section: Any) -> Any:
-        if isinstance(section, TrackingConfig):
-            default = TrackingConfig()
-            new: dict[str, Any] = {
-                f: v for f, v in given.items() if getattr(section, f) == getattr(default, f)
-            }
-            said.update(new if section.enabled else ())
-            return dataclasses.replace(section, **new)
-        fields = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
-        parts = {n: changed(part) for n, part in fields.items() if dataclasses.is_dataclass(part)}
-        return dataclasses.replace(section, **parts)
+    def filled(section: TrackingConfig) -> TrackingConfig:
+        default = TrackingConfig()
+        new: dict[str, Any] = {
+            f: v for f, v in given.items() if getattr(section, f) == getattr(default, f)
+        }
+        said.update(new if section.enabled else ())
+        return dataclasses.replace(section, **new)
 
-    updated: Config = changed(config) if given else config
+    updated = _with_sections(config, TrackingConfig, filled) if given else config
     for field in sorted(said):
         print(f"tracking.{field}: {redacted(given[field])} (from {source[field]})", file=sys.stderr)
     return updated
+
+
+def with_job_name(config: Config) -> Config:
+    """The lease of an output tells others which job holds it."""
+    names = (os.environ.get(name, "") for name in (JOB, "SLURM_JOB_ID"))
+    job = next(filter(None, names), "")
+    return _with_sections(
+        config, LeaseConfig, lambda lease: dataclasses.replace(lease, job=lease.job or job)
+    )
+
+
+def _with_sections(section: Config, kind: type, change: Callable[[Any], Any]) -> Config:
+    """The configuration with `change` applied to all its sections of one kind."""
+    fields = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}  # type: ignore[arg-type]
+    parts = {
+        name: change(part) if isinstance(part, kind) else _with_sections(part, kind, change)
+        for name, part in fields.items()
+        if dataclasses.is_dataclass(part)
+    }
+    return dataclasses.replace(section, **parts)  # type: ignore[type-var]
 
 
 @contextlib.contextmanager

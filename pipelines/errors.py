@@ -24,6 +24,10 @@ class StageFailed(RuntimeError):  # noqa: N818 - the stage's verdict, not a prog
     """
 
 
+class LeaseLost(StageFailed):
+    """Another driver has taken this output over; this one must write nothing more there."""
+
+
 def printable(text: str, *, keep: str = "") -> str:
     """Text for people: control characters and the like, which would steer a terminal, as `\\x1b`.
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from beit.convert import Network
-from pipelines import storage, tracking
+from pipelines import lease, storage, tracking
 from pipelines.config.checks import changed_fields
 from pipelines.config.evaluate import MAY_CHANGE, EvaluateConfig
 from pipelines.errors import InputError
@@ -78,10 +78,36 @@ def run(config: EvaluateConfig) -> Result:
         },
     }
     report_uri = storage.join(output, "evaluation.json")
-    if not config.force and storage.exists(report_uri):
-        report = read_values(report_uri, Report, "give --force true to evaluate again")
-        if _same(report.get("identity"), identity, config):
-            return _result(report, output, already_done=True)
+    if (report := _found(config, report_uri, identity)) is not None:
+        return _result(report, output, already_done=True)
+    with lease.held(output, config.lease, stage="evaluate") as holder:
+        # Who had the lease before may have done it.
+        if (report := _found(config, report_uri, identity)) is not None:
+            result = _result(report, output, already_done=True)
+        else:
+            result = _run(config, weights, data, test, layers, identity, output, holder.fence)
+        holder.done()
+    return result
+
+
+def _found(config: EvaluateConfig, report_uri: str, identity: dict[str, Any]) -> Any:
+    """The report of this evaluation, if it is there and wanted; None else."""
+    if config.force or not storage.exists(report_uri):
+        return None
+    report = read_values(report_uri, Report, "give --force true to evaluate again")
+    return report if _same(report.get("identity"), identity, config) else None
+
+
+def _run(
+    config: EvaluateConfig,
+    weights: Weights,
+    data: LabelledImages,
+    test: LabelledImages | None,
+    layers: list[int],
+    identity: dict[str, Any],
+    output: str,
+    fence: lease.Fence,
+) -> Result:
     inputs = [
         tracking.Dataset(name="weights", uri=weights.uri, digest=weights.fingerprint),
         tracking.Dataset(
@@ -92,7 +118,9 @@ def run(config: EvaluateConfig) -> Result:
             rows=len(data.labels),
         ),
     ]
-    params = {name: value for name, value in asdict(config).items() if name != "tracking"}
+    params = {
+        name: value for name, value in asdict(config).items() if name not in ("lease", "tracking")
+    }
     tags = {"beit.pretrain_run_id": weights.run_id} if weights.run_id else {}
     if weights.tokenizer:
         tags[tracking.TOKENIZER_TAG] = weights.tokenizer
@@ -109,10 +137,11 @@ def run(config: EvaluateConfig) -> Result:
         report = _evaluate(config, weights, data, layers, splits)
         hits = report.pop("hits")
         report["identity"] = identity
+        fence.check()
         # First, for the report says that everything is there.
         storage.write_json(storage.join(output, "hits.json"), hits)
         tracked.log_artifact_file("hits.json", storage.canonical_json(hits))
-        write_record(report_uri, report)
+        write_record(storage.join(output, "evaluation.json"), report)
         result = _result(report, output, already_done=False)
         record(tracked, result, report, inputs[-1])
     return result

@@ -18,7 +18,7 @@ from beit.foreign import IMAGENET_MEAN, IMAGENET_STD, ONNX_FILE, WRITERS, load_w
 from beit.mae import MaeNetwork
 from beit.mim import BeitMIM, BeitV2MIM
 from beit.weights import save_weights
-from pipelines import storage
+from pipelines import lease, storage
 from pipelines.config.export import ExportConfig
 from pipelines.errors import InputError, StageFailed
 from pipelines.tables.weights_store import Whole, open_network, open_whole
@@ -66,8 +66,7 @@ def run(config: ExportConfig) -> ExportResult:
         StageFailed: what was written does not compute the same.
     """
     output = storage.absolute(config.output)
-    if storage.list_files(output):
-        raise InputError(f"output = {config.output}: holds files already; give an empty folder")
+    _require_empty(output, config)
     with tempfile.TemporaryDirectory(prefix="beit-export-") as scratch:
         opened = open_whole if config.format in WHOLE else open_network
         stored = opened(config.run, image_size=config.image_size, num_heads=config.num_heads)
@@ -78,13 +77,25 @@ def run(config: ExportConfig) -> ExportResult:
         except ValueError as error:
             raise InputError(f"run = {config.run}: {error}") from error
         difference = _difference(config, network, folder)
-        storage.store_dir(folder, output, last="config.json")
+        with lease.held(output, config.lease, stage="export") as holder:
+            _require_empty(output, config)
+            storage.store_dir(folder, output, last="config.json")
+            holder.done()
     return ExportResult(
         output=output,
         files=tuple(files),
         largest_difference=difference,
         use=USE[config.format].format(output=output, cls=_transformers_class(config, network)),
     )
+
+
+def _require_empty(output: str, config: ExportConfig) -> None:
+    files = [file for file in storage.list_files(output) if not lease.is_of_lease(file.path)]
+    if files:
+        raise InputError(
+            f"output = {config.output}: holds files already, the first is {files[0].path!r}; give "
+            "an empty folder"
+        )
 
 
 def _with_pixels(config: ExportConfig, extra: dict[str, Any]) -> dict[str, Any]:

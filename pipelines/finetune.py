@@ -9,6 +9,7 @@ with: intermediate fine-tuning is this stage twice. See docs/finetune.md.
 import contextlib
 import tempfile
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from beit.optim import parameter_groups
 from beit.schedules import warmup_cosine
 from beit.vit import drop_path_noise
 from beit.weights import save_weights
-from pipelines import storage
+from pipelines import lease, storage
 from pipelines.config.finetune import MAY_CHANGE, FinetuneConfig
 from pipelines.errors import StageFailed
 from pipelines.tables.weights_store import weights_fingerprint
@@ -70,17 +71,34 @@ def run(config: FinetuneConfig) -> FinetuneResult:
     config = with_absolute_uris(config)
     tables, source, plan = plan_run(config)
 
-    # The run directory: new, this run's, or another's.
+    # The run directory: new, this run's, or another's; then ours alone.
     run_dir = RunDir(config.output)
+    run_dir.holds(config, plan.fingerprints, may_change=MAY_CHANGE)
+    done = run_dir.finished_report(plan.total_steps)
+    if done is not None and driver.is_recorded(config, run_dir):
+        return result_of(run_dir, done, resumed_from=plan.total_steps)
+    inputs = input_datasets(config, plan, tables, source)
+    with lease.held(run_dir.uri, config.lease, stage=STAGE) as holder:
+        run_dir = RunDir(run_dir.uri, holder.fence)
+        result = _train(config, plan, inputs, run_dir, launched_at)
+        holder.done()
+    return result
+
+
+def _train(
+    config: FinetuneConfig,
+    plan: FinetunePlan,
+    inputs: Sequence[Dataset],
+    run_dir: RunDir,
+    launched_at: float,
+) -> FinetuneResult:
+    """Training, and what becomes of it."""
     run_dir.begin(config, plan.fingerprints, may_change=MAY_CHANGE)
-    before = driver.newest_step(run_dir)
-    finished = run_dir.finished_report()
-    done = finished if before == plan.total_steps else None
+    # Who had the lease before may have finished the run.
+    done = run_dir.finished_report(plan.total_steps)
+    before = driver.newest_step(run_dir) if done is None else plan.total_steps
     if done is not None and driver.is_recorded(config, run_dir):
         return result_of(run_dir, done, resumed_from=before)
-
-    # Training, and what becomes of it.
-    inputs = input_datasets(config, plan, tables, source)
     with driver.start_tracking(config, run_dir, stage=STAGE, inputs=inputs) as tracked:
         # A run that was done before it was recorded is recorded now.
         report = done or driver.train(
@@ -141,6 +159,7 @@ def train_loop(  # noqa: PLR0912, PLR0915
         keep=config.checkpoint.keep,
         asynchronous=config.checkpoint.asynchronous,
         failed=log.checkpoint_failed,
+        check=run_dir.check,
     )
     with contextlib.ExitStack() as stack:
         stack.callback(saver.close)
@@ -326,4 +345,5 @@ def write_weights(
                 **({} if score is None else {"test": score.to_dict()}),
             },
         )
+        run_dir.check()
         storage.store_dir(directory, run_dir.weights, last="config.json")

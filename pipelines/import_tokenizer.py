@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
+from beit.tokenizers import ImageTokenizer
 from beit.tokenizers.dalle_import import openai_layout, role_of, tokenizer_from
 from beit.tokenizers.torch_file import read_tensors
-from pipelines import storage
+from pipelines import lease, storage
 from pipelines.config.import_tokenizer import ImportTokenizerConfig
 from pipelines.config.train_tokenizer import require_uris
 from pipelines.errors import InputError
@@ -93,22 +94,46 @@ def run(config: ImportTokenizerConfig) -> ImportTokenizerResult:
         "files": [{**asdict(file), "uri": file.uri.rpartition("/")[2]} for file in files],
         "image_size": config.image_size,
     }
-    manifest = tokenizer_store.read_manifest(output)
-    if manifest is not None:
-        if manifest["source"] != source:
-            raise InputError(
-                f"output = {output}: holds another tokenizer ({manifest['source']}); give another "
-                "directory"
-            )
+    if (manifest := _found(output, source)) is not None:
         return _result(output, manifest, files, already_done=True)
     try:
         tokenizer = tokenizer_from(encoder, decoder, image_size=config.image_size)
     except ValueError as error:
         raise InputError(f"source = {config.source}: {error}") from error
+    with lease.held(output, config.lease, stage=STAGE) as holder:
+        # Who had the lease before may have finished it.
+        already_done = (manifest := _found(output, source)) is not None
+        if manifest is None:
+            manifest = _keep(config, tokenizer, output, source, files, images, holder.fence)
+        holder.done()
+    return _result(output, manifest, files, already_done=already_done)
+
+
+def _found(output: str, source: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest that is there. Raises InputError if it is of another source."""
+    manifest = tokenizer_store.read_manifest(output)
+    if manifest is not None and manifest["source"] != source:
+        raise InputError(
+            f"output = {output}: holds another tokenizer ({manifest['source']}); give another "
+            "directory"
+        )
+    return manifest
+
+
+def _keep(
+    config: ImportTokenizerConfig,
+    tokenizer: ImageTokenizer,
+    output: str,
+    source: dict[str, Any],
+    files: list[SourceFile],
+    images: ImageTable | None,
+    fence: lease.Fence,
+) -> dict[str, Any]:
+    """Scores and saves it; returns its manifest."""
     with start_run(
         config.tracking,
         stage=STAGE,
-        params={name: v for name, v in asdict(config).items() if name != "tracking"},
+        params={name: v for name, v in asdict(config).items() if name not in ("lease", "tracking")},
         tags={f"beit.sha256.{file.role}": file.sha256 for file in files},
         inputs=[Dataset(name="image_table", uri=images.uri, digest=images.fingerprint)]
         if images
@@ -122,6 +147,7 @@ def run(config: ImportTokenizerConfig) -> ImportTokenizerResult:
             tracking.log_metrics({f"scorecard/{k}": v for k, v in scorecard.metrics().items()})
             for name, picture in scorecard_pictures(scorecard).items():
                 tracking.log_image(name, picture)
+        fence.check()
         manifest = tokenizer_store.save(
             tokenizer,
             output,
@@ -132,7 +158,7 @@ def run(config: ImportTokenizerConfig) -> ImportTokenizerResult:
         tracking.set_output(Dataset(name="tokenizer", uri=output, digest=manifest["fingerprint"]))
         result = _result(output, manifest, files, already_done=False)
         tracking.set_note(result.summary())
-    return result
+    return manifest
 
 
 def _read(uri: str, field: str, role: str, sha256: str) -> tuple[SourceFile, dict[str, Tensor]]:

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import ray.data
 from ray.actor import ActorHandle
 
-from pipelines import storage
+from pipelines import lease, storage
 from pipelines.config.prepare import PrepareConfig
 from pipelines.errors import DamagedFileError, InputError, StageFailed
 from pipelines.preparation.ahead import mapped_ahead
@@ -81,35 +81,48 @@ def run(config: PrepareConfig, *, decoder: str = DECODER) -> PrepareResult:
         if not getattr(config, name):
             raise InputError(f"{name} is empty: give a path or a URI")
     output = storage.absolute(config.output)
-    if _is_finished(output):
+    if _is_finished(output) and not _has_leftovers(output):
         return _finished(config, output)
     try:
+        # Nobody waits to be refused; of two that plan at once, one plan is created.
         plan = read_plan(config, output)
-        # Asked again, because a plan may be gone for the best of reasons.
-        if _is_finished(output):
-            return _finished(config, output)
-        plan = plan or make_plan(config, output)
-        totals = Totals(config, plan, _receipts(output, plan))
+        # A plan may be gone for the best of reasons.
+        if plan is None and not _is_finished(output):
+            plan = make_plan(config, output)
     except Exception:
         # Another driver may have finished the table and cleared its working files away.
         if not _is_finished(output):
             raise
         return _finished(config, output)
+    with lease.held(output, config.lease, stage="prepare") as holder:
+        if plan is None or _is_finished(output):
+            result = _finished(config, output)
+        else:
+            result = _prepare(config, output, plan, decoder, holder.fence)
+        _clear(output)
+        holder.done()
+    return result
+
+
+def _prepare(
+    config: PrepareConfig, output: str, plan: SourcePlan, decoder: str, fence: lease.Fence
+) -> PrepareResult:
+    """All units that are not done, and the table of all of them."""
+    totals = Totals(config, plan, _receipts(output, plan))
     with start_tracking(config, work_uri(output, "run.json")) as tracked:
         try:
-            _run_units(config, output, plan, totals, decoder)
+            _run_units(config, output, plan, totals, decoder, fence)
+            fence.check()
             result = _commit(config, output, plan)
+        except StageFailed:
+            fence.check()  # which says it better
+            raise
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"{len(totals.units)} of {len(plan.listings)} units are done; the same command "
                 "goes on from here."
             ) from None
-        except Exception:
-            if not _is_finished(output):
-                raise
-            return _finished(config, output)
         record(tracked, result, totals.source_bytes)
-    _clear(output)
     return dataclasses.replace(result, run_id=tracked.run_id)
 
 
@@ -126,7 +139,6 @@ def _finished(config: PrepareConfig, output: str) -> PrepareResult:
     check_identity(config, output, {"source": source, **table.manifest["options"]})
     result = PrepareResult.of(output, table.manifest, already_done=True)
     print(f"prepare: already done: {result.summary()}", file=sys.stderr)
-    _clear(output)
     return result
 
 
@@ -164,10 +176,12 @@ def _run_units(
     plan: SourcePlan,
     totals: Totals,
     decoder: str,
+    fence: lease.Fence,
 ) -> None:
     todo = [unit for unit in range(len(plan.listings)) if unit not in totals.units]
     task = PrepareTask(
         output=output,
+        fence=fence,
         reader=plan.reader,
         rules=Rules(
             max_pixels=config.max_pixels,
@@ -308,15 +322,21 @@ def _delete_other_parts(output: str, names: set[str]) -> None:
             storage.delete(storage.join(output, file.path))
 
 
-def _clear(output: str) -> None:
-    """Removes what is of no use beside a finished table: working files, half-written ones.
+def _has_leftovers(output: str) -> bool:
+    """Whether a driver was killed between the manifest and the clearing."""
+    return bool(_half_written(output)) or storage.exists(work_uri(output))
 
-    The table exists; another driver that writes there at this moment is no failure, and it finds
-    the table if its own file is gone.
-    """
+
+def _half_written(output: str) -> list[Path]:
+    if not storage.is_local(output):
+        return []
+    names = ("part-*", MANIFEST, REJECTED, IGNORED)
+    return [left for name in names for left in Path(output).glob(f".{name}.*.tmp")]
+
+
+def _clear(output: str) -> None:
+    """Removes what is of no use beside a finished table: working files, half-written ones."""
     with suppress(OSError):
-        if storage.is_local(output):
-            for name in ("part-*", MANIFEST, REJECTED, IGNORED):
-                for left in Path(output).glob(f".{name}.*.tmp"):
-                    left.unlink(missing_ok=True)
+        for left in _half_written(output):
+            left.unlink(missing_ok=True)
         storage.delete_prefix(work_uri(output))

@@ -8,6 +8,7 @@ one worker, in the order in which things happen. See docs/pretrain.md.
 import contextlib
 import tempfile
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from beit.objectives import Objective
 from beit.optim import parameter_groups
 from beit.schedules import warmup_cosine
 from beit.vit import drop_path_noise
-from pipelines import storage
+from pipelines import lease, storage
 from pipelines.config.pretrain import MAY_CHANGE, PretrainConfig, run_uri
 from pipelines.errors import StageFailed
 from pipelines.tables.weights_store import weights_fingerprint
@@ -68,20 +69,37 @@ def run(config: PretrainConfig) -> PretrainResult:
     config = with_absolute_uris(config)
     tables, plan = plan_run(config)
 
-    # The run directory: new, this run's, or another's.
+    # The run directory: new, this run's, or another's; then ours alone.
     run_dir = RunDir(run_uri(config))
-    run_dir.begin(config, plan.fingerprints, may_change=MAY_CHANGE)
-    before = driver.newest_step(run_dir)
-    finished = run_dir.finished_report()
-    done = finished if before == plan.total_steps else None
+    run_dir.holds(config, plan.fingerprints, may_change=MAY_CHANGE)
+    done = run_dir.finished_report(plan.total_steps)
     if done is not None and driver.is_recorded(config, run_dir):
-        return result_of(run_dir, plan, done, resumed_from=before)
-
-    # Training, and what becomes of it.
+        return result_of(run_dir, plan, done, resumed_from=plan.total_steps)
     inputs = input_datasets(config, tables)
     if config.init:
         begun_with = plan.fingerprints["init"]
         inputs.append(Dataset(name="weights", uri=config.init, digest=begun_with))
+    with lease.held(run_dir.uri, config.lease, stage=STAGE) as holder:
+        run_dir = RunDir(run_dir.uri, holder.fence)
+        result = _train(config, plan, inputs, run_dir, launched_at)
+        holder.done()
+    return result
+
+
+def _train(
+    config: PretrainConfig,
+    plan: PretrainPlan,
+    inputs: Sequence[Dataset],
+    run_dir: RunDir,
+    launched_at: float,
+) -> PretrainResult:
+    """Training, and what becomes of it."""
+    run_dir.begin(config, plan.fingerprints, may_change=MAY_CHANGE)
+    # Who had the lease before may have finished the run.
+    done = run_dir.finished_report(plan.total_steps)
+    before = driver.newest_step(run_dir) if done is None else plan.total_steps
+    if done is not None and driver.is_recorded(config, run_dir):
+        return result_of(run_dir, plan, done, resumed_from=before)
     with driver.start_tracking(config, run_dir, stage=STAGE, inputs=inputs) as tracked:
         # A run that was done before it was recorded is recorded now.
         report = done or driver.train(
@@ -140,6 +158,7 @@ def train_loop(  # noqa: PLR0912, PLR0915
         keep=config.checkpoint.keep,
         asynchronous=config.checkpoint.asynchronous,
         failed=log.checkpoint_failed,
+        check=log.run.check,
     )
     with contextlib.ExitStack() as stack:
         stack.callback(saver.close)
@@ -327,4 +346,5 @@ def write_weights(
             fingerprints=plan.fingerprints,
             steps=plan.total_steps,
         )
+        run_dir.check()
         storage.store_dir(directory, run_dir.weights, last="config.json")

@@ -182,6 +182,7 @@ def create(uri: str, data: bytes) -> bool:
                     raise
                 if Path(absolute(uri)).exists():
                     return False
+                store_writes.warn_of(str(Path(absolute(uri)).parent))
                 temporary.replace(absolute(uri))
             return True
     if store_writes.keeps_creations(uri):
@@ -190,6 +191,14 @@ def create(uri: str, data: bytes) -> bool:
         return False
     write_bytes(uri, data)
     return True
+
+
+def created_or_equal(uri: str, data: bytes) -> bool:
+    """Creates the file; False if one is there that holds something else.
+
+    So two writers of one artefact do no harm, and none takes the place of another artefact.
+    """
+    return create(uri, data) or read_bytes(uri) == data
 
 
 def exists(uri: str) -> bool:

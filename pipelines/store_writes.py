@@ -11,13 +11,22 @@ from typing import Any
 
 from fsspec.spec import AbstractFileSystem
 
-from pipelines.errors import StoreError
 from pipelines.stores import Listed, code_of, is_s3, listed_s3, locate, told
 
 # Bytes of one request of an upload, of which four are under way at a time; S3 takes 10,000.
 UPLOAD_BYTES, UPLOADS = 16 * 2**20, 4
 UPLOAD_TRIES = CREATE_TRIES = 8
 DELETE_THREADS = 16
+# How stores, and drivers of stores, say that they cannot create only if absent.
+NO_CREATION = (
+    "NotImplemented",
+    "MethodNotAllowed",
+    "InvalidArgument",
+    "InvalidRequest",
+    "NotImplementedError",
+    "ValueError",
+    "TypeError",
+)
 _PROBED: dict[tuple[str, str], bool] = {}
 _PROBING = threading.Lock()
 
@@ -32,13 +41,37 @@ def upload(uri: str, data: bytes) -> None:
     for attempt in range(UPLOAD_TRIES):
         try:
             with told(uri):
-                filesystem.pipe_file(path, data, **options)
+                _put(filesystem, path, data, options)
         except FileNotFoundError as error:
             # The answer to the last request was lost, and its second try found the upload ended.
             if code_of(error) != "NoSuchUpload" or attempt == UPLOAD_TRIES - 1:
                 raise
         else:
             return
+
+
+def _put(filesystem: Any, path: str, data: bytes, options: dict[str, int]) -> None:
+    """One write. A store that shows a file while it grows, as remote disks do, gets it under
+    another name first, if it can rename."""
+    moves = type(filesystem).mv is not AbstractFileSystem.mv
+    if not (_is_generic(filesystem) and moves):
+        filesystem.pipe_file(path, data, **options)
+        return
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
+    filesystem.pipe_file(temporary, data)
+    try:
+        filesystem.mv(temporary, path)
+    except FileExistsError:  # it does not rename over what is there
+        filesystem.rm_file(path)
+        filesystem.mv(temporary, path)
+
+
+def _is_generic(filesystem: Any) -> bool:
+    """Whether it writes a file by opening it, having no request that writes the whole."""
+    # What drivers with requests of their own call so is made for each instance.
+    method = getattr(filesystem.pipe_file, "__func__", None)
+    return method is AbstractFileSystem.pipe_file
 
 
 def delete_below(uri: str) -> None:
@@ -83,11 +116,10 @@ def create(uri: str, data: bytes) -> bool:
 
 
 def _create(filesystem: Any, path: str, data: bytes, writer: dict[str, str]) -> None:
-    kind = type(filesystem)
     if "s3" in filesystem.protocol:
         # Never in parts: the end of an upload that is asked for again finds no upload.
         filesystem.pipe_file(path, data, mode="create", chunksize=2**32, Metadata=writer)
-    elif kind.pipe_file is AbstractFileSystem.pipe_file:
+    elif _is_generic(filesystem):
         with filesystem.open(path, "xb") as file:
             file.write(data)
     else:
@@ -115,22 +147,31 @@ def _keeps_creations(store: str, query: str, base: str) -> bool:
         if (store, query) not in _PROBED:
             _PROBED[store, query] = _probe(f"{base}.{uuid.uuid4().hex[:8]}.tmp?{query}".rstrip("?"))
             if not _PROBED[store, query]:
-                warnings.warn(
-                    f"{store} cannot create a file only if it is absent: run one writer at a time "
-                    "on an output there",
-                    stacklevel=3,
-                )
+                warn_of(store)
         return _PROBED[store, query]
 
 
+def warn_of(place: str) -> None:
+    """Names a store, or a directory, that breaks the promise of `storage.create`."""
+    warnings.warn(
+        f"{place} cannot create a file only if it is absent: run one writer at a time on an output "
+        "there",
+        stacklevel=4,
+    )
+
+
 def _probe(uri: str) -> bool:
+    """Raises OSError where the store gives no answer: that is none to this question."""
     try:
         return create(uri, b"1") and not create(uri, b"2")
-    except (OSError, NotImplementedError, ValueError, TypeError) as error:
-        if isinstance(error, StoreError | PermissionError):
-            raise
-        return False
+    except OSError as error:
+        if code_of(error) in NO_CREATION:
+            return False
+        raise
     finally:
         filesystem, path = locate(uri)
-        with contextlib.suppress(FileNotFoundError), told(uri):
-            filesystem.rm_file(path)
+        for _ in range(3):
+            # What is left of it in an outage is no artefact, and no stage lists it.
+            with contextlib.suppress(OSError), told(uri):
+                filesystem.rm_file(path)
+                break

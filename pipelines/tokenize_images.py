@@ -8,10 +8,11 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 
-from pipelines import scorecard, storage, tracking
+from pipelines import lease, scorecard, storage, tracking
 from pipelines.config.checks import flatten
 from pipelines.config.tokenize_images import TokenizeConfig
 from pipelines.errors import InputError, StageFailed
@@ -25,7 +26,7 @@ from pipelines.tokenization.ledger import Ledger, Units, plan_units
 from pipelines.tokenization.report import TokenizeResult
 from pipelines.tokenization.task import TokenizeTask, finished_manifest, plan_task
 from pipelines.tokenization.work import Unit
-from pipelines.units import Outcome, counted_attempts
+from pipelines.units import Outcome, counted_attempts, work_uri
 
 SAVE_EVERY_SECONDS = 20.0
 # Units set aside one after the other that end the stage; more where the pool may be large.
@@ -52,28 +53,66 @@ def run(config: TokenizeConfig) -> TokenizeResult:
     )
     if not len(units):
         raise InputError(f"{images.uri}: the image table has no rows; prepare images first")
+    options = {"rows_per_unit": config.rows_per_unit, "libraries": libraries}
+    # What can be refused is refused before anything is waited for or written.
     ledger = Ledger(task.output, units)
-    options = {"rows_per_unit": config.rows_per_unit}
-    finished = finished_manifest(task, options)
-    if finished is not None:
-        ledger.load_manifest(finished)
-        lost = ledger.changed_files()
-        for unit in lost:  # made again below
-            ledger.forget(unit)
-        if not lost and not (config.retry_rejected and ledger.rejected):
-            say(f"{task.output}: already done, {images.num_rows:,} images; nothing to do")
-            return _result(
-                config, task, ledger, TokenTable.open(task.output), computed=0, seconds=0
-            )
-        unverified = np.zeros(0, np.int64)
-    else:
-        if not config.dry_run:
-            ledger.claim(task.identity, options | {"libraries": libraries})
-        unverified = ledger.load()
-    if config.retry_rejected and not config.dry_run:
-        ledger.retry_rejected()
+    done = _take_up(config, task, ledger, options)
+    if done and not storage.exists(work_uri(task.output)):
+        return _already_done(config, task, ledger)
     if config.dry_run:
+        unverified = np.zeros(0) if ledger.finished else ledger.load()
         return _dry_run(task, ledger, len(unverified))
+    with lease.held(task.output, config.lease, stage="tokenize") as holder:
+        ledger = Ledger(task.output, units, holder.fence)
+        # Who had the lease before may have finished the table.
+        if _take_up(config, task, ledger, options):
+            result = _already_done(config, task, ledger)
+        else:
+            result = _tokenize(config, task, ledger, images, options)
+        ledger.clear()
+        holder.done()
+    return result
+
+
+def _take_up(
+    config: TokenizeConfig, task: TokenizeTask, ledger: Ledger, options: dict[str, Any]
+) -> bool:
+    """Takes over a finished table, less the files that are gone; whether nothing is left to do.
+
+    Raises:
+        InputError: the output was made, or begun, with other options.
+    """
+    finished = finished_manifest(task, {"rows_per_unit": options["rows_per_unit"]})
+    if finished is None:
+        ledger.refuse_other(task.identity, options)
+        return False
+    ledger.load_manifest(finished)
+    lost = ledger.changed_files()
+    for unit in lost:  # to be made again
+        ledger.forget(unit)
+    return not lost and not (config.retry_rejected and ledger.rejected)
+
+
+def _already_done(config: TokenizeConfig, task: TokenizeTask, ledger: Ledger) -> TokenizeResult:
+    rows = task.identity.num_rows
+    say(f"{task.output}: already done, {rows:,} images; nothing to do")
+    return _result(config, task, ledger, TokenTable.open(task.output), computed=0, seconds=0)
+
+
+def _tokenize(
+    config: TokenizeConfig,
+    task: TokenizeTask,
+    ledger: Ledger,
+    images: ImageParts,
+    options: dict[str, Any],
+) -> TokenizeResult:
+    """What is not done, and the table of all of it."""
+    unverified = np.zeros(0, np.int64)
+    if not ledger.finished:
+        ledger.claim(task.identity, options)
+        unverified = ledger.load()
+    if config.retry_rejected:
+        ledger.retry_rejected()
     inputs = [
         tracking.Dataset(
             name="image_table",
@@ -94,7 +133,7 @@ def run(config: TokenizeConfig) -> TokenizeResult:
             _verify(ledger, unverified, task)
         computed, seconds = _compute(config, task, ledger, images, record)
         _check_complete(config, ledger)
-        table = _commit(task, ledger, images, config.rows_per_unit, libraries)
+        table = _commit(task, ledger, images, config.rows_per_unit, options["libraries"])
         result = _result(config, task, ledger, table, computed=computed, seconds=seconds)
         record.set_output(
             tracking.Dataset(name="token_table", uri=task.output, digest=table.fingerprint)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines import storage
+from pipelines import lease, storage
 from pipelines.config.train_tokenizer import TrainTokenizerConfig, require_uris
 from pipelines.reading.ingest import open_training_tables, train_batches
 from pipelines.tables import tokenizer_store
@@ -47,6 +47,7 @@ from pipelines.training.tokenizer_run import (
     check_health,
     conclude,
     make_plan,
+    refuse_other,
     require_same,
 )
 from pipelines.training.tokenizer_step import (
@@ -100,22 +101,44 @@ def run(config: TrainTokenizerConfig) -> TrainTokenizerResult:
     )
     images = ImageTable.open(config.images)
     plan = make_plan(config, images)
-    run_dir = RunDir(config.output)
+    refuse_other(RunDir(config.output), config, plan)
+    if (done := _finished(config, plan)) is not None:
+        return done
+    with lease.held(config.output, config.lease, stage=STAGE) as holder:
+        result = _train(config, plan, images, RunDir(config.output, holder.fence), launched_at)
+        holder.done()
+    return result
+
+
+def _finished(config: TrainTokenizerConfig, plan: TokenizerPlan) -> TrainTokenizerResult | None:
+    manifest = tokenizer_store.read_manifest(config.output)
+    if manifest is None:
+        return None
+    require_same(manifest["source"], config, plan)
+    if storage.exists(RunDir(config.output).at("run.json")):
+        return None  # killed between the tokenizer and its record: that is to be made up for
+    return _result(config.output, manifest, already_done=True)
+
+
+def _train(
+    config: TrainTokenizerConfig,
+    plan: TokenizerPlan,
+    images: ImageTable,
+    run_dir: RunDir,
+    launched_at: float,
+) -> TrainTokenizerResult:
+    """Training, and what becomes of it."""
+    # Who had the lease before may have finished the tokenizer.
+    if (done := _finished(config, plan)) is not None:
+        return done
     inputs = [
         Dataset(name="image_table", uri=images.uri, digest=images.fingerprint, context="training")
     ]
     manifest = tokenizer_store.read_manifest(config.output)
     already_done = manifest is not None
-    if manifest is not None:
-        require_same(manifest["source"], config, plan)
-        if not storage.exists(run_dir.at("run.json")):
-            return _result(config.output, manifest, already_done=True)
-        # Killed between the tokenizer and its record: that is made up for below.
-    else:
+    if manifest is None:
         # Until the tokenizer is finished its directory is a run's: new, this run's, or another's.
         begin(run_dir, config, plan)
-
-    # Training, and what becomes of it.
     with driver.start_tracking(config, run_dir, stage=STAGE, inputs=inputs) as tracked:
         if manifest is None:
             loop = train_loop if config.model.trained else place_loop
@@ -172,6 +195,7 @@ def train_loop(  # noqa: PLR0915
         keep=config.checkpoint.keep,
         asynchronous=True,
         failed=log.checkpoint_failed,
+        check=log.run.check,
     )
     with contextlib.ExitStack() as closing:
         closing.callback(saver.close)

@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from pipelines.config.checks import Ge, Gt, Le, check, require
+from pipelines.config.lease import LeaseConfig
 from pipelines.config.tracking import TrackingConfig
 
 # What makes no other evaluation of it: where things are, and how it is computed.
-MAY_CHANGE = ("run", "images", "output", "force", "tracking", "batch_size", "device")
+MAY_CHANGE = ("run", "images", "output", "force", "lease", "tracking", "batch_size", "device")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,7 @@ class EvaluateConfig:
     """Folds and the random network follow from it."""
     force: bool = False
     """Evaluate again although the same evaluation is there."""
+    lease: LeaseConfig = field(default_factory=LeaseConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:

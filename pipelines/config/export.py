@@ -1,9 +1,10 @@
 """Configuration of the `export` stage."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from pipelines.config.checks import Ge, check, require
+from pipelines.config.lease import LeaseConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,8 @@ class ExportConfig:
     """As pixel_mean: the deviation."""
     num_heads: Annotated[int | None, Ge(1)] = None
     """Attention heads of a unilm file without bias tables whose heads are not 64 wide."""
+
+    lease: LeaseConfig = field(default_factory=LeaseConfig)
 
     def __post_init__(self) -> None:
         check(self)

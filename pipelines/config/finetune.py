@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from beit.view_policy import ViewPolicy
 from pipelines.config import common
 from pipelines.config.checks import Ge, Gt, Le, Lt, check, require
+from pipelines.config.lease import LeaseConfig
 from pipelines.config.pretrain import CheckpointConfig, ScalingConfig
 from pipelines.config.pretrain import OptimConfig as PretrainOptim
 from pipelines.config.tracking import TrackingConfig
@@ -34,6 +35,7 @@ MAY_CHANGE = (
     "scaling.peak_tflops",
     "checkpoint",
     "health",
+    "lease",
     "tracking",
 )
 
@@ -174,6 +176,7 @@ class FinetuneConfig:
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     health: common.HealthConfig = field(default_factory=common.HealthConfig)
+    lease: LeaseConfig = field(default_factory=LeaseConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from pipelines.config.checks import Ge, check, require
+from pipelines.config.lease import LeaseConfig
 from pipelines.config.tracking import TrackingConfig
 
 
@@ -30,6 +31,7 @@ class ImportTokenizerConfig:
     """URI of an image table to score the tokenizer on; empty: no score."""
     num_images: Annotated[int, Ge(1)] = 256
     """Images scored."""
+    lease: LeaseConfig = field(default_factory=LeaseConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:

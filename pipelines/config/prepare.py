@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from pipelines.config.checks import Ge, Gt, Le, check, require
+from pipelines.config.lease import LeaseConfig
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError
 
@@ -69,6 +70,7 @@ class PrepareConfig:
     """Megabytes of images in a row group, the smallest piece that is read later."""
     num_tasks: Annotated[int, Ge(0)] = 0
     """Units worked on at once; 0: as many as the cluster has CPUs for."""
+    lease: LeaseConfig = field(default_factory=LeaseConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Where the run is recorded."""
 
@@ -124,7 +126,7 @@ def tolerated(max_rejected: float | str, num_items: float) -> float:
 
 # What may differ when an interrupted prepare goes on; everything else decides what the table
 # contains.
-MAY_CHANGE = ("output", "max_rejected", "num_tasks", "tracking", "decode_timeout")
+MAY_CHANGE = ("output", "max_rejected", "num_tasks", "lease", "tracking", "decode_timeout")
 
 
 def identity(config: PrepareConfig) -> dict[str, object]:

@@ -8,6 +8,7 @@ from beit.view_policy import ViewPolicy
 from pipelines.config import common
 from pipelines.config.checks import Ge, Gt, Lt, check, require
 from pipelines.config.common import Action
+from pipelines.config.lease import LeaseConfig
 from pipelines.config.tracking import TrackingConfig
 
 # What a resumed run may change: how it is computed, watched and reported. Everything else decides
@@ -36,6 +37,7 @@ MAY_CHANGE = (
     "scaling.peak_tflops",
     "checkpoint",
     "health",
+    "lease",
     "probe",
     "tracking",
 )
@@ -305,6 +307,7 @@ class PretrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    lease: LeaseConfig = field(default_factory=LeaseConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from beit.view_policy import ViewPolicy
 from pipelines.config.checks import Ge, check
+from pipelines.config.lease import LeaseConfig
 from pipelines.config.tracking import TrackingConfig
 
 
@@ -79,6 +80,7 @@ class TokenizeConfig:
     """Try units again that an earlier run gave up."""
     dry_run: bool = False
     """Say what would be done, and do nothing."""
+    lease: LeaseConfig = field(default_factory=LeaseConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:

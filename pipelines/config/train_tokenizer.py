@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from beit.view_policy import Framing
 from pipelines.config import common
 from pipelines.config.checks import Ge, Gt, Le, Lt, check, flatten, require, to_dict
+from pipelines.config.lease import LeaseConfig
 from pipelines.config.tracking import TrackingConfig
 
 # What a resumed run may change: how it is computed, judged and reported, not what is computed.
@@ -19,6 +20,7 @@ MAY_CHANGE = (
     "scaling",
     "checkpoint",
     "gate",
+    "lease",
     "tracking",
 )
 
@@ -202,6 +204,7 @@ class TrainTokenizerConfig:
         default_factory=lambda: common.CheckpointConfig(keep=2)
     )
     gate: GateConfig = field(default_factory=GateConfig)
+    lease: LeaseConfig = field(default_factory=LeaseConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:

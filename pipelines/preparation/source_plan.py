@@ -6,6 +6,7 @@ cannot mix two listings in one table.
 """
 
 import dataclasses
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -228,8 +229,20 @@ def _check_apart(source: Source, output: str) -> None:
 
     Beside a single file, or below a glob that stays outside, it is nobody's input.
     """
-    root = stores.plain(source.root).partition("?")[0] + "/"
-    place = stores.plain(storage.join(output)).partition("?")[0] + "/"
+    roots, places = [source.root], [storage.join(output)]
+    if storage.is_local(source.root) and storage.is_local(output):
+        roots.append(os.path.realpath(source.root))  # both may be reached through links
+        places.append(os.path.realpath(places[0]))
+    for root, place in zip(roots, places, strict=True):
+        _check_below(
+            source,
+            output,
+            root=stores.plain(root).partition("?")[0] + "/",
+            place=stores.plain(place).partition("?")[0] + "/",
+        )
+
+
+def _check_below(source: Source, output: str, *, root: str, place: str) -> None:
     if not place.startswith(root):
         return
     folders = place[len(root) :].strip("/").split("/")

@@ -15,6 +15,7 @@ from typing import Any
 from beit.git_lfs import is_pointer
 from pipelines import storage
 from pipelines.errors import DamagedFileError, StageFailed
+from pipelines.lease import Fence
 from pipelines.preparation.child import run_child
 from pipelines.preparation.decode_process import Decoded, DecodeProcess, Rules
 from pipelines.preparation.readers import Item, Reader, rehearse
@@ -46,6 +47,8 @@ class PrepareTask:
     row_group_bytes: int
     digits: int
     """Digits of a unit's number in file names."""
+    fence: Fence | None = None
+    """Of the driver: a worker of one that was taken over from leaves no receipt."""
     rehearsal: str = REHEARSAL
     """`module:function` that reads entries without keeping them."""
 
@@ -124,6 +127,7 @@ def process_unit(task: PrepareTask, unit: int, listing: str, *, deaths: int = 0)
     Raises:
         InputError: the listing is not the planned one.
         StageFailed: workers die at the unit for no reason that lies in its files.
+        LeaseLost: another driver has taken over.
         OSError: the store does not answer, in spite of retries.
     """
     try:
@@ -151,6 +155,8 @@ def process_unit(task: PrepareTask, unit: int, listing: str, *, deaths: int = 0)
         labels=dict(build.labels),
         lost_bytes=sum(size for key, _, size in build.rejected if key in containers),
     )
+    if task.fence is not None:
+        task.fence.check()
     write_record(receipt_uri(task.output, unit), receipt.to_dict())
     return receipt.summary(unit)
 

@@ -91,7 +91,7 @@ def commit_manifest(
     }
     path, data = storage.join(uri, MANIFEST), storage.canonical_json(manifest)
     # Two drivers of one job write the same bytes.
-    if not storage.create(path, data) and storage.read_bytes(path) != data:
+    if not storage.created_or_equal(path, data):
         raise InputError(
             f"{uri}: another run has just finished a table there that differs from this one; give "
             "another output"

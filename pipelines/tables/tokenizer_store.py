@@ -168,18 +168,17 @@ def save(
         source: how it was made: stage, options, fingerprints or hashes of what it was made from.
         scorecard: how it does on the images it is meant for, see `pipelines.scorecard`.
         patches: uint8 (V, 3, s, s), for each code the image patch nearest to it.
+
+    Raises:
+        InputError: another tokenizer is there.
     """
     with tempfile.TemporaryDirectory() as directory:
         fingerprint = save_tokenizer(tokenizer, directory)
-        files = {}
         names = [WEIGHTS_FILE, CONFIG_FILE]
         if patches is not None:
             safetensors.save_file({"patches": patches}, Path(directory, PATCHES_FILE))
             names.append(PATCHES_FILE)
-        for name in names:
-            data = Path(directory, name).read_bytes()
-            storage.write_bytes(storage.join(uri, name), data)
-            files[name] = {"bytes": len(data), "hash": storage.digest(data)}
+        contents = {name: Path(directory, name).read_bytes() for name in names}
     manifest = {
         "kind": KIND,
         "schema_version": SCHEMA_VERSION,
@@ -190,9 +189,17 @@ def save(
         "image_size": tokenizer.image_size,
         "source": dict(source),
         "scorecard": dict(scorecard) if scorecard else None,
-        "files": files,
+        "files": {
+            name: {"bytes": len(data), "hash": storage.digest(data)}
+            for name, data in contents.items()
+        },
     }
-    storage.write_json(storage.join(uri, MANIFEST), manifest)
+    path, record = storage.join(uri, MANIFEST), storage.canonical_json(manifest)
+    if not storage.exists(path):  # what a finished tokenizer consists of is never written over
+        for name, data in contents.items():
+            storage.write_bytes(storage.join(uri, name), data)
+    if not storage.created_or_equal(path, record):
+        raise InputError(f"{uri}: holds another tokenizer; give another output")
     return manifest
 
 

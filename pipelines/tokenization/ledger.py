@@ -10,7 +10,6 @@ image table and `rows_per_unit` only. While a table is unfinished its directory 
 All state lives in arrays: 24 bytes a unit, whatever the number of images.
 """
 
-import contextlib
 import json
 import uuid
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 
 from pipelines import storage
 from pipelines.errors import InputError, parsing
+from pipelines.lease import Fence
 from pipelines.records import check_values, read_values
 from pipelines.tables.token_files import (
     Identity,
@@ -93,9 +93,11 @@ def plan_units(part_names: Sequence[str], part_rows: Sequence[int], rows_per_uni
 class Ledger:
     """Which units are committed, with size and hash; which are rejected."""
 
-    def __init__(self, uri: str, units: Units) -> None:
+    def __init__(self, uri: str, units: Units, fence: Fence | None = None) -> None:
         self.uri = uri
         self.units = units
+        self.fence = fence
+        self.finished = False
         self.size = np.full(len(units), -1, np.int64)
         self.hash = np.zeros((len(units), HASH_BYTES), np.uint8)
         self.rejected: dict[int, str] = {}
@@ -116,15 +118,25 @@ class Ledger:
         Raises:
             InputError: it was begun with another one; names the field and both values.
         """
+        if not self.refuse_other(identity, extra):
+            record = storage.canonical_json(identity.to_dict() | extra)
+            if not storage.create(work_uri(self.uri, IDENTITY), record):
+                self.refuse_other(identity, extra)
+
+    def refuse_other(self, identity: Identity, extra: dict[str, Any]) -> bool:
+        """Whether the output was begun. Raises InputError if it was with another identity."""
         wanted = json.loads(storage.canonical_json(identity.to_dict() | extra))
-        path = work_uri(self.uri, IDENTITY)
         try:
-            found = read_values(path, IdentityRecord, REMEDY)
+            found = read_values(work_uri(self.uri, IDENTITY), IdentityRecord, REMEDY)
         except FileNotFoundError:
-            if storage.create(path, storage.canonical_json(wanted)):
-                return
-            found = read_values(path, IdentityRecord, REMEDY)
+            return False
         refuse_other_options(self.uri, found, wanted)
+        return True
+
+    def _check(self) -> None:
+        """Before each write. Raises LeaseLost when another driver has taken over."""
+        if self.fence is not None:
+            self.fence.check()
 
     def load(self) -> NDArray[np.int64]:
         """Reads what earlier runs did; returns units whose file is there without a receipt."""
@@ -151,19 +163,12 @@ class Ledger:
         try:
             return storage.read_bytes(work_uri(self.uri, name))
         except FileNotFoundError:
-            # A second driver has just finished the table and cleared its notes.
+            # Without a lease (a dry run): the driver at work has just cleared its notes.
             return b""
 
     def _write_note(self, name: str, data: bytes) -> None:
-        for attempt in (1, 2, 3):
-            try:
-                storage.write_bytes(work_uri(self.uri, name), data)
-            except FileNotFoundError:
-                # Again a second driver: it removed the directory under our hands.
-                if attempt == 3:
-                    raise
-            else:
-                return
+        self._check()
+        storage.write_bytes(work_uri(self.uri, name), data)
 
     def _list(self) -> NDArray[np.int64]:
         """Bytes of the file of every unit, -1 where there is none."""
@@ -237,6 +242,7 @@ class Ledger:
 
     def retry_rejected(self) -> None:
         """Forgets every rejection."""
+        self._check()
         for unit in self.rejected:
             storage.delete(work_uri(self.uri, self._rejected_name(unit)))
         self.rejected = {}
@@ -290,6 +296,7 @@ class Ledger:
 
     def load_manifest(self, manifest: dict[str, Any]) -> None:
         """Takes over the files and rejections of a finished table."""
+        self.finished = True
         files = manifest["files"]
         columns = (files[name] for name in ("part", "start", "stop", "size", "hash"))
         for part, start, stop, size, digest in zip(*columns, strict=True):
@@ -302,11 +309,25 @@ class Ledger:
                 self.rejected[unit] = record["reason"]
 
     def commit(self, manifest: dict[str, Any]) -> None:
-        """Makes the table exist, then clears the traces of the work."""
-        storage.write_bytes(storage.join(self.uri, MANIFEST), encode_manifest(manifest))
-        # The table exists; a second driver that writes there at this moment is no failure.
-        with contextlib.suppress(OSError):
-            storage.delete_prefix(work_uri(self.uri))
+        """Makes the table exist, or mends one that was finished before.
+
+        Raises:
+            InputError: another driver has finished another table there.
+        """
+        self._check()
+        path, data = storage.join(self.uri, MANIFEST), encode_manifest(manifest)
+        if self.finished:
+            storage.write_bytes(path, data)
+        elif not storage.created_or_equal(path, data):
+            raise InputError(
+                f"{self.uri}: another run has just finished a table there that differs from this "
+                "one; give another output"
+            )
+
+    def clear(self) -> None:
+        """Removes the traces of the work."""
+        self._check()
+        storage.delete_prefix(work_uri(self.uri))
 
 
 def _check(receipt: Sequence[Any]) -> str:

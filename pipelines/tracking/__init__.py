@@ -26,7 +26,7 @@ from PIL import Image
 
 from pipelines import storage
 from pipelines.config.tracking import TrackingConfig
-from pipelines.errors import InputError
+from pipelines.errors import InputError, LeaseLost
 from pipelines.redaction import redacted, redacted_values
 from pipelines.tracking import store as tracking_store
 from pipelines.tracking.background import Background
@@ -98,6 +98,9 @@ class Run:
     def finish(self, status: Status = "FINISHED", error: str = "") -> None:
         """Sends what waits and ends the run."""
 
+    def leave(self) -> None:
+        """Sends what waits; the run is somebody else's now."""
+
     def __enter__(self) -> Self:
         return self
 
@@ -109,6 +112,9 @@ class Run:
     ) -> None:
         if error is None:
             self.finish("FINISHED")
+            return
+        if isinstance(error, LeaseLost):
+            self.leave()
             return
         ended: Status = "FAILED" if isinstance(error, Exception) else "KILLED"
         self.finish(ended, f"{type(error).__name__}: {error}")
@@ -197,6 +203,15 @@ class SpooledRun(Run):
     def log_weights(self, weights_dir: str, *, registered_model_name: str = "") -> None:
         weights = {"uri": weights_dir, "registered_model": registered_model_name}
         self._spool.update(weights=weights)
+
+    def leave(self) -> None:
+        self._finished = True
+        if self._system:
+            self._system.close()
+        if self._background:
+            self._background.close()
+        if self._kept_at:
+            shutil.rmtree(self._spool.uri, ignore_errors=True)
 
     def finish(self, status: Status = "FINISHED", error: str = "") -> None:
         if self._finished:

@@ -14,9 +14,10 @@ goes once MLflow has everything.
 
 import io
 import json
+import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,10 +161,15 @@ class LinesFile:
 
     Object stores get the whole file at every flush. Opening it for a run that continues at
     `start_step` drops the lines of later steps: they will be written again, equal.
+
+    On a disk each writer has a file of its own, which takes the name over from its predecessor's:
+    what one writes that stood still for long goes nowhere. `check` is called before each write.
     """
 
-    def __init__(self, uri: str, *, start_step: int | None = None) -> None:
-        self.uri = uri
+    def __init__(
+        self, uri: str, *, start_step: int | None = None, check: Callable[[], None] = lambda: None
+    ) -> None:
+        self.uri, self.check = uri, check
         try:
             text = storage.read_bytes(uri).decode()
         except FileNotFoundError:
@@ -175,23 +181,45 @@ class LinesFile:
             if step is not None and (start_step is None or step < start_step)
         }
         self.next_step = 1 + max(kept.values(), default=-1)
-        self.lines = [] if storage.is_local(uri) else list(kept)
-        storage.write_bytes(uri, "".join(line + "\n" for line in kept).encode())
+        self.lines = list(kept)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._write_all()
+        if storage.is_local(self.uri):
+            self.file = Path(storage.absolute(self.uri)).open("a")  # noqa: SIM115 - kept open
+            self.check()  # it is ours that was opened
+
+    def _write_all(self) -> None:
+        self.check()
+        storage.write_bytes(self.uri, "".join(line + "\n" for line in self.lines).encode())
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds a line; on object stores it becomes visible with the next flush."""
         line = json.dumps({"time": time.time(), **record}, sort_keys=True)
         self.next_step = max(self.next_step, int(record["step"]) + 1)
-        if storage.is_local(self.uri):
-            with Path(storage.absolute(self.uri)).open("a") as file:
-                file.write(line + "\n")
+        self.lines.append(line)
+        if not storage.is_local(self.uri):
+            return
+        self.check()
+        if self._is_ours():
+            self.file.write(line + "\n")
+            self.file.flush()
         else:
-            self.lines.append(line)
+            self.file.close()
+            self._begin()
+
+    def _is_ours(self) -> bool:
+        """Whether none who stood still has put a file of his in place of ours."""
+        try:
+            return os.path.samestat(os.fstat(self.file.fileno()), Path(self.file.name).stat())
+        except FileNotFoundError:
+            return False
 
     def flush(self) -> None:
         """Makes all lines durable."""
-        if self.lines:
-            storage.write_bytes(self.uri, "".join(line + "\n" for line in self.lines).encode())
+        if self.lines and not storage.is_local(self.uri):
+            self._write_all()
 
 
 def _step_of(line: str) -> int | None:

@@ -4,11 +4,11 @@ MLflow's own thread asks the server for the run before every sample, stops for e
 failure, and waits without limit at the end.
 """
 
-import contextlib
 import threading
 import time
 from typing import Any
 
+from pipelines.errors import LeaseLost
 from pipelines.tracking.spool import LinesFile
 
 
@@ -47,11 +47,13 @@ class SystemMetrics:
                 metrics |= monitor.aggregate_metrics()
                 monitor.clear_metrics()
             record = {f"system/{name}": value for name, value in metrics.items()}
-            with contextlib.suppress(
-                OSError
-            ):  # the store is away: these are lost, training goes on
+            try:
                 self.file.append({"step": self.file.next_step, **record})
                 self.file.flush()
+            except OSError:
+                pass  # the store is away: these are lost, training goes on
+            except LeaseLost:
+                return
 
 
 def _monitors() -> list[Any]:

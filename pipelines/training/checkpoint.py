@@ -70,8 +70,10 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def save(root: str, checkpoint: Checkpoint) -> str:
+def save(root: str, checkpoint: Checkpoint, *, check: Callable[[], None] = lambda: None) -> str:
     """Writes a checkpoint below `root`, its marker last, and returns its URI.
+
+    `check` is called before each file, and ends it by an error of its own.
 
     Raises:
         DamagedCheckpointError: a weight or moment is not finite; nothing was written.
@@ -81,6 +83,7 @@ def save(root: str, checkpoint: Checkpoint) -> str:
         if not bool(torch.isfinite(tensor).all()):
             raise DamagedCheckpointError(f"{name} holds values that are not finite; not saved")
     uri = storage.join(root, checkpoint_name(checkpoint.step))
+    check()
     # An older, complete one of the same name must not vouch for files that are being replaced.
     storage.delete(storage.join(uri, MARKER))
     record = {}
@@ -89,9 +92,11 @@ def save(root: str, checkpoint: Checkpoint) -> str:
         (OPTIMIZER, save_tensors(dict(checkpoint.moments))),
         (STATE, storage.canonical_json({**checkpoint.state, "step": checkpoint.step})),
     ):
+        check()
         storage.write_bytes(storage.join(uri, name), data)
         record[name] = {"bytes": len(data), "hash": storage.digest(data)}
     marker = {"schema_version": SCHEMA_VERSION, "step": checkpoint.step, "files": record}
+    check()
     storage.write_json(storage.join(uri, MARKER), marker)
     return uri
 
@@ -217,13 +222,20 @@ class Saver:
     """Saves checkpoints in order, in the background if asked for; used by one worker.
 
     A failure (disk full) does not stop training: `failed(step, reason)` is told, and the previous
-    checkpoint stays what a killed run continues from.
+    checkpoint stays what a killed run continues from. `check` is asked before each write; what it
+    raises ends the run.
     """
 
     def __init__(
-        self, root: str, *, keep: int, asynchronous: bool, failed: Callable[[int, str], None]
+        self,
+        root: str,
+        *,
+        keep: int,
+        asynchronous: bool,
+        failed: Callable[[int, str], None],
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        self.root, self.keep, self.failed = root, keep, failed
+        self.root, self.keep, self.failed, self.check = root, keep, failed, check
         self.asynchronous = asynchronous
         self.last_saved: int | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -254,10 +266,11 @@ class Saver:
 
     def _write(self, checkpoint: Checkpoint) -> None:
         try:
-            save(self.root, checkpoint)
+            save(self.root, checkpoint, check=self.check)
         except (OSError, DamagedCheckpointError) as error:
             self.failed(checkpoint.step, str(error))
             return
         self.last_saved = checkpoint.step
+        self.check()
         with contextlib.suppress(OSError):  # what cannot be deleted now goes with the next one
             retain(self.root, self.keep)

@@ -5,6 +5,7 @@ the same for all of them. Workers and driver meet in the run directory alone: wh
 worker is an event there, how far it got is its attempt, and the driver shows and judges those.
 """
 
+import contextlib
 import json
 import signal
 import sys
@@ -19,7 +20,7 @@ from pipelines import storage, tracking
 from pipelines.config.checks import flatten, to_dict
 from pipelines.config.common import ScalingConfig
 from pipelines.config.tracking import TrackingConfig
-from pipelines.errors import InputError, StageFailed
+from pipelines.errors import InputError, LeaseLost, StageFailed
 from pipelines.steps import say_step
 from pipelines.tracking.spool import Spool
 from pipelines.training.checkpoint import complete_steps
@@ -114,6 +115,7 @@ def train(
     Raises:
         InputError: a worker met input that cannot be used.
         StageFailed: the loop stopped the run, or the workers failed too often.
+        LeaseLost: another driver has taken the run over.
         KeyboardInterrupt: SIGTERM ended it; what was done is saved.
     """
     launch = Launch(
@@ -185,7 +187,8 @@ def _attempt(
     reason = world.broadcast(hopeless(run, launched_at, world.size) if world.rank == 0 else "")
     if reason:
         if world.rank == 0:
-            run.event(GAVE_UP, message=reason)
+            with contextlib.suppress(LeaseLost):
+                run.event(GAVE_UP, message=reason)
         return
     with TrainLog(
         run,
@@ -208,6 +211,10 @@ def hopeless(run: RunDir, launched_at: float, workers: int) -> str:
 
     It will not after bad input, nor in a loop of crashes at one place.
     """
+    try:
+        run.check()
+    except LeaseLost as error:
+        return str(error)
     if message := _bad_input(run, launched_at):
         return message
     attempts = [a for a in run.attempts() if a.launched_at == launched_at]
@@ -280,6 +287,7 @@ def _train_on_ray(loop: Loop[Config_, Plan_], config: Config_, plan: Plan_, laun
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, on_interrupt)  # Ray leaves its own
         storage.delete_prefix(run.at("ray"))
+    run.check()
     if message := _bad_input(run, launch.launched_at):
         raise InputError(message) from failed
     if failed is not None:

@@ -75,7 +75,7 @@ class TrainLog:
         if self.active:
             self._write_attempt()
             if system_metrics:
-                self.system = SystemMetrics(LinesFile(run.at("system.jsonl")))
+                self.system = SystemMetrics(LinesFile(run.at("system.jsonl"), check=run.check))
 
     def __enter__(self) -> Self:
         return self
@@ -115,7 +115,9 @@ class TrainLog:
         """Drops metrics of steps that will be done again."""
         self.attempt = dataclasses.replace(self.attempt, next_step=step)
         if self.active:
-            self.metrics = LinesFile(self.run.at("metrics.jsonl"), start_step=step)
+            self.metrics = LinesFile(
+                self.run.at("metrics.jsonl"), start_step=step, check=self.run.check
+            )
 
     def period(
         self,

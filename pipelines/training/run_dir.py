@@ -11,8 +11,10 @@
     skips.json             data that a rollback skipped
     ray/                   what Ray keeps while it trains
     report.json            where the time went, what to change, how it ended
+    _lease/                which driver is at work, see `pipelines.lease`
 
-Everything is one small atomic file, except metrics.jsonl, which has one writer at a time.
+Everything is one small atomic file, except metrics.jsonl, which has one writer at a time. A driver
+that has lost the lease writes nothing, nor do its workers.
 """
 
 import dataclasses
@@ -24,9 +26,11 @@ from typing import Any, NotRequired
 import yaml
 from typing_extensions import TypedDict
 
+from beit.weights import CONFIG_FILE, WEIGHTS_FILE
 from pipelines import storage
 from pipelines.config.checks import changed_fields, to_dict
 from pipelines.errors import InputError, parsing
+from pipelines.lease import Fence
 from pipelines.records import Count, check_values, read_record, read_values, write_record
 from pipelines.redaction import redacted_values
 from pipelines.tracking.spool import Spool
@@ -77,14 +81,23 @@ class ReportRecord(TypedDict):
 class RunDir:
     """Reads and writes one run directory."""
 
-    def __init__(self, uri: str) -> None:
-        self.uri = storage.absolute(uri)
+    def __init__(self, uri: str, fence: Fence | None = None) -> None:
+        self.uri, self.fence = storage.absolute(uri), fence
         self.checkpoints = self.at("checkpoints")
         self.weights = self.at("weights")
 
     def at(self, *parts: str) -> str:
         """URI of something inside."""
         return storage.join(self.uri, *parts)
+
+    def check(self) -> None:
+        """Before each write. Raises LeaseLost when another driver has taken over."""
+        if self.fence is not None:
+            self.fence.check()
+
+    def _write(self, values: Mapping[str, Any], *parts: str) -> None:
+        self.check()
+        write_record(self.at(*parts), values)
 
     def begin(
         self,
@@ -102,17 +115,23 @@ class RunDir:
         Raises:
             InputError: a field or fingerprint differs from the first start; names all of them.
         """
+        if self.holds(config, fingerprints, may_change=may_change):
+            return
+        text = yaml.safe_dump(redacted_values(to_dict(config)), sort_keys=False, allow_unicode=True)
+        record = {"fingerprints": dict(fingerprints), "mlflow_run_id": mlflow_run_id}
+        self.check()
+        storage.write_bytes(self.at("config.yaml"), text.encode())
+        self._write(record, "run.json")
+
+    def holds(
+        self, config: Any, fingerprints: Mapping[str, Any], *, may_change: Sequence[str]
+    ) -> bool:
+        """Whether this run was begun. Raises InputError if another one was."""
         try:
             old = self._first_config()
             known = self.record()["fingerprints"]
-        except FileNotFoundError:
-            text = yaml.safe_dump(
-                redacted_values(to_dict(config)), sort_keys=False, allow_unicode=True
-            )
-            record = {"fingerprints": dict(fingerprints), "mlflow_run_id": mlflow_run_id}
-            storage.write_bytes(self.at("config.yaml"), text.encode())
-            write_record(self.at("run.json"), record)
-            return
+        except (FileNotFoundError, NotADirectoryError):
+            return False
         refuse_changes(self.uri, "another configuration", changed_fields(old, config, may_change))
         changed = {
             f"fingerprint of {name}": (known.get(name), value)
@@ -120,6 +139,7 @@ class RunDir:
             if known.get(name) != value
         }
         refuse_changes(self.uri, "other data", changed)
+        return True
 
     def _first_config(self) -> dict[str, Any]:
         path = self.at("config.yaml")
@@ -135,13 +155,13 @@ class RunDir:
         """Keeps the MLflow run id for the next start."""
         record = self.record()
         if run_id and run_id != record["mlflow_run_id"]:
-            write_record(self.at("run.json"), {**record, "mlflow_run_id": run_id})
+            self._write({**record, "mlflow_run_id": run_id}, "run.json")
 
     def event(self, kind: str, **fields: Any) -> dict[str, Any]:
         """Writes one event down and returns it."""
         now = time.time()
         event = {"event": kind, "time": now, **redacted_values(fields)}
-        write_record(self.at("events", f"{now:017.6f}-{kind}.json"), event)
+        self._write(event, "events", f"{now:017.6f}-{kind}.json")
         return event
 
     def events(self, kind: str = "") -> list[dict[str, Any]]:
@@ -163,7 +183,7 @@ class RunDir:
     def write_attempt(self, attempt: Attempt) -> None:
         """Creates or updates the record of an attempt."""
         name = f"{attempt.number:06d}.json"
-        write_record(self.at("attempts", name), redacted_values(dataclasses.asdict(attempt)))
+        self._write(redacted_values(dataclasses.asdict(attempt)), "attempts", name)
 
     def skips(self) -> "Skips":
         """The data skipped so far."""
@@ -179,10 +199,11 @@ class RunDir:
 
     def write_skips(self, skips: "Skips") -> None:
         """Makes skips durable; to be done before the first step that uses them."""
-        write_record(self.at("skips.json"), {"entries": skips.entries})
+        self._write({"entries": skips.entries}, "skips.json")
 
     def request_end(self) -> None:
         """Asks the workers to save and end."""
+        self.check()
         storage.write_json(self.at("end_requested.json"), {"time": time.time()})
 
     def end_requested(self) -> bool:
@@ -191,25 +212,32 @@ class RunDir:
 
     def forget_request(self) -> None:
         """Takes the request of an earlier start back."""
+        self.check()
         storage.delete(self.at("end_requested.json"))
 
-    def finished_report(self) -> dict[str, Any] | None:
-        """report.json of a run that is done, or None."""
+    def finished_report(self, total_steps: int) -> dict[str, Any] | None:
+        """report.json of a run that has done so many steps and left its weights, or None.
+
+        Whether it still has checkpoints does not matter: who needs room deletes those.
+        """
         # A report is written however a launch ends; weights are the last thing a run makes.
-        if not storage.exists(storage.join(self.weights, "config.json")):
+        files = {file.path for file in storage.list_files(self.weights, recursive=False)}
+        if not {CONFIG_FILE, WEIGHTS_FILE} <= files:
             return None
         try:
             report = read_values(self.at("report.json"), ReportRecord, FORGET)
         except FileNotFoundError:
             return None
-        return report if report["outcome"] == "finished" else None
+        done = report["outcome"] == "finished" and report["steps"] == total_steps
+        return report if done else None
 
     def write_report(self, report: Mapping[str, Any]) -> None:
         """Writes report.json."""
-        write_record(self.at("report.json"), redacted_values(dict(report)))
+        self._write(redacted_values(dict(report)), "report.json")
 
     def remove(self) -> None:
         """Deletes all that a run keeps here, and nothing else."""
+        self.check()
         for directory in ("checkpoints", "events", "attempts", "ray"):
             storage.delete_prefix(self.at(directory))
         files = ("config.yaml", "run.json", "metrics.jsonl", "skips.json", "report.json")

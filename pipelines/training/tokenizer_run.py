@@ -72,10 +72,11 @@ def make_plan(config: TrainTokenizerConfig, images: ImageTable) -> TokenizerPlan
     )
 
 
-def begin(run_dir: RunDir, config: TrainTokenizerConfig, plan: TokenizerPlan) -> None:
-    """Starts the run in the output, or checks that this is the one it holds.
+def refuse_other(run_dir: RunDir, config: TrainTokenizerConfig, plan: TokenizerPlan) -> str:
+    """Refuses an output that another run has begun.
 
-    Earlier versions kept one file there in place of a run directory's records; such a run goes on.
+    Earlier versions kept one file there in place of a run directory's records; such a run goes on,
+    and so does its MLflow run, which is returned.
 
     Raises:
         InputError: the output was begun with other settings or images; names them.
@@ -85,12 +86,22 @@ def begin(run_dir: RunDir, config: TrainTokenizerConfig, plan: TokenizerPlan) ->
         old = read_values(run_dir.at(OLD_RECORD), OldRecord, "give another output")
         require_same(old["source"], config, plan)
         run_id = old["mlflow_run_id"]
-    fingerprints = {
+    run_dir.holds(config, _fingerprints(plan), may_change=MAY_CHANGE)
+    return run_id
+
+
+def begin(run_dir: RunDir, config: TrainTokenizerConfig, plan: TokenizerPlan) -> None:
+    """Starts the run in the output, or goes on with the one it holds."""
+    run_id = refuse_other(run_dir, config, plan)
+    run_dir.begin(config, _fingerprints(plan), may_change=MAY_CHANGE, mlflow_run_id=run_id)
+    storage.delete(run_dir.at(OLD_RECORD))
+
+
+def _fingerprints(plan: TokenizerPlan) -> dict[str, str]:
+    return {
         "image_table": plan.source["image_table"],
         "order": storage.fingerprint(plan.source["sample_order"]),
     }
-    run_dir.begin(config, fingerprints, may_change=MAY_CHANGE, mlflow_run_id=run_id)
-    storage.delete(run_dir.at(OLD_RECORD))
 
 
 def require_same(old: Mapping[str, Any], config: TrainTokenizerConfig, plan: TokenizerPlan) -> None:
@@ -152,6 +163,7 @@ def conclude(
         min_codes=config.gate.min_codes,
         remedy=REMEDIES[config.model.kind],
     )
+    log.run.check()
     tokenizer_store.save(
         tokenizer.to("cpu"),
         config.output,

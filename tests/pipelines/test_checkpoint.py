@@ -185,10 +185,10 @@ def test_saving_in_the_background_does_not_wait_and_takes_one_at_a_time(root, mo
     gate, started = threading.Event(), threading.Event()
     real = checkpoint.save
 
-    def slow(root, one):
+    def slow(root, one, check):
         started.set()
         gate.wait(10)
-        return real(root, one)
+        return real(root, one, check=check)
 
     monkeypatch.setattr(checkpoint, "save", slow)
     saver = Saver(root, keep=3, asynchronous=True, failed=lambda *_: None)

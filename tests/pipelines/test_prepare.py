@@ -502,7 +502,12 @@ def test_wrong_options_are_named() -> None:
             prepare.run(config_of(**({"source": "a", "output": "b"} | fields)))
 
 
-def test_an_output_inside_its_source_is_refused(folder: Path) -> None:
+def test_an_output_inside_its_source_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(InputError, match="lies inside the source"):
+        prepare.run(config_of(folder, tmp_path / "link/out"))
+    with pytest.raises(InputError, match="lies inside the source"):
+        prepare.run(config_of(tmp_path / "link", folder / "out"))
     with pytest.raises(InputError, match="lies inside the source"):
         prepare.run(config_of(folder, folder / "table"))
     for fields, message in [

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import prepare
+from pipelines import prepare, storage
 from pipelines.config.prepare import PrepareConfig
-from pipelines.errors import InputError
+from pipelines.errors import InputError, LeaseLost
 from pipelines.preparation.source_plan import make_plan, read_plan
 from tests.pipelines.image_sources import write_folder
 from tests.pipelines.prepare_fixtures import config_of, work_off
@@ -23,7 +23,7 @@ def names(config: PrepareConfig) -> set[str]:
     return {path.name for path in Path(config.output).iterdir()}
 
 
-@pytest.mark.parametrize("step", ["read_plan", "make_plan", "_receipts", "_run_units", "_commit"])
+@pytest.mark.parametrize("step", ["read_plan", "make_plan"])
 def test_a_driver_that_lost_the_race_finds_the_table(config, monkeypatch, step) -> None:
     """The other one finishes, and clears its working files away, just before this step."""
     if step != "make_plan":
@@ -41,6 +41,22 @@ def test_a_driver_that_lost_the_race_finds_the_table(config, monkeypatch, step) 
     result = prepare.run(config)
     assert result.already_done and result.num_rows == 15
     assert "_work" not in names(config)
+
+
+@pytest.mark.parametrize("step", ["_receipts", "_run_units"])
+def test_a_driver_that_was_taken_over_from_commits_nothing(config, monkeypatch, step) -> None:
+    """It stood still at this step for longer than its lease."""
+    real = getattr(prepare, step)
+
+    def overtaken(*args):
+        done = real(*args)
+        assert storage.create(f"{config.output}/_lease/000002.json", b"{}")
+        return done
+
+    monkeypatch.setattr(prepare, step, overtaken)
+    with pytest.raises(LeaseLost, match="was taken over by another driver"):
+        prepare.run(config)
+    assert "manifest.json" not in names(config)
 
 
 def test_a_plan_that_is_gone_is_not_made_again(config, monkeypatch) -> None:

@@ -16,10 +16,11 @@ from pipelines.config.checks import changed_fields, to_dict
 from pipelines.config.pretrain import MAY_CHANGE, PretrainConfig
 from pipelines.errors import InputError, StageFailed
 from pipelines.reading import ingest
+from pipelines.records import read_values, write_record
 from pipelines.tracking.spool import LinesFile
 from pipelines.training import checkpoint, pretraining
 from pipelines.training import data as train_data
-from pipelines.training.run_dir import RunDir, Skips
+from pipelines.training.run_dir import ReportRecord, RunDir, Skips
 from pipelines.training.step_metrics import sample_hash
 from tests.chaos.world import make_tokenizer
 from tests.pipelines.pretrain_fixtures import (
@@ -430,8 +431,13 @@ class TestDoneAlready:
         storage.delete_prefix(storage.join(run_uri, "weights"))
         assert pretrain.run(small_config(tables, tmp_path / "run")).resumed_from == 12
         assert weight_bytes(run_uri) == weights
+        storage.delete_prefix(storage.join(run_uri, "checkpoints"))
+        # Who needs room deletes checkpoints: it is done all the same.
+        assert pretrain.run(small_config(tables, tmp_path / "run")).resumed_from == 12
+        assert not storage.list_files(storage.join(run_uri, "checkpoints"))
+        assert not storage.list_files(storage.join(run_uri, "_lease"))
         report_uri = storage.join(run_uri, "report.json")
-        storage.write_json(report_uri, storage.read_json(report_uri) | {"outcome": "stopped"})
+        write_record(report_uri, read_values(report_uri, ReportRecord, "") | {"outcome": "stopped"})
         assert pretrain.run(small_config(tables, tmp_path / "run")).report["outcome"] == "finished"
 
 

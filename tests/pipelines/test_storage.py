@@ -1,16 +1,20 @@
 """Names of files below URIs, creation, and what failures say, without a server."""
 
 import errno
+import io
+import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 import fsspec
 import pytest
 from botocore.exceptions import ClientError, NoCredentialsError
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.spec import AbstractFileSystem
 
-from pipelines import storage, stores
+from pipelines import storage, store_writes, stores
 from pipelines.errors import InputError, StoreError
 from pipelines.preparation.sources import open_source
 
@@ -120,6 +124,71 @@ def test_a_store_that_overwrites_is_named_once():
     assert len(seen) == 1
     assert storage.read_bytes("careless://store/a") == b"1"
     assert {file.path for file in storage.list_files("careless://store")} == {"a", "b"}
+
+
+def test_an_outage_is_no_missing_promise(monkeypatch):
+    """Asked in an outage, a store says nothing of itself; asked again, it answers."""
+    monkeypatch.setattr(store_writes, "_PROBED", {})
+    uri = "memory://outage/a"
+    with monkeypatch.context() as patch:
+
+        def away(*args, **options):
+            raise TimeoutError("no answer")
+
+        patch.setattr(MemoryFileSystem, "pipe_file", away)
+        with warnings.catch_warnings(), pytest.raises(OSError, match="no answer"):
+            warnings.simplefilter("error")
+            storage.create(uri, b"1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert storage.create(uri, b"1")
+    assert [name for name in MemoryFileSystem.store if name.startswith("/outage")] == ["/outage/a"]
+
+
+def test_a_remote_disk_never_shows_half_a_file(monkeypatch):
+    """A driver that writes by opening shows what it has so far; it renames what is whole."""
+    seen = []
+
+    class RemoteDisk(AbstractFileSystem):
+        protocol = "remotedisk"
+        files: ClassVar[dict[str, bytes]] = {}
+
+        def makedirs(self, path, exist_ok=False):
+            pass
+
+        def _open(self, path, mode="rb", **options):
+            files = self.files
+
+            class Growing(io.BytesIO):
+                def write(self, data):
+                    super().write(data[: len(data) // 2])
+                    files[path] = self.getvalue()
+                    seen.append(dict(files))
+                    super().write(data[len(data) // 2 :])
+                    files[path] = self.getvalue()
+
+            return Growing()
+
+        def mv(self, path1, path2, **options):
+            self.files[path2] = self.files.pop(path1)
+
+    fsspec.register_implementation("remotedisk", RemoteDisk, clobber=True)
+    storage.write_bytes("remotedisk://host/dir/file", b"12345678")
+    assert [list(files.values()) for files in seen] == [[b"1234"]]
+    assert all(name.endswith(".tmp") for files in seen for name in files)
+    assert list(RemoteDisk.files.values()) == [b"12345678"]
+    assert next(iter(RemoteDisk.files)).endswith("dir/file")
+
+
+def test_a_disk_without_links_is_named(tmp_path, monkeypatch):
+    def link(*args):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    uri = str(tmp_path / "a")
+    with pytest.warns(UserWarning, match="cannot create a file only if it is absent"):
+        assert storage.create(uri, b"1")
+    assert not storage.create(uri, b"2")
 
 
 def client_error(code: str, status: int = 400) -> ClientError:

@@ -81,6 +81,10 @@ def test_another_artefact_is_refused(tokenizer, tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps({"kind": "image_table"}))
     with pytest.raises(InputError, match="'image_table', not 'tokenizer'"):
         tokenizer_store.load(uri)
+    with pytest.raises(InputError, match="holds another tokenizer"):
+        tokenizer_store.save(tokenizer, uri, source={})
+    assert [file.path for file in storage.list_files(uri)] == ["manifest.json"]
+    storage.delete(storage.join(uri, "manifest.json"))
     manifest = tokenizer_store.save(tokenizer, uri, source={})
     storage.write_json(storage.join(uri, "manifest.json"), {**manifest, "schema_version": 9})
     with pytest.raises(InputError, match="schema_version 9"):

@@ -1,0 +1,237 @@
+"""The lease: one driver at a time, whatever the store, the clock and the scheduler do."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipelines import lease_owner
+from pipelines.errors import LeaseLost
+from pipelines.lease import Fence, Lease
+from pipelines.lease_owner import Owner
+from tests.pipelines.lease_world import EXPIRES, World, drive
+
+
+def played(seed, *, drivers=3, commits=6, rounds=2, removes=True, **faults):
+    world = World(seed=seed, **faults)
+    for number in range(drivers):
+        drive(world, f"driver-{number}", commits=commits, rounds=rounds, removes=removes)
+    world.run()
+    return world.log
+
+
+def overtaken(log):
+    """Commits whose check began when the holder of a later generation was at work."""
+    created, at_work, found = {}, {}, []
+    for position, (kind, _, which, *rest) in enumerate(log):
+        if kind == "created":
+            created[which] = position
+        elif kind == "took":  # a request may arrive again; what was there by now counts
+            at_work[which] = (position, created[which])
+        elif kind == "commit":
+            later = (
+                other
+                for other, (taken, begun) in at_work.items()
+                if taken < rest[0] and begun > at_work[which][1]
+            )
+            found.extend(later)
+    return found
+
+
+def search(seeds, **options):
+    taken = lost = 0
+    for seed in seeds:
+        log = played(seed, **options)
+        assert not overtaken(log), f"seed {seed}"
+        taken += sum(entry[0] == "took" for entry in log)
+        lost += sum(entry[0] == "lost" for entry in log)
+    return taken, lost
+
+
+class Memory:
+    """A folder in memory, whose creations can be delayed, refused or left without an answer."""
+
+    def __init__(self):
+        self.files, self.before_create, self.answers, self.error = {}, None, True, None
+
+    def list(self):
+        return sorted(self.files)
+
+    def read(self, name):
+        if name not in self.files:
+            raise FileNotFoundError(name)
+        return self.files[name]
+
+    def create(self, name, data):
+        if self.error:
+            raise self.error
+        if self.before_create:
+            action, self.before_create = self.before_create, None
+            action()
+        created = self.files.setdefault(name, data) is data
+        if not self.answers:
+            raise TimeoutError
+        return created
+
+    def write(self, name, data):
+        self.files[name] = data
+
+    def delete(self, name):
+        self.files.pop(name, None)
+
+
+def lease(store, host, *, clock=None, is_gone=lambda _: False):
+    clock = [0.0] if clock is None else clock
+
+    def sleep(seconds):
+        clock[0] += seconds
+
+    return Lease(
+        store,
+        Owner(stage="test", host=host, process=1),
+        expires=EXPIRES,
+        clock=lambda: clock[0],
+        sleep=sleep,
+        is_gone=is_gone,
+    )
+
+
+def never(owner):
+    raise AssertionError(f"waits for {owner}")
+
+
+REPOSITORY = Path(__file__).parents[2]
+SHORT, LONG = 60, 1500
+
+
+@pytest.mark.parametrize(
+    "count", [SHORT, pytest.param(LONG, marks=[pytest.mark.long, pytest.mark.timeout(1800)])]
+)
+class TestSimulated:
+    def test_nobody_commits_after_another_one_holds(self, count):
+        taken, lost = search(range(count), faults=0.05, pauses=0.03)
+        assert taken > 2 * count
+        assert lost > count / 4  # the world is one in which it matters
+
+    def test_nor_where_drivers_die(self, count):
+        taken, _ = search(range(count), faults=0.03, pauses=0.02, deaths=0.01)
+        assert taken > count
+
+    def test_one_that_is_well_is_never_taken_over_from(self, count):
+        # Calls and losses, but nobody stands still: no lease may be lost.
+        for seed in range(count):
+            log = played(seed, faults=0.0, pauses=0.0, most_delay=0.5)
+            assert sum(entry[0] == "done" for entry in log) == 6, f"seed {seed}"
+            assert not overtaken(log)
+
+
+class TestTheSearch:
+    """It finds what is wrong, or it would prove nothing."""
+
+    def test_finds_a_store_that_creates_over_what_is_there(self):
+        logs = [played(seed, faults=0.0, pauses=0.0, exclusive=False) for seed in range(100)]
+        assert any(entry[0] == "lost" for log in logs for entry in log)
+
+    def test_finds_a_holder_that_looks_for_its_own_generation_only(self, monkeypatch):
+        def check(fence):
+            try:
+                record = json.loads(fence.store.read(f"{fence.number:06d}.json"))
+            except FileNotFoundError:
+                raise LeaseLost from None
+            if record["nonce"] != fence.nonce:
+                raise LeaseLost
+
+        monkeypatch.setattr(Fence, "check", check)
+        with pytest.raises(AssertionError, match="seed"):
+            search(range(100), pauses=0.05)
+
+
+class TestTaking:
+    def test_an_old_look_takes_nothing_from_who_came_in_between(self):
+        """Found ended, then cleared and begun anew by another one: who looked first gives way."""
+        store = Memory()
+        first = lease(store, "first")
+        first.take(poll=1, waiting=never)
+        first.end()
+        third = lease(store, "third")
+
+        def in_between():
+            second = lease(store, "second")
+            second.take(poll=1, waiting=never)
+            second.remove()
+            fences.append(third.take(poll=1, waiting=never))
+
+        fences, met = [], []
+        store.before_create = in_between
+
+        def waiting(owner):
+            met.append(owner.host)
+            fences[0].check()
+            third.end()
+
+        late = lease(store, "late").take(poll=1, waiting=waiting)
+        assert met == ["third"]
+        late.check()
+
+    def test_a_lost_answer_is_read_back(self):
+        store = Memory()
+        store.answers = False
+        lease(store, "one").take(poll=1, waiting=never).check()
+
+    def test_a_dead_process_is_taken_over_at_once_and_a_living_one_after_its_time(self):
+        store, clock = Memory(), [0.0]
+        lease(store, "one").take(poll=1, waiting=never)
+        lease(store, "two", is_gone=lambda _: True).take(poll=1, waiting=never)
+        assert clock == [0.0]
+        watching = lease(store, "three", clock=clock)
+        watching.take(poll=1, waiting=lambda _: None)
+        assert EXPIRES <= clock[0] <= EXPIRES + 1
+
+    def test_a_store_that_refuses_is_told(self):
+        store = Memory()
+        store.error = OSError(28, "No space left on device")
+        with pytest.raises(OSError, match="No space"):
+            lease(store, "one").take(poll=1, waiting=never)
+
+    def test_a_damaged_record_expires(self):
+        store, clock = Memory(), [0.0]
+        store.files["000001.json"] = b"{half"
+        lease(store, "two", clock=clock).take(poll=1, waiting=lambda _: None)
+        assert clock[0] >= EXPIRES
+
+
+class TestOwner:
+    def test_knows_a_living_a_dead_and_a_reused_process(self):
+        here = Owner.here("prepare")
+        assert not here.is_gone()
+        assert dataclasses.replace(here, started="1").is_gone()
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+        dead = dataclasses.replace(here, process=child.pid, started=lease_owner._started(child.pid))
+        assert not dead.is_gone()
+        child.kill()
+        time.sleep(0.2)
+        assert dead.is_gone()  # also before it is waited for
+        child.communicate()
+        assert dead.is_gone()
+
+    def test_judges_no_process_of_another_machine(self):
+        here = Owner.here("prepare")
+        assert not dataclasses.replace(here, process=2**22 + 1, machine="elsewhere").is_gone()
+        assert not dataclasses.replace(here, process=2**22 + 1, machine="").is_gone()
+
+
+@pytest.mark.parametrize(
+    "rounds", [3, pytest.param(50, marks=[pytest.mark.long, pytest.mark.timeout(1800)])]
+)
+def test_two_drivers_of_a_run_make_what_one_makes(rounds, tmp_path):
+    """Processes: started at random moments, one of them killed or stopped and continued."""
+    command = [sys.executable, "-m", "tests.pipelines.two_drivers", str(tmp_path), str(rounds), "0"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    played = [json.loads(line) for line in output.stdout.splitlines()]
+    assert len(played) == rounds
+    assert [one for one in played if one["wrong"]] == []
+    assert rounds < 10 or sum(one["taken_over"] for one in played) > rounds // 12
