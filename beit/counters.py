@@ -24,6 +24,8 @@ AUGMENTATIONS: Final = int.from_bytes(b"augments", "big")
 ERASURES: Final = int.from_bytes(b"erasures", "big")
 ERASED_PIXELS: Final = int.from_bytes(b"erasedpx", "big")
 MIXES: Final = int.from_bytes(b"mixtures", "big")
+# Which states of a batch codes of VQ-KD that died start again from.
+RESTARTS: Final = int.from_bytes(b"restarts", "big")
 
 Position = tuple[int, int, int]
 

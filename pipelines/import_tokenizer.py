@@ -1,8 +1,8 @@
-"""`import-tokenizer`: OpenAI's DALL-E encoder and decoder, or FLAVA's copy, to a tokenizer.
+"""`import-tokenizer`: published weights of DALL-E, FLAVA's copy or VQ-KD to a tokenizer.
 
-The published files are whole pickled networks: loading them the usual way runs whatever code the
-file's author chose. `beit.tokenizers.pickle_reader` reads the tensors and executes nothing; what
-is kept is safetensors, and the hashes of what was read.
+The published files are pickles, DALL-E's of whole networks: loading them the usual way runs
+whatever code the file's author chose. `beit.tokenizers.pickle_reader` reads the tensors and
+executes nothing; what is kept is safetensors, and the hashes of what was read.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from torch import Tensor
 from beit.tokenizers import ImageTokenizer
 from beit.tokenizers.dalle_import import openai_layout, role_of, tokenizer_from
 from beit.tokenizers.torch_file import read_tensors
+from beit.tokenizers.vqkd_import import is_vqkd, vqkd_from
 from pipelines import lease, storage
 from pipelines.config.import_tokenizer import ImportTokenizerConfig
 from pipelines.config.train_tokenizer import require_uris
@@ -26,7 +27,9 @@ from pipelines.tables.image_table import ImageTable
 from pipelines.tracking import Dataset, start_run
 
 STAGE = "import-tokenizer"
-_WITH_ARTICLE = {"encoder": "an encoder", "decoder": "a decoder"}
+VQKD = "vqkd"
+_WITH_ARTICLE = {"encoder": "an encoder", "decoder": "a decoder", VQKD: "a VQ-KD tokenizer"}
+DALLE_SIZE = 112
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,7 @@ class SourceFile:
     """A file that was read."""
 
     role: str
-    """encoder or decoder."""
+    """encoder or decoder of DALL-E, or vqkd."""
     uri: str
     format: str
     """zip or legacy (torch.save), or safetensors."""
@@ -77,7 +80,7 @@ def run(config: ImportTokenizerConfig) -> ImportTokenizerResult:
     """Converts the files, or says that it was done.
 
     Raises:
-        InputError: a file that is missing, has another hash, is no DALL-E network or holds
+        InputError: a file that is missing, has another hash, is no DALL-E network or VQ-KD or holds
             anything but tensors and known class names; or an output that holds something else.
     """
     require_uris(source=config.source, output=config.output)
@@ -97,7 +100,10 @@ def run(config: ImportTokenizerConfig) -> ImportTokenizerResult:
     if (manifest := _found(output, source)) is not None:
         return _result(output, manifest, files, already_done=True)
     try:
-        tokenizer = tokenizer_from(encoder, decoder, image_size=config.image_size)
+        if encoder_file.role == VQKD:
+            tokenizer = _vqkd(encoder, config)
+        else:
+            tokenizer = tokenizer_from(encoder, decoder, image_size=config.image_size)
     except ValueError as error:
         raise InputError(f"source = {config.source}: {error}") from error
     with lease.held(output, config.lease, stage=STAGE) as holder:
@@ -176,17 +182,32 @@ def _read(uri: str, field: str, role: str, sha256: str) -> tuple[SourceFile, dic
         )
     try:
         raw, file_format = read_tensors(data)
-        tensors = openai_layout(raw)
+        tensors = raw if is_vqkd(raw) else openai_layout(raw)
     except ValueError as error:
         raise InputError(f"{field} = {uri} (SHA-256 {found}): {error}") from error
-    if role_of(tensors) != role:
+    holds = VQKD if is_vqkd(raw) else role_of(tensors)
+    if holds != role and (holds, role) != (VQKD, "encoder"):
         raise InputError(
-            f"{field} = {uri}: it holds {_WITH_ARTICLE[role_of(tensors)]}, not "
-            f"{_WITH_ARTICLE[role]}"
+            f"{field} = {uri}: it holds {_WITH_ARTICLE[holds]}, not {_WITH_ARTICLE[role]}"
         )
+    role = holds
     file = SourceFile(role=role, uri=uri, format=file_format, num_bytes=len(data), sha256=found)
     print(file, file=sys.stderr)
     return file, tensors
+
+
+def _vqkd(tensors: dict[str, Tensor], config: ImportTokenizerConfig) -> ImageTokenizer:
+    if config.decoder:
+        raise InputError(
+            f"decoder = {config.decoder}: VQ-KD decodes to features, not to pictures; leave it out"
+        )
+    tokenizer = vqkd_from(tensors)
+    if config.image_size not in (DALLE_SIZE, tokenizer.image_size):
+        raise InputError(
+            f"image_size = {config.image_size}: this VQ-KD is made for {tokenizer.image_size}; "
+            "leave it out"
+        )
+    return tokenizer
 
 
 def _result(

@@ -2,11 +2,12 @@
 
 A discrete VAE is trained as DALL-E's was (arXiv 2102.12092, appendix A): Gumbel-softmax relaxation
 with a falling temperature, KL to the uniform code distribution with warm-up, logit-Laplace or
-Gaussian likelihood, AdamW on a cosine, averaged weights. K-means and random projection have nothing
-to train. `run` is the driver, `train_loop` the training of one worker in the order in which things
-happen. Views, order of samples and relaxation noise are pure functions of (seed, step, canonical
-shard), hence the same for any number of workers, and an interrupted run continues as if it had not
-been interrupted.
+Gaussian likelihood, AdamW on a cosine, averaged weights. VQ-KD is trained as BEiT v2's was: cosine
+loss of a teacher's features through a codebook that follows the states. K-means and random
+projection have nothing to train. `run` is the driver, `train_loop` the training of one worker in
+the order in which things happen. Views, order of samples and what is drawn in a step are pure
+functions of (seed, step, canonical shard), hence the same for any number of workers, and an
+interrupted run continues as if it had not been interrupted.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from pipelines.config.train_tokenizer import TrainTokenizerConfig, require_uris
 from pipelines.reading.ingest import open_training_tables, train_batches
 from pipelines.tables import tokenizer_store
 from pipelines.tables.image_table import ImageTable
+from pipelines.teachers.opening import absolute_uri
 from pipelines.tracking import Dataset
 from pipelines.training import driver
 from pipelines.training.checkpoint import Checkpoint, Saver, resume_point
@@ -97,7 +99,10 @@ def run(config: TrainTokenizerConfig) -> TrainTokenizerResult:
     require_uris(images=config.images, output=config.output)
     # Workers may have another working directory than this process.
     config = dataclasses.replace(
-        config, images=storage.absolute(config.images), output=storage.absolute(config.output)
+        config,
+        images=storage.absolute(config.images),
+        output=storage.absolute(config.output),
+        teacher=absolute_uri(config.teacher),
     )
     images = ImageTable.open(config.images)
     plan = make_plan(config, images)
@@ -134,6 +139,9 @@ def _train(
     inputs = [
         Dataset(name="image_table", uri=images.uri, digest=images.fingerprint, context="training")
     ]
+    if config.teacher:
+        digest = plan.source["teacher"]["weights"]
+        inputs.append(Dataset(name="weights", uri=config.teacher, digest=digest, context="teacher"))
     manifest = tokenizer_store.read_manifest(config.output)
     already_done = manifest is not None
     if manifest is None:
@@ -232,14 +240,15 @@ def train_loop(  # noqa: PLR0915
                 group["lr"] = learning_rate(config, step)
             with autocast():
                 prepared = learner.prepare(pixels, step)
-                loss, terms, codes = model(pixels, *prepared)
-            loss = loss / world.size  # gradients are summed over the workers
+            with autocast():  # another one: it remembers casts, also those without a gradient
+                outcome = model(pixels, *prepared)
+            loss = outcome.loss / world.size  # gradients are summed over the workers
             loss.backward()
-            metrics.add(loss, terms * len(pixels), codes, len(pixels))
+            metrics.add(loss, outcome.terms * len(pixels), outcome.codes, len(pixels))
             grad_norm = clip_gradients(parameters, config.optim.clip_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            learner.after_step(step)
+            learner.after_step(outcome, step)
             metrics.close_step(grad_norm, host.row_ids.numpy())
             step += 1
 

@@ -17,6 +17,7 @@ from beit.tokenizers.dalle import DalleTokenizer
 from beit.tokenizers.dvae import DvaeTokenizer
 from beit.tokenizers.kmeans import KmeansTokenizer
 from beit.tokenizers.projection import ProjectionTokenizer
+from beit.tokenizers.vqkd import VqkdTokenizer
 
 __all__ = [
     "ARCHITECTURES",
@@ -28,6 +29,7 @@ __all__ = [
     "KmeansTokenizer",
     "Precision",
     "ProjectionTokenizer",
+    "VqkdTokenizer",
     "load_tokenizer",
     "save_tokenizer",
 ]
@@ -36,7 +38,7 @@ WEIGHTS_FILE = "tokenizer.safetensors"
 CONFIG_FILE = "config.json"
 ARCHITECTURES: dict[str, type[ImageTokenizer]] = {
     kind.architecture: kind
-    for kind in (DalleTokenizer, DvaeTokenizer, KmeansTokenizer, ProjectionTokenizer)
+    for kind in (DalleTokenizer, DvaeTokenizer, KmeansTokenizer, ProjectionTokenizer, VqkdTokenizer)
 }
 
 
@@ -86,9 +88,10 @@ def load_tokenizer(
         raise ValueError(f"{weights_path} does not fit {config_path}: {error}") from error
     tokenizer.requires_grad_(requires_grad=False)
     tokenizer.eval()
-    for name, parameter in tokenizer.named_parameters():
-        if parameter.dtype != torch.float32:
-            raise ValueError(f"{weights_path}: {name} is {parameter.dtype}, float32 expected")
+    for name, tensor in tokenizer.state_dict().items():
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"{weights_path}: {name} is {tensor.dtype}, float32 expected")
+    for parameter in tokenizer.parameters():
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     tokenizer.fingerprint()  # while the weights are those of the file

@@ -121,6 +121,8 @@ STAND_INS: Mapping[tuple[str, str], Any] = {
     ("torch", "CharStorage"): torch.int8,
     ("torch", "ByteStorage"): torch.uint8,
     ("torch", "BoolStorage"): torch.bool,
+    # The options of a training save, which are looked at by nobody.
+    ("argparse", "Namespace"): Record,
     # Networks: the classes of OpenAI's dall_e package (and of the copy in unilm) and the torch
     # modules that they are made of.
     ("dall_e.encoder", "Encoder"): Record,

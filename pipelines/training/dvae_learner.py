@@ -87,7 +87,7 @@ class RelaxedVae(Learner):
             return mse_loss(outputs, pixels)
         return logit_laplace_loss(outputs, pixels, min_log_scale=how.min_log_scale)
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, outcome: Outcome, step: int) -> None:  # noqa: ARG002
         self.average.update(step)
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ from pipelines.records import read_values
 from pipelines.scorecard import Scorecard, check_gate, score, scorecard_record
 from pipelines.tables import tokenizer_store
 from pipelines.tables.image_table import ImageTable
+from pipelines.teachers.opening import check_grid, open_teacher
 from pipelines.training.log import TrainLog
 from pipelines.training.run_dir import RunDir, refuse_changes
 from pipelines.training.tokenizer_step import sample_order, view_policy
@@ -28,6 +29,8 @@ ELSEWHERE = "then make it in another output"
 REMEDIES = {
     "dvae": "raise loss.kl_weight or loss.start_temperature, lower model.vocab_size or optim.lr, "
     "or give more varied images; then train into another output",
+    "vqkd": "raise vqkd.restart_below, lower model.vocab_size, give more varied images or another "
+    "layer; " + ELSEWHERE,
     "kmeans": "give more varied images or more data.codebook_images, or lower model.vocab_size; "
     + ELSEWHERE,
     "projection": "raise model.code_dim or give more varied images; " + ELSEWHERE,
@@ -56,17 +59,27 @@ class TokenizerPlan:
 
 
 def make_plan(config: TrainTokenizerConfig, images: ImageTable) -> TokenizerPlan:
-    """Everything that follows from configuration and table.
+    """Everything that follows from configuration, table and teacher.
 
     Raises:
-        InputError: a batch larger than the table.
+        InputError: a batch larger than the table, or a teacher that cannot be read or does not fit.
     """
-    source = {
+    source: dict[str, Any] = {
         "stage": STAGE,
         "image_table": images.fingerprint,
         "sample_order": sample_order(config, images).to_dict(),
         "options": deciding_options(config),
     }
+    if config.teacher:
+        model = config.model
+        side = model.image_size // model.stride
+        teacher = open_teacher(config.teacher, layer=config.layer, side=side)
+        check_grid(teacher, (side, side), image_size=model.image_size)
+        source["teacher"] = {
+            "fingerprint": teacher.fingerprint,
+            "weights": teacher.weights,
+            "name": teacher.name,
+        }
     return TokenizerPlan(
         total_steps=config.optim.steps if config.model.trained else 1, source=source
     )
@@ -98,10 +111,13 @@ def begin(run_dir: RunDir, config: TrainTokenizerConfig, plan: TokenizerPlan) ->
 
 
 def _fingerprints(plan: TokenizerPlan) -> dict[str, str]:
-    return {
+    fingerprints = {
         "image_table": plan.source["image_table"],
         "order": storage.fingerprint(plan.source["sample_order"]),
     }
+    if "teacher" in plan.source:
+        fingerprints["teacher"] = plan.source["teacher"]["fingerprint"]
+    return fingerprints
 
 
 def require_same(old: Mapping[str, Any], config: TrainTokenizerConfig, plan: TokenizerPlan) -> None:
@@ -115,6 +131,9 @@ def require_same(old: Mapping[str, Any], config: TrainTokenizerConfig, plan: Tok
     tables = old["image_table"], plan.source["image_table"]
     if tables[0] != tables[1]:
         changed["image_table"] = tables
+    teachers = [source.get("teacher", {}).get("fingerprint") for source in (old, plan.source)]
+    if teachers[0] != teachers[1]:
+        changed["teacher"] = (teachers[0], teachers[1])
     refuse_changes(config.output, "other settings or images", changed)
 
 

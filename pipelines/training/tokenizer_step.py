@@ -14,6 +14,7 @@ from beit.tokenizers import (
     ImageTokenizer,
     KmeansTokenizer,
     ProjectionTokenizer,
+    VqkdTokenizer,
 )
 from beit.view_policy import Framing, ViewPolicy
 from pipelines.config.train_tokenizer import (
@@ -41,6 +42,8 @@ class Outcome(NamedTuple):
     """float32 (K,), likewise and detached: `Learner.terms`."""
     codes: Tensor
     """int64 (B*h*w,): the tokens."""
+    states: Tensor | None = None
+    """float32 (B*h*w, D), detached: what was matched with the codebook, where the step moves it."""
 
 
 class Learner(nn.Module):
@@ -70,7 +73,7 @@ class Learner(nn.Module):
         """The loss of a worker's batch."""
         raise NotImplementedError
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, outcome: Outcome, step: int) -> None:
         """What follows the update of the weights."""
         raise NotImplementedError
 
@@ -104,6 +107,16 @@ def build_tokenizer(config: ModelConfig, *, seed: int) -> ImageTokenizer:
             return ProjectionTokenizer(
                 image_size=config.image_size,
                 patch_size=config.patch_size,
+                vocab_size=config.vocab_size,
+                code_dim=config.code_dim,
+            )
+        if config.kind == "vqkd":
+            return VqkdTokenizer(
+                image_size=config.image_size,
+                patch_size=config.patch_size,
+                dim=config.dim,
+                depth=config.depth,
+                num_heads=config.heads,
                 vocab_size=config.vocab_size,
                 code_dim=config.code_dim,
             )
@@ -163,8 +176,8 @@ def start_codebook(
     Raises:
         InputError: fewer patches than codes.
     """
-    if isinstance(tokenizer, DalleTokenizer):
-        return
+    if isinstance(tokenizer, DalleTokenizer | VqkdTokenizer):
+        return  # VQ-KD's starts from states of its first batch
     rows = sample_rows(images, config.data.codebook_images)
     policy = view_policy(config.views, seed=config.seed)
     (pixels,) = read_pixels(

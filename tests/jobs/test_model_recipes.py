@@ -8,10 +8,13 @@ import torch
 
 from beit.classifier import BeitClassifier
 from beit.mim import SIZES, BeitMIM, model_config
+from beit.tokenizers.vqkd import FeatureDecoder
 from jobs.command import parse
 from pipelines.config.finetune import AugmentConfig, FinetuneConfig, MixingConfig
 from pipelines.config.pretrain import PretrainConfig
+from pipelines.config.train_tokenizer import TrainTokenizerConfig
 from pipelines.training.objective import build_objective
+from pipelines.training.tokenizer_step import build_tokenizer
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
 BEIT = sorted(set(CONFIGS.glob("beit_*.yaml")) - set(CONFIGS.glob("beit_v2_*.yaml")))
@@ -140,6 +143,28 @@ def test_mae_is_the_official_network_and_schedule():
     left_out = 3 * 50 * (18 * 512**2 + 2 * 512 * 768)
     expected = 3 * 19.56e9 - 2 * 196 * 768 * 768
     assert objective.flops_per_image(147) + left_out == pytest.approx(expected, rel=2e-3)
+
+
+def test_vqkd_is_the_official_tokenizer_and_schedule():
+    path = CONFIGS / "vqkd_base_in1k.yaml"
+    flags = ["--config", str(path), "--images", "I", "--output", "O", "--teacher", "T"]
+    config = parse(TrainTokenizerConfig, flags, stage="train-tokenizer")
+    optim = config.optim
+    assert optim.lr == 5e-5 * config.data.global_batch_size / 128
+    assert (optim.min_lr, optim.beta2, optim.weight_decay) == (1e-5, 0.99, 1e-4)
+    assert (optim.steps, optim.warmup_steps) == (100 * (1_281_167 // 512), 10 * (1_281_167 // 512))
+    assert (optim.clip_grad_norm, config.views.min_area, config.views.jitter) == (None, 0.08, 0)
+    assert (config.vqkd.decay, config.vqkd.commitment) == (0.99, 1.0)
+    model = config.model
+    with torch.device("meta"):
+        tokenizer = build_tokenizer(model, seed=0)
+        decoder = FeatureDecoder(
+            num_patches=196, code_dim=model.code_dim, dim=model.dim,
+            depth=config.vqkd.decoder_depth, num_heads=model.heads, feature_dim=512,
+        )  # fmt: skip
+    assert tokenizer.grid_size == (14, 14)
+    assert sum(p.numel() for p in tokenizer.parameters()) == pytest.approx(86.40e6, abs=5e3)
+    assert sum(p.numel() for p in decoder.parameters()) == pytest.approx(22.42e6, abs=5e3)
 
 
 @pytest.mark.parametrize(
