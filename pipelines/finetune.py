@@ -291,7 +291,8 @@ def train_loop(  # noqa: PLR0912, PLR0915
 
             # Checkpoint, also where the run was asked to end: here, on all workers.
             ending = not at_end and log.end_requested(world)
-            if at_checkpoint or ending:
+            leaving = not at_end and log.node_leaving(world, step)
+            if at_checkpoint or ending or leaving:
                 with books.spend("checkpoint"):
                     save(step)
             if ending:

@@ -254,7 +254,7 @@ def train_loop(  # noqa: PLR0915
 
             # Also at checkpoints: a run that goes on from one begins its next period there.
             at_checkpoint = step % config.checkpoint.every_steps == 0 or step == total
-            ending = False
+            ending = leaving = False
             if step % config.log_every == 0 or at_checkpoint:
                 elapsed, wait = books.pace()
                 period = metrics.reduce(world, first_step=period_start)
@@ -278,7 +278,8 @@ def train_loop(  # noqa: PLR0915
                 check_health(tracked, step, config)
                 period_start = step
                 ending = step < total and log.end_requested(world)
-            if at_checkpoint or ending:
+                leaving = step < total and log.node_leaving(world, step)
+            if at_checkpoint or ending or leaving:
                 with books.spend("checkpoint"):
                     weights, moments = snapshot(learner.trained, optimizer, keep=first)
                     if first:

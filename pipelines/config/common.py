@@ -76,6 +76,8 @@ class ScalingConfig:
     """torch.compile the step."""
     max_failures: Annotated[int, Ge(0)] = 8
     """Restarts of the worker group before the run fails."""
+    max_preemptions: Annotated[int, Ge(0)] = 100
+    """Restarts because nodes were taken away after a notice (spot); counted apart."""
 
     def __post_init__(self) -> None:
         check(self, "scaling.")

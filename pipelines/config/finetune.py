@@ -32,6 +32,7 @@ MAY_CHANGE = (
     "scaling.accumulate_steps",
     "scaling.activation_checkpointing",
     "scaling.max_failures",
+    "scaling.max_preemptions",
     "scaling.peak_tflops",
     "checkpoint",
     "health",

@@ -33,6 +33,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    in_ray: bool = False
+    """Whether these are workers of Ray Train."""
 
     @property
     def grouped(self) -> bool:
@@ -112,7 +114,7 @@ def join_world(*, use_gpu: bool, in_ray: bool) -> World:
         torch.cuda.set_device(device)
     if not in_ray:
         return World(rank=0, size=1, device=device)
-    return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
+    return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device, in_ray=True)
 
 
 def resolve_precision(scaling: common.ScalingConfig, device: torch.device) -> str:

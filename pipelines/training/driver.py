@@ -269,7 +269,9 @@ def _train_on_ray(loop: Loop[Config_, Plan_], config: Config_, plan: Plan_, laun
             name=f"launch_{launch.launched_at:.3f}",
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=scaling.max_failures),
+            failure_config=FailureConfig(
+                max_failures=scaling.max_failures, max_preemption_failures=scaling.max_preemptions
+            ),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -293,8 +295,9 @@ def _train_on_ray(loop: Loop[Config_, Plan_], config: Config_, plan: Plan_, laun
     if failed is not None:
         last = str(failed).strip().splitlines()[-1]
         raise StageFailed(
-            f"the workers failed more than scaling.max_failures = {scaling.max_failures} times; "
-            f"the last time: {last}. Events: {run.at('events')}"
+            f"the workers failed more than scaling.max_failures = {scaling.max_failures} times"
+            f", or their nodes were taken away more than scaling.max_preemptions = "
+            f"{scaling.max_preemptions} times; the last time: {last}. Events: {run.at('events')}"
         ) from failed
 
 

@@ -24,6 +24,7 @@ from pipelines.progress import Progress
 from pipelines.steps import say_step
 from pipelines.tracking.spool import LinesFile, Spool
 from pipelines.tracking.system_metrics import SystemMetrics
+from pipelines.training import stopping
 from pipelines.training.checkpoint import complete_steps
 from pipelines.training.distributed import World
 from pipelines.training.goodput import Attempt, Books, device_peak
@@ -70,6 +71,7 @@ class TrainLog:
         )
         self.pause = 1.0 if storage.is_local(run.uri) else 20.0
         self.written = -math.inf
+        self.leaving = False
         self.metrics: LinesFile | None = None
         self.system: SystemMetrics | None = None
         if self.active:
@@ -110,6 +112,18 @@ class TrainLog:
             with tolerated():
                 requested = self.run.end_requested()
         return bool(world.broadcast(requested))
+
+    def node_leaving(self, world: World, step: int) -> bool:
+        """Whether a node of the workers will be taken away (a spot notice, a drain): then what is
+        done is saved at once, for Ray starts a new group when it goes.
+
+        The same answer on all workers, and all must ask: Ray makes a barrier of it.
+        """
+        notice = stopping.preemption_notice() if world.in_ray else ""
+        if notice and not self.leaving:
+            self.event("preemption_notice", step=step, message=f"{notice}; saving at step {step}")
+        self.leaving = bool(notice)
+        return self.leaving
 
     def rewind(self, step: int) -> None:
         """Drops metrics of steps that will be done again."""

@@ -10,6 +10,7 @@ import contextlib
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 from pipelines.errors import InputError
@@ -31,6 +32,19 @@ def stop_requested(saver: Saver, step: int, total_steps: int, world: World) -> S
     if world.rank == 0 and saved != step:
         return StopRequested(f"step {step} could not be saved, see the events")
     return StopRequested(f"saved at step {step} of {total_steps}")
+
+
+def preemption_notice() -> str:
+    """Which nodes of this group of Ray Train will be taken away and when; "": none. A barrier."""
+    from ray.train import get_preemption_info
+
+    info = get_preemption_info()
+    if info is None:
+        return ""
+    nodes = ", ".join(node[:8] for node in info.preempted_node_ids)
+    seconds = max(0.0, (info.deadline_ms or 0) / 1000 - time.time())
+    when = f" in {seconds:.0f} s" if info.deadline_ms else ""
+    return f"node {nodes} with workers {info.preempted_ranks} will be taken away{when}"
 
 
 def _raise_interrupt(*_: object) -> None:

@@ -21,6 +21,7 @@ class Scaling:
     use_gpu: bool = False
     cpus_per_worker: int = 1
     max_failures: int = 8
+    max_preemptions: int = 100
 
 
 @dataclass
