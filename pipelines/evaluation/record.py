@@ -82,6 +82,15 @@ def record(
             note="bands: 95 % over folds" if len(best.layers) > 1 else "",
         ),
     }
+    if result.gains:
+        drawn["gains"] = pictures.forest(
+            [
+                (f"over {TITLES[name]}", 100 * gain, 100 * low, 100 * high)
+                for name, (gain, low, high) in result.gains.items()
+            ],
+            title="What pretraining gains",
+            x_label="points of the linear probe, paired 95 % intervals",
+        )
     for name, picture in drawn.items():
         tracked.log_image(name, picture)
         storage.write_bytes(storage.join(result.output, f"{name}.png"), pictures.png(picture))

@@ -27,13 +27,15 @@ from pipelines.pictures.canvas import (
     new_canvas,
     shortened,
 )
-from pipelines.pictures.plots import codebook_usage, confusion, curve
+from pipelines.pictures.plots import bars, codebook_usage, confusion, curve, forest
 
 __all__ = [
+    "bars",
     "codebook_usage",
     "confusion",
     "contact_sheet",
     "curve",
+    "forest",
     "masked_input_grid",
     "png",
     "reconstruction_grid",

@@ -22,7 +22,7 @@ Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 
 def codebook_usage(counts: Any, *, title: str = "Codebook usage") -> Image.Image:
-    """How often each token occurs, most frequent first, on a logarithmic axis.
+    """How often each token occurs, most frequent first, on logarithmic axes, beside an even use.
 
     Args:
         counts: int (vocab_size,), occurrences of every token.
@@ -38,10 +38,14 @@ def codebook_usage(counts: Any, *, title: str = "Codebook usage") -> Image.Image
     )
     figure, axes = _plot(title, note)
     axes.set(
-        xlabel="token, by frequency", ylabel="occurrences", yscale="log", xlim=(0, len(values)),
-        ylim=(0.8, 1.5 * max(values.max(initial=0), 10)),
+        xlabel="token, by frequency", ylabel="occurrences", xscale="log", yscale="log",
+        xlim=(1, len(values) + 1), ylim=(0.8, 1.5 * max(values.max(initial=0), 10)),
     )  # fmt: skip
-    axes.stairs(values[:used], baseline=0.8, fill=True, color=_hex(SERIES[0]))
+    edges = np.arange(1, used + 2)
+    axes.stairs(values[:used], edges, baseline=0.8, fill=True, color=_hex(SERIES[0]))
+    even = total / len(values)
+    axes.axhline(even, color=_hex(SERIES[1]), linewidth=1, dashes=(4, 2), label="all alike")
+    _legend(figure, axes)
     return _drawn(figure)
 
 
@@ -90,9 +94,21 @@ def curve_svg(series: Series, *, title: str, x_label: str = "step", y_label: str
     return _svg(figure)
 
 
-def forest_svg(rows: Sequence[tuple[str, float, float, float]], *, title: str, x_label: str) -> str:
+Interval = tuple[str, float, float, float]
+
+
+def forest(rows: Sequence[Interval], *, title: str, x_label: str, note: str = "") -> Image.Image:
     """Differences and their intervals, one below the other: (name, value, low, high)."""
-    figure, axes = _plot(title, "", size=(7.6, 1.4 + 0.3 * len(rows)))
+    return _drawn(_forest(rows, title, x_label, note))
+
+
+def forest_svg(rows: Sequence[Interval], *, title: str, x_label: str) -> str:
+    """The same as an SVG element."""
+    return _svg(_forest(rows, title, x_label, ""))
+
+
+def _forest(rows: Sequence[Interval], title: str, x_label: str, note: str) -> Any:
+    figure, axes = _plot(title, note, size=(7.6, 1.6 + 0.3 * len(rows)))
     axes.grid(axis="x", color=_hex(FRAME))
     axes.axvline(0, color=_hex(INK), linewidth=1)
     for row, (_, value, low, high) in enumerate(rows):
@@ -100,7 +116,18 @@ def forest_svg(rows: Sequence[tuple[str, float, float, float]], *, title: str, x
         axes.plot([value], [row], "o", color=_hex(SERIES[0]))
     axes.set_yticks(range(len(rows)), [_short(name, 60) for name, *_ in rows], parse_math=False)
     axes.set(xlabel=x_label, ylim=(len(rows) - 0.5, -0.5))
-    return _svg(figure)
+    return figure
+
+
+def bars(shares: Mapping[str, float], *, title: str, x_label: str, note: str = "") -> Image.Image:
+    """A bar for every name, the largest first."""
+    order = sorted(shares, key=lambda name: -shares[name])
+    figure, axes = _plot(title, note, size=(7.6, 1.6 + 0.3 * len(order)))
+    axes.grid(axis="x", color=_hex(FRAME))
+    axes.barh(range(len(order)), [shares[name] for name in order], color=_hex(SERIES[0]))
+    axes.set_yticks(range(len(order)), order, parse_math=False)
+    axes.set(xlabel=x_label, ylim=(len(order) - 0.5, -0.5))
+    return _drawn(figure)
 
 
 def _curves(series: Series, title: str, x_label: str, y_label: str, note: str) -> tuple[Any, Any]:

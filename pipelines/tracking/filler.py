@@ -240,12 +240,15 @@ class Filler:
         weights = record.get("weights")
         if not weights:
             return
-        size = sum(file.size for file in storage.list_files(weights["uri"]))
+        # The record is without secrets: of a run's own weights the place is known with them.
+        own = self.spool.at("weights")
+        uri = own if redacted(own) == weights["uri"] else weights["uri"]
+        size = sum(file.size for file in storage.list_files(uri))
         self._progress(size / SLOWEST_UPLOAD)
         model_id = model_registry.log_weights(
             self.client,
             self.run_id,
-            weights["uri"],
+            uri,
             registered_model_name=weights["registered_model"],
         )
         told = (INPUT_TAG, OUTPUT_TAG, TOKENIZER_TAG)

@@ -30,6 +30,8 @@ from pipelines.redaction import redacted_values
 
 RECORD = "tracking.json"
 LINES = ("metrics.jsonl", "driver.jsonl", "system.jsonl")
+# What lines say of themselves, and nobody wants as a curve.
+NO_CURVES = ("first_step", "masked_patches")
 ATTACHED = ("config.yaml", "report.json")
 EVERYTHING = (RECORD, "driver.jsonl", "system.jsonl")
 DIRECTORIES = ("pictures", "files")
@@ -109,12 +111,11 @@ class Spool:
         return [file.path for file in storage.list_files(self.at("events"), ".json")]
 
     def values_of_event(self, name: str) -> Iterator[Values]:
-        """That it happened, and what it measured; nothing for an event of no step."""
+        """What it measured, or that it happened; nothing for an event of no step."""
         event = storage.read_json(self.at("events", name))
         if "step" in event:
-            kind = event["event"]
-            metrics = {} if kind == "measured" else {f"events/{kind}": 1.0}
-            metrics |= _numbers(event.get("figures", {}))
+            measured = _numbers(event.get("figures", {}))
+            metrics = measured or {f"events/{event['event']}": 1.0}
             timestamp = int(1000 * event["time"])
             yield Values(step=int(event["step"]), timestamp=timestamp, metrics=metrics)
 
@@ -152,7 +153,7 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     return {
         name: float(value)
         for name, value in values.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(value, int | float) and not isinstance(value, bool) and name not in NO_CURVES
     }
 
 

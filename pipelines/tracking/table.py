@@ -51,7 +51,6 @@ VIEWS = {
         "name": "Pretraining, best first",
         "filter": "tags.`beit.stage` = 'pretrain'",
         "columns": (
-            "attributes.`Description`",
             f"metrics.`{HEADLINE}`", f"metrics.`{LOW}`", f"metrics.`{HIGH}`",
             "metrics.`knn_accuracy`", "metrics.`mim_accuracy`", "metrics.`loss`",
             "params.`objective.kind`", "params.`masking.num_masked`", "params.`optim.lr`",

@@ -16,7 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from pipelines import storage, tracking
+from PIL import Image
+
+from pipelines import pictures, storage, tracking
 from pipelines.config.checks import flatten, to_dict
 from pipelines.config.common import ScalingConfig
 from pipelines.config.tracking import TrackingConfig
@@ -138,6 +140,8 @@ def train(
     finally:
         report = _report(plan, launch)
         run.write_report(report)
+        if tracked.run_id:
+            tracked.log_image("time", _picture_of_time(report), report["steps"])
         if report["outcome"] != "finished":
             tracked.set_note(_verdict_of_unfinished(report))
     if not any(attempt.launched_at == launched_at for attempt in run.attempts()):
@@ -364,6 +368,17 @@ def _report(plan: Plan, launch: Launch) -> dict[str, Any]:
         **plan.figures,
         "last_period": _last_period(run),
     }
+
+
+def _picture_of_time(report: Mapping[str, Any]) -> Image.Image:
+    books = report["goodput"]
+    wall = books["wall_seconds"]
+    return pictures.bars(
+        {name.replace("_", " "): value for name, value in books["seconds"].items() if value > 0},
+        title=f"Where the time of {report['steps']} steps went",
+        x_label="seconds",
+        note=f"{wall:,.0f} s in {books['attempts']} starts, {books['goodput']:.0%} productive",
+    )
 
 
 def _last_period(run: RunDir) -> dict[str, Any]:

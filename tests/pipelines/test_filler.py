@@ -35,9 +35,11 @@ def written(path, *, periods=PERIODS, status="FINISHED"):
     spool = Spool(str(path))
     lines = LinesFile(spool.at("metrics.jsonl"), start_step=0)
     for step in range(periods):
-        lines.append({"step": step, "loss": 1 / (1 + step), "loss_per_step": [1.0], "nan": None})
+        lines.append({"step": step, "loss": 1 / (1 + step), "loss_per_step": [1.0], "nan": None,
+                      "first_step": step})  # fmt: skip
     run = RunDir(str(path))
     run.event("probe", **{k: v for k, v in EVENT.items() if k not in ("event", "time")})
+    run.event("spike", step=8)
     run.event("resumed", message="not of a step")
     for step in (5, 10):
         spool.picture("pictures/painted", Image.new("RGB", (16, 16)), step)
@@ -55,13 +57,13 @@ def check_whole(client, run, *, periods=PERIODS):
     stored = client.get_run(run.run_id)
     assert stored.info.status == "FINISHED"
     assert steps(client, run, "loss") == list(range(periods))
-    assert steps(client, run, "events/probe") == [9]
+    assert steps(client, run, "events/spike") == [8]
     assert steps(client, run, "knn accuracy_") == [9]
-    assert set(stored.data.metrics) == {"loss", "events/probe", "knn accuracy_"}
+    assert set(stored.data.metrics) == {"loss", "events/spike", "knn accuracy_"}
     assert known_pictures(client, run.run_id) == {("pictures/painted", s) for s in (5, 10)}
     assert len(client.list_artifacts(run.run_id, "images")) == 4  # two files a picture
     assert {file.path for file in client.list_artifacts(run.run_id)} == {
-        "images", "deep", "config.yaml",
+        "images", "deep", "config.yaml", "figures",
     }  # fmt: skip
     assert (stored.data.params, stored.data.tags["a"]) == ({"lr": "1"}, "b")
     assert "beit.error" not in stored.data.tags
@@ -176,7 +178,7 @@ def test_what_a_dead_server_missed_is_kept_and_synced(config, tmp_path, monkeypa
     assert (result.runs[0].run_id, result.runs[0].pictures) == (run.run_id, 1)
     stored = client.get_run(run.run_id)
     assert (stored.info.status, stored.data.metrics) == ("FINISHED", {"codes": 7.0})
-    assert stored.data.tags["mlflow.note.content"] == "done"
+    assert stored.data.tags["mlflow.note.content"].startswith("done\n\n![codes.png](get-artifact?")
     assert not kept.exists()
 
 
