@@ -23,6 +23,7 @@ from ray.actor import ActorHandle
 from pipelines import lease, storage
 from pipelines.config.prepare import PrepareConfig
 from pipelines.errors import DamagedFileError, InputError, StageFailed
+from pipelines.preparation.against import difference
 from pipelines.preparation.ahead import mapped_ahead
 from pipelines.preparation.decode_process import DECODER, Rules
 from pipelines.preparation.report import (
@@ -53,7 +54,14 @@ from pipelines.preparation.unit import (
 )
 from pipelines.steps import say_step
 from pipelines.tables.image_files import REJECTED_SCHEMA, Part
-from pipelines.tables.image_table import IGNORED, MANIFEST, REJECTED, ImageTable, commit_manifest
+from pipelines.tables.image_table import (
+    IGNORED,
+    MANIFEST,
+    REJECTED,
+    ImageParts,
+    ImageTable,
+    commit_manifest,
+)
 from pipelines.units import (
     Outcome,
     attempt,
@@ -81,6 +89,15 @@ def run(config: PrepareConfig, *, decoder: str = DECODER) -> PrepareResult:
         if not getattr(config, name):
             raise InputError(f"{name} is empty: give a path or a URI")
     output = storage.absolute(config.output)
+    older = ImageParts.open(config.against) if config.against else None
+    result = _run(config, output, decoder)
+    if older is None:
+        return result
+    found = difference(ImageParts.open(output), older)
+    return dataclasses.replace(result, against=str(found))
+
+
+def _run(config: PrepareConfig, output: str, decoder: str) -> PrepareResult:
     if _is_finished(output) and not _has_leftovers(output):
         return _finished(config, output)
     try:

@@ -26,6 +26,8 @@ class PrepareConfig:
     sample."""
     output: str
     """Directory or URI that gets the image table."""
+    against: str = ""
+    """URI of an older image table: how many images are new, and how many are gone, is said."""
     format: Format = "auto"
     """What the source holds; auto looks at the file names."""
 
@@ -126,7 +128,15 @@ def tolerated(max_rejected: float | str, num_items: float) -> float:
 
 # What may differ when an interrupted prepare goes on; everything else decides what the table
 # contains.
-MAY_CHANGE = ("output", "max_rejected", "num_tasks", "lease", "tracking", "decode_timeout")
+MAY_CHANGE = (
+    "output",
+    "against",
+    "max_rejected",
+    "num_tasks",
+    "lease",
+    "tracking",
+    "decode_timeout",
+)
 
 
 def identity(config: PrepareConfig) -> dict[str, object]:

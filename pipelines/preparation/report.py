@@ -49,6 +49,8 @@ class PrepareResult:
     already_done: bool
     """The table was there; nothing was computed."""
     run_id: str = ""
+    against: str = ""
+    """What is new, where an older table was given."""
 
     @classmethod
     def of(cls, uri: str, manifest: Mapping[str, Any], *, already_done: bool) -> "PrepareResult":
@@ -77,6 +79,7 @@ class PrepareResult:
         return (
             f"{self.uri}: {self.num_rows} images in {parts}, {rejected} rejected{why}, {beside}"
             f"{self.classes()}, fingerprint {self.fingerprint}"
+            + (f"; {self.against}" if self.against else "")
         )
 
     def classes(self) -> str:
