@@ -74,6 +74,11 @@ class ScalingConfig:
     """bf16: autocast with float32 weights; auto: bf16 on CUDA, float32 on CPU."""
     compile: bool = False
     """torch.compile the step."""
+    stall_factor: Annotated[float, Gt(1)] = 20.0
+    """A worker that stands still for so many times its usual step is named (20 s at least)."""
+    stall_seconds: Annotated[float, Ge(10)] = 300.0
+    """Seconds that a worker may stand still, or wait for one that does, before the group is
+    restarted."""
     max_failures: Annotated[int, Ge(0)] = 8
     """Restarts of the worker group before the run fails."""
     max_preemptions: Annotated[int, Ge(0)] = 100

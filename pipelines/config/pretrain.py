@@ -33,6 +33,8 @@ MAY_CHANGE = (
     "scaling.compile",
     "scaling.accumulate_steps",
     "scaling.activation_checkpointing",
+    "scaling.stall_factor",
+    "scaling.stall_seconds",
     "scaling.max_failures",
     "scaling.max_preemptions",
     "scaling.peak_tflops",

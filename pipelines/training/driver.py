@@ -29,6 +29,7 @@ from pipelines.training.checkpoint import complete_steps
 from pipelines.training.distributed import World, join_world
 from pipelines.training.goodput import account
 from pipelines.training.log import ProgressThread, TrainLog
+from pipelines.training.pulse import DIRECTORY, Pulse, Stalls
 from pipelines.training.run_dir import RunDir
 from pipelines.training.stopping import StopRequested, saved_on_sigterm
 
@@ -130,7 +131,13 @@ def train(
         start_step = newest_step(run)
         with (
             saved_on_sigterm(run, launched_at=launched_at),
-            ProgressThread(run, stage, total_steps=plan.total_steps, start_step=start_step),
+            ProgressThread(
+                run,
+                stage,
+                total_steps=plan.total_steps,
+                start_step=start_step,
+                stalls=Stalls(run, factor=config.scaling.stall_factor),
+            ),
         ):
             if config.scaling.worker_range[1] == 0:
                 world = join_world(use_gpu=config.scaling.use_gpu, in_ray=False)
@@ -142,6 +149,7 @@ def train(
         run.write_report(report)
         if tracked.run_id:
             tracked.log_image("time", _picture_of_time(report), report["steps"])
+        storage.delete_prefix(run.at(DIRECTORY))
         if report["outcome"] != "finished":
             tracked.set_note(_verdict_of_unfinished(report))
     if not any(attempt.launched_at == launched_at for attempt in run.attempts()):
@@ -194,12 +202,10 @@ def _attempt(
             with contextlib.suppress(LeaseLost):
                 run.event(GAVE_UP, message=reason)
         return
-    with TrainLog(
-        run,
-        world,
-        launched_at=launched_at,
-        system_metrics=launch.tracked,
-    ) as log:
+    with (
+        TrainLog(run, world, launched_at=launched_at, system_metrics=launch.tracked) as log,
+        Pulse(run, log.books, rank=world.rank, limit=_limit(config.scaling)),
+    ):
         try:
             loop(config, plan, world, log)
         except StageFailed as verdict:
@@ -208,6 +214,14 @@ def _attempt(
             log.end(INTERRUPTED, str(request))
         else:
             log.end("finished")
+
+
+def _limit(scaling: ScalingConfig) -> float | None:
+    """Seconds after which a worker that stands still ends itself; None where nobody restarts it.
+
+    Those who wait for one that is stopped are ended by their collective, after as long.
+    """
+    return scaling.stall_seconds if scaling.worker_range[1] > 0 else None
 
 
 def hopeless(run: RunDir, launched_at: float, workers: int) -> str:
@@ -257,7 +271,8 @@ def _train_on_ray(loop: Loop[Config_, Plan_], config: Config_, plan: Plan_, laun
         _worker,
         train_loop_config={"loop": loop, "config": config, "plan": plan, "launch": launch},
         torch_config=TorchConfig(
-            backend="nccl" if scaling.use_gpu and _has_cuda() else "gloo", timeout_s=300
+            backend="nccl" if scaling.use_gpu and _has_cuda() else "gloo",
+            timeout_s=round(scaling.stall_seconds),
         ),
         scaling_config=ScalingConfig(
             num_workers=low if low == high else (low, high),

@@ -59,8 +59,15 @@ class Books:
         self._clock = clock
         self._since = clock()
         self._open = "startup"
+        self.steps = 0
+        """Times that data was waited for: steps that were begun."""
         self._seconds = dict.fromkeys(CATEGORIES, 0.0)
         self._paced = dict(self._seconds)
+
+    @property
+    def doing(self) -> str:
+        """The open category."""
+        return self._open
 
     def switch(self, category: str) -> str:
         """Closes the open category, opens this one, and returns the one that was open."""
@@ -73,6 +80,7 @@ class Books:
     def spend(self, category: str) -> Iterator[None]:
         """Books the time inside to `category`."""
         before = self.switch(category)
+        self.steps += category == "data_wait"
         try:
             yield
         finally:

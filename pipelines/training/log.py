@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from pipelines import storage
-from pipelines.errors import InputError
+from pipelines.errors import InputError, LeaseLost
 from pipelines.progress import Progress
 from pipelines.steps import say_step
 from pipelines.tracking.spool import LinesFile, Spool
@@ -29,6 +29,7 @@ from pipelines.training.checkpoint import complete_steps
 from pipelines.training.distributed import World
 from pipelines.training.goodput import Attempt, Books, device_peak
 from pipelines.training.health import Finding
+from pipelines.training.pulse import Stalls
 from pipelines.training.run_dir import RunDir
 
 log = logging.getLogger(__name__)
@@ -237,8 +238,16 @@ class ProgressThread:
     directory does.
     """
 
-    def __init__(self, run: RunDir, label: str, *, total_steps: int, start_step: int) -> None:
-        self.run = run
+    def __init__(
+        self,
+        run: RunDir,
+        label: str,
+        *,
+        total_steps: int,
+        start_step: int,
+        stalls: Stalls | None = None,
+    ) -> None:
+        self.run, self.stalls = run, stalls
         self.every = 0.5 if storage.is_local(run.uri) else 20.0
         self.seen = {event["time"] for event in run.events()}
         self.attempts = len(run.attempts())
@@ -263,10 +272,14 @@ class ProgressThread:
 
     def _show(self) -> None:
         try:
+            if self.stalls:
+                self.stalls.look()
             events = [event for event in self.run.events() if event["time"] not in self.seen]
             attempts = self.run.attempts()[self.attempts :]
         except (OSError, InputError) as error:  # storage is away: training itself may still go on
             log.warning("progress cannot be read: %s", error)
+            return
+        except LeaseLost:  # the workers find it, too
             return
         for event in events:
             self.seen.add(event["time"])

@@ -10,6 +10,7 @@
     attempts/*.json        one file a start of the worker group, with its time books
     skips.json             data that a rollback skipped
     ray/                   what Ray keeps while it trains
+    pulse/*.json           signs of life of the workers while they train
     report.json            where the time went, what to change, how it ended
     _lease/                which driver is at work, see `pipelines.lease`
 
@@ -238,7 +239,7 @@ class RunDir:
     def remove(self) -> None:
         """Deletes all that a run keeps here, and nothing else."""
         self.check()
-        for directory in ("checkpoints", "events", "attempts", "ray"):
+        for directory in ("checkpoints", "events", "attempts", "ray", "pulse"):
             storage.delete_prefix(self.at(directory))
         files = ("config.yaml", "run.json", "metrics.jsonl", "skips.json", "report.json")
         for name in (*files, "end_requested.json"):

@@ -20,6 +20,8 @@ class Scaling:
     worker_range: tuple = (0, 0)
     use_gpu: bool = False
     cpus_per_worker: int = 1
+    stall_factor: float = 20.0
+    stall_seconds: float = 300.0
     max_failures: int = 8
     max_preemptions: int = 100
 

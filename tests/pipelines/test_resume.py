@@ -99,6 +99,36 @@ class TestWorker:
         # At most the checkpoint that was being written is lost.
         assert resumed[0]["step"] >= step - 8, what
 
+    @pytest.mark.long
+    def test_a_stopped_worker_is_named_and_the_group_restarted(self, tables, tmp_path, undisturbed):
+        output = str(tmp_path / "run")
+        stopped = []
+
+        def stop():
+            wait_for_step(output, 20)
+            time.sleep(5)  # its pulse is heard, if the run is not over by then
+            stopped.append(RunDir(output).attempts()[-1].pids[1])
+            os.kill(stopped[0], signal.SIGSTOP)
+
+        thread = threading.Thread(target=stop)
+        thread.start()
+        config = config_for(tables, output, scaling={"stall_seconds": 40.0})
+        config = dataclasses.replace(
+            config, optim=dataclasses.replace(config.optim, steps=2000), log_every=20
+        )
+        result = pretrain.run(config)
+        thread.join()
+        assert result.report["goodput"]["attempts"] == 2
+        told = [event["message"] for event in events_of(output) if event["event"] == "stalled"]
+        assert any(f"(process {stopped[0]}) shows no sign of life" in text for text in told)
+        # The samples of the steps that both did are the same ones.
+        steps = per_step(output)
+        assert len(steps) == 2000
+        assert all(
+            steps[step][1] == samples
+            for step, (_, samples) in per_step(undisturbed.run_uri).items()
+        )
+
 
 DRIVER = """
 import os, sys
