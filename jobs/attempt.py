@@ -87,7 +87,8 @@ class Attempt:
 
             with contextlib.suppress(OSError, InputError):  # the log says it, too
                 storage.write_json(storage.beside(self.output, ".result.json"), record)
-        sys.stderr.flush()
+        if self.log is not None:
+            self.log.end_errors()
         told = "; ".join(" ".join(line.split()) for line in cause.splitlines())
         print(f"beit: exit code {code}" + (f": {told}" if told else ""), flush=True)
         if self.log is not None:
@@ -109,13 +110,22 @@ class KeptLog:
         sys.stdout.flush()
         sys.stderr.flush()
         self.real = os.dup(1), os.dup(2)
-        self.pumps = [self._copied(1), self._copied(2)]
+        # Where both go to one file, as in Ray's log of a job, they stay in their order.
+        one = os.path.sameopenfile(1, 2)
+        self.pumps = [self._copied(1, 2)] if one else [self._copied(1), self._copied(2)]
         self.flusher = threading.Thread(target=self._flush_often, name="kept log", daemon=True)
         self.flusher.start()
 
     def keep_at(self, place: str, name: str) -> None:
         """From now on the log is stored in this directory, from its beginning."""
         self.place, self.name = place, name
+
+    def end_errors(self) -> None:
+        """What is printed from now on stands after all that went to standard error."""
+        sys.stderr.flush()
+        if len(self.pumps) > 1:
+            os.dup2(self.real[1], 2)
+            self.pumps[1].join(timeout=5)  # a child may hold the other end
 
     def close(self) -> None:
         """Stores the rest; the descriptors are what they were."""
@@ -124,17 +134,18 @@ class KeptLog:
         for number, descriptor in enumerate(self.real, start=1):
             os.dup2(descriptor, number)
         for pump in self.pumps:
-            pump.join(timeout=5)  # a child may hold the other end
+            pump.join(timeout=5)
         self.stop.set()
         self.flusher.join(timeout=30)
         self._flush()
 
-    def _copied(self, number: int) -> threading.Thread:
+    def _copied(self, *numbers: int) -> threading.Thread:
         source, target = os.pipe()
-        os.dup2(target, number)
+        for number in numbers:
+            os.dup2(target, number)
         os.close(target)
         pump = threading.Thread(
-            target=self._pump, args=(source, self.real[number - 1]), name="log", daemon=True
+            target=self._pump, args=(source, self.real[numbers[0] - 1]), name="log", daemon=True
         )
         pump.start()
         return pump

@@ -33,14 +33,14 @@ sys.exit(cli.main(["prepare", *sys.argv[1:]]))
 REFUSED = "raise InputError('source: no such folder')"
 
 
-def attempt(output, body, *flags, job="beit-job", **environment):
+def attempt(output, body, *flags, job="beit-job", errors=subprocess.PIPE, **environment):
     environment = {name: value for name, value in environment.items() if value}
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("BEIT_", "RAY_ADDRESS"))}
     return subprocess.run(
         [sys.executable, "-c", DRIVER.replace("{body}", textwrap.indent(body, "    ").strip()),
          "--source", "/photos", "--output", str(output), *flags],
         cwd=REPOSITORY, env={**inherited, "BEIT_JOB": job, **environment},
-        text=True, capture_output=True, check=False,
+        text=True, stdout=subprocess.PIPE, stderr=errors, check=False,
     )  # fmt: skip
 
 
@@ -76,6 +76,21 @@ def test_an_attempt_leaves_code_cause_and_log(tmp_path, body, code, cause):
     assert "geheim" not in log
     assert log.strip().splitlines()[-1] == last
     assert ("Traceback" in log) == ("a bug" in cause)
+
+
+def test_what_goes_to_one_file_stays_in_its_order(tmp_path):
+    """As in Ray's log of a job."""
+    output = tmp_path / "images"
+    body = (
+        "for number in range(200):\n"
+        "    print('line', number, file=(sys.stdout, sys.stderr)[number % 2], flush=True)\n"
+        f"{REFUSED}"
+    )
+    done = attempt(output, body, errors=subprocess.STDOUT)
+    for text in (done.stdout, *kept(output)):
+        lines = [line for line in text.splitlines() if line.startswith("line ")]
+        assert lines == [f"line {number}" for number in range(200)]
+        assert text.strip().splitlines()[-1].startswith("beit: exit code 2")
 
 
 def test_flags_that_do_not_parse_are_told_as_the_last_line(tmp_path):
