@@ -143,10 +143,11 @@ class Stalls:
         self._hear()
         message = self.message()
         if message and not self.told:
+            self.told = True
             self.run.event(STALLED, message=message)
-        elif self.told and not message:
+        elif self.told and not message and not self._silent():
+            self.told = False
             self.run.event(STALL_ENDED, message="all workers move again")
-        self.told = bool(message)
 
     def _hear(self) -> None:
         beats = {}
@@ -163,12 +164,7 @@ class Stalls:
 
     def message(self) -> str:
         """Who stands still, since when, and what the others do; "" if nobody does."""
-        now = self.clock()
-        silent = {
-            rank: now - heard
-            for rank, (beat, heard) in self.heard.items()
-            if now - heard > self._patience(beat)
-        }
+        silent = self._silent()
         if len(silent) == len(self.heard) and max(silent.values(), default=0) < UNKNOWN_SECONDS:
             silent = {}  # a restart
         living = [beat for rank, (beat, _) in self.heard.items() if rank not in silent]
@@ -188,6 +184,15 @@ class Stalls:
         told += [f"{beat.name} waits, {_told(beat)}" for beat in others]
         usual = max(beat.usual for beat, _ in self.heard.values())
         return "; ".join(told) + (f". A step usually takes {usual:.2g} s" if usual else "")
+
+    def _silent(self) -> dict[int, float]:
+        """Ranks of which nothing was heard for long, with the seconds."""
+        now = self.clock()
+        return {
+            rank: now - heard
+            for rank, (beat, heard) in self.heard.items()
+            if now - heard > self._patience(beat)
+        }
 
     def _stands_still(self, beat: Beat, share: float) -> bool:
         of_steps = beat.usual > 0 and beat.doing in OF_STEPS

@@ -54,9 +54,13 @@ def test_a_silent_worker_is_named_once_and_its_end_is_told(run):
     assert told.startswith("rank 1 on node-1 (process 101) shows no sign of life since ")
     assert "rank 0 on node-0 (process 100) waits, is in a step since" in told
     assert "in all_reduce (d.py:1). A step usually takes 0.5 s" in told
+    # The waiting one gives up, and its file goes: that is no end of it.
+    (Path(run.uri) / "pulse/0.json").unlink()
+    assert watch.at(41) == ""
+    assert [event["event"] for event in run.events()] == ["stalled"]
     beat(run, 0, number=99)
     beat(run, 1, number=99)
-    assert watch.at(41) == ""
+    assert watch.at(42) == ""
     assert [event["event"] for event in run.events()] == ["stalled", "stall_ended"]
 
 
