@@ -17,7 +17,6 @@ from PIL import Image
 
 from pipelines import storage
 from pipelines.redaction import redacted
-from pipelines.tracking import model_registry
 from pipelines.tracking.datasets import (
     INPUT_TAG,
     OUTPUT_TAG,
@@ -240,6 +239,8 @@ class Filler:
         weights = record.get("weights")
         if not weights:
             return
+        from pipelines.tracking import model_registry  # and torch, which few stages need here
+
         # The record is without secrets: of a run's own weights the place is known with them.
         own = self.spool.at("weights")
         uri = own if redacted(own) == weights["uri"] else weights["uri"]

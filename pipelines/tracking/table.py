@@ -30,7 +30,10 @@ DECIDING = {
         "model.architecture", "model.vocab_size", "model.dim", "model.image_size",
         "loss.likelihood", "optim.lr", "optim.steps", "data.global_batch_size", "seed", "images",
     ),
-    "tokenize": ("images", "tokenizer", "num_views", "first_view", "precision", "image_size"),
+    "tokenize": (
+        "images", "tokenizer", "num_views", "first_view", "rows_per_unit", "precision",
+        "image_size",
+    ),
     "evaluate": (
         "run", "images", "test_images", "pooling", "num_folds", "knn_k", "crop_fraction",
         "max_images", "seed",
