@@ -152,6 +152,7 @@ def _is_finished(output: str) -> bool:
 
 def _finished(config: PrepareConfig, output: str) -> PrepareResult:
     table = ImageTable.open(output)
+    table.check_parts()
     source = table.manifest["source"]["uri"]
     check_identity(config, output, {"source": source, **table.manifest["options"]})
     result = PrepareResult.of(output, table.manifest, already_done=True)

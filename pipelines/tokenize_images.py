@@ -45,6 +45,7 @@ def run(config: TokenizeConfig) -> TokenizeResult:
         if not getattr(config, name):
             raise InputError(f"{name} is empty: give a URI with --{name}")
     images = ImageParts.open(config.images)
+    images.check_parts()
     task, libraries = plan_task(config, images)
     units = plan_units(
         [part.name for part in images.parts],

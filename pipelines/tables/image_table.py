@@ -248,6 +248,24 @@ class ImageParts:
             [split_position(group, seed=seed) < share for group in self.groups()], dtype=bool
         )
 
+    def check_parts(self) -> None:
+        """Looks whether every part is there in its size: one listing, nothing is read.
+
+        Raises:
+            InputError: one is missing or cut short; names the first and how many there are.
+        """
+        files = storage.list_files(self.uri, ".parquet", recursive=False)
+        sizes = {file.path: file.size for file in files}
+        lost = [part for part in self.parts if sizes.get(part.name) != part.bytes]
+        if lost:
+            found = sizes.get(lost[0].name)
+            what = "is missing" if found is None else f"has {found:,} of {lost[0].bytes:,} bytes"
+            raise InputError(
+                f"{self.uri}: {lost[0].name} {what} ({len(lost)} of {len(self.parts)} parts are "
+                f"not whole): bring the files back, or delete {MANIFEST} there and run the same "
+                "`beit prepare` again, which makes all parts"
+            )
+
     def part_uri(self, position: int) -> str:
         """Address of one part's file."""
         return storage.join(self.uri, self.parts[position].name)

@@ -101,3 +101,18 @@ def test_two_drivers_that_plan_at_once_with_other_options_do_not_mix(config, mon
     with pytest.raises(InputError, match="max_side"):
         make_plan(other, config.output)
     assert read_plan(config, config.output).options["max_side"] == config.max_side
+
+
+def test_a_finished_table_with_a_lost_part_is_not_done(config) -> None:
+    work_off(config)
+    whole = prepare.run(config)
+    part = Path(config.output) / "part-00001.parquet"
+    data = part.read_bytes()
+    part.write_bytes(data[:-5])
+    with pytest.raises(InputError, match=r"part-00001\.parquet has .* bytes \(1 of \d+ parts"):
+        prepare.run(config)
+    part.unlink()
+    with pytest.raises(InputError, match=r"part-00001\.parquet is missing"):
+        prepare.run(config)
+    part.write_bytes(data)
+    assert prepare.run(config).fingerprint == whole.fingerprint
