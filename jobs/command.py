@@ -11,6 +11,7 @@ import importlib
 import os
 import secrets
 import signal
+import site
 import sys
 import threading
 import traceback
@@ -18,10 +19,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jobs
 from jobs.attempt import Attempt
 from jobs.environment import hide_secrets, prepare_environment, worker_environment
 from jobs.recipes import recipe_names, with_lists, with_recipes
 from jobs.submission.access import JOB, NO_CLUSTER, require_cluster, token_file, use_token
+from jobs.terminal import printable_output
 from pipelines.config.lease import LeaseConfig
 from pipelines.config.pretrain import PretrainConfig, run_uri
 from pipelines.config.tracking import TrackingConfig
@@ -84,9 +87,9 @@ def stage_main(
         result = importlib.import_module(module).run(config)
         summary = getattr(result, "summary", None)
         if summary is not None:
-            print(printable(summary(), keep="\n"))
+            print(summary())
 
-    with terminated_as_interrupted():
+    with terminated_as_interrupted(), printable_output():
         return exit_code(run)
 
 
@@ -254,7 +257,8 @@ def connect_to_ray() -> None:
     verbose = is_verbose()
     quiet: dict[str, Any] = {} if verbose else {"log_to_driver": False, "logging_level": "ERROR"}
     try:
-        with contextlib.nullcontext() if verbose else _muted_stderr():
+        muted = contextlib.nullcontext() if verbose else _muted_stderr()
+        with muted, contextlib.chdir(import_root()):
             if address:
                 ray.init(address="auto", runtime_env=runtime_env, **quiet)
             else:
@@ -269,6 +273,17 @@ def connect_to_ray() -> None:
         ) from error
     have = ray.cluster_resources()
     say_step(f"Ray is there: {have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs")
+
+
+def import_root() -> Path:
+    """Where Ray is started: its workers import from that directory first of all.
+
+    In the user's it would be his `queue.py` that they import. It is a checkout, where workers need
+    it, and else one in which nobody keeps modules.
+    """
+    root = Path(jobs.__file__).parents[1]
+    installed = {Path(path).resolve() for path in (*site.getsitepackages(), site.USER_SITE) if path}
+    return Path("/") if root.resolve() in installed else root
 
 
 def _start_ray(**options: Any) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from pipelines import storage
+from pipelines.errors import printable
 from pipelines.redaction import redacted
 from pipelines.tracking.datasets import (
     INPUT_TAG,
@@ -46,6 +47,11 @@ SLOWEST_UPLOAD = 1e6
 def metric_name(name: str) -> str:
     """`name` with every character that MLflow refuses in metric names made an underscore."""
     return re.sub(r"[^\w\-. /]", "_", name)
+
+
+def _shown(value: object, length: int) -> str:
+    """Text for the database and for pages that show it."""
+    return printable(redacted(str(value)), keep="\n\t")[:length]
 
 
 class Filler:
@@ -112,7 +118,7 @@ class Filler:
     def _send_params(self, params: Mapping[str, Any], known: Mapping[str, str]) -> None:
         from mlflow.entities import Param
 
-        values = {name: redacted(str(value))[:MAX_PARAM_LENGTH] for name, value in params.items()}
+        values = {name: _shown(value, MAX_PARAM_LENGTH) for name, value in params.items()}
         new = [Param(name, value) for name, value in values.items() if name not in known]
         for start in range(0, len(new), MAX_PARAMS):
             self.client.log_batch(self.run_id, params=new[start : start + MAX_PARAMS])
@@ -131,7 +137,7 @@ class Filler:
     def _set_tags(self, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
-        values = {name: redacted(str(value))[:MAX_TAG_LENGTH] for name, value in tags.items()}
+        values = {name: _shown(value, MAX_TAG_LENGTH) for name, value in tags.items()}
         new = {name: value for name, value in values.items() if self._tags.get(name) != value}
         pairs = [RunTag(name, value) for name, value in new.items()]
         for start in range(0, len(pairs), MAX_TAGS):

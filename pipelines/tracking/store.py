@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pipelines import storage
 from pipelines.config.tracking import TrackingConfig
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 log = logging.getLogger(__name__)
+SQLITE = "sqlite:///"
 
 
 def quiet_mlflow() -> None:
@@ -28,16 +29,20 @@ def quiet_mlflow() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def database_path(uri: str) -> Path:
+    """The file of a sqlite URI, in which `%25` and `%3F` stand for percent and question mark."""
+    return Path(unquote(uri.removeprefix(SQLITE)))
+
+
 def absolute_tracking_uri(uri: str) -> str:
     """The tracking URI as every process understands it, whatever its working directory.
 
     Raises:
         InputError: it is a plain path or of an unknown kind.
     """
-    if not uri:
-        return f"sqlite:///{Path('mlflow.db').absolute()}"
-    if uri.startswith("sqlite:///"):
-        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+    if not uri or uri.startswith(SQLITE):
+        path = str((database_path(uri) if uri else Path("mlflow.db")).absolute())
+        return SQLITE + path.replace("%", "%25").replace("?", "%3F")
     scheme = urlsplit(uri).scheme
     if scheme.partition("+")[0] in ("http", "https", "postgresql", "mysql", "mssql", "databricks"):
         return uri
@@ -109,10 +114,10 @@ def require_answer(uri: str) -> None:
 def _alone_with_file(tracking_uri: str) -> Iterator[None]:
     """One process at a time, for a SQLite file: MLflow makes its tables when it first opens one,
     and of two that do so at once both fail."""
-    if not tracking_uri.startswith("sqlite:///"):
+    if not tracking_uri.startswith(SQLITE):
         yield
         return
-    path = Path(tracking_uri.removeprefix("sqlite:///"))
+    path = database_path(tracking_uri)
     with path.with_name(f".{path.name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -146,9 +151,11 @@ def artifact_location(config: TrackingConfig, tracking_uri: str) -> str | None:
     directory = re.sub(r"[^\w.-]", "_", config.experiment)
     if config.artifact_uri:
         return storage.join(storage.absolute(config.artifact_uri), directory)
-    if tracking_uri.startswith("sqlite:///"):
-        parent = Path(tracking_uri.removeprefix("sqlite:///")).parent
-        return str(parent / "mlartifacts" / directory)
+    if tracking_uri.startswith(SQLITE):
+        parent = database_path(tracking_uri).parent
+        place = parent / "mlartifacts" / directory
+        # MLflow takes a percent sign in a path for an escape.
+        return place.as_uri() if "%" in str(place) else str(place)
     if tracking_uri.startswith(("http", "databricks")):
         return None
     raise InputError(

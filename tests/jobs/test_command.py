@@ -3,6 +3,7 @@
 import errno
 import importlib
 import os
+import site
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from jobs import cli
-from jobs.command import _start_ray, exit_code, parse
+from jobs.command import _start_ray, connect_to_ray, exit_code, import_root, parse
 from pipelines import storage
 from pipelines.errors import InputError, StageFailed
 
@@ -144,6 +145,30 @@ def test_ray_is_given_time_on_a_busy_machine(
     with pytest.raises(Exception, match="timed out") if failures > starts else nullcontext():
         _start_ray()
     assert len(begun) == starts
+
+
+def test_workers_import_nothing_from_the_users_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[Path] = []
+    monkeypatch.setitem(
+        sys.modules,
+        "ray",
+        SimpleNamespace(
+            is_initialized=lambda: False,
+            init=lambda **_: places.append(Path.cwd()),
+            cluster_resources=dict,
+        ),
+    )
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.chdir(tmp_path)
+    connect_to_ray()
+    assert places == [import_root()]
+    assert Path.cwd() == tmp_path
+    checkout = import_root()
+    assert (checkout / "jobs").is_dir()
+    monkeypatch.setattr(site, "getsitepackages", lambda: [str(checkout)])
+    assert import_root() == Path("/")
 
 
 def test_programming_errors_keep_their_traceback() -> None:

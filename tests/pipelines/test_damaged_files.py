@@ -324,6 +324,7 @@ def test_damage_is_harmless_or_named(subjects: dict[str, Subject], name: str) ->
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", NAMES)
 def test_much_damage_is_harmless_or_named(
     subjects: dict[str, Subject], name: str, capsys: pytest.CaptureFixture[str]
