@@ -10,6 +10,7 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
+from jobs.environment import ENVIRONMENT
 from pipelines import sync, tracking
 from pipelines.config.sync import SyncConfig
 from pipelines.config.tracking import TrackingConfig
@@ -235,8 +236,10 @@ def wait_until(condition, seconds=120):
 
 
 @pytest.mark.long
-def test_a_real_server_may_go_and_come_back(empty_store, tmp_path):
+def test_a_real_server_may_go_and_come_back(empty_store, tmp_path, monkeypatch):
     """Away in between, then dead at the end: the run is marked, and `sync` makes it whole."""
+    for name in ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
+        monkeypatch.setenv(name, ENVIRONMENT[name])  # as of every command: else minutes pass
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
