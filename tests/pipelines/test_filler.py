@@ -259,6 +259,7 @@ def test_a_real_server_may_go_and_come_back(empty_store, tmp_path, monkeypatch):
 
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
+        wait_until(lambda: not answers(port))  # its workers hold the port a moment longer
 
     server = serve()
     try:
