@@ -98,8 +98,8 @@ def untrained(work: Path, seed: int) -> str:
     network = MaeNetwork(**MODEL, **DECODER)
     network.init_weights(torch.Generator().manual_seed(seed))
     extra = {"pixel_mean": PIXELS["mean"], "pixel_std": PIXELS["std"]}
-    save_weights(network.plain(), work / f"random-{seed}", extra=extra)
-    return str(work / f"random-{seed}")
+    save_weights(network.plain(), work / f"initial-{seed}", extra=extra)
+    return str(work / f"initial-{seed}")
 
 
 def tuned(
