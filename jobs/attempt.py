@@ -42,7 +42,7 @@ class Attempt:
         if not self.job:
             return
         from pipelines import storage
-        from pipelines.preflight.node import code_digest
+        from pipelines.code_digest import code_digest
 
         self.identity = storage.fingerprint([stage, to_dict(config), code_digest()])
         address = os.environ.get("RAY_ADDRESS", "this machine")
@@ -152,7 +152,8 @@ class KeptLog:
 
     def _pump(self, source: int, real: int) -> None:
         while data := os.read(source, 65536):
-            os.write(real, data)
+            with contextlib.suppress(OSError):  # a full disk, a reader that is gone: never wait
+                os.write(real, data)
             with self.lock:
                 if self.place or len(self.segment) < SEGMENT_BYTES:
                     self.segment += data
@@ -171,8 +172,12 @@ class KeptLog:
                 return
             text = redacted(self.segment.decode(errors="replace"))
             name = f"{self.name}.{self.number:03d}.log"
+        try:
+            storage.write_bytes(storage.join(self.place, name), text.encode())
+        except (OSError, InputError):
+            return  # tried again with the next piece; the cluster has it, too
+        with self.lock:
             self.kept = size
             if size > SEGMENT_BYTES:
-                self.number, self.segment, self.kept = self.number + 1, bytearray(), 0
-        with contextlib.suppress(OSError, InputError):  # the cluster has it, too
-            storage.write_bytes(storage.join(self.place, name), text.encode())
+                self.number, self.kept = self.number + 1, 0
+                del self.segment[:size]

@@ -78,8 +78,8 @@ def stage_main(
     def run(attempt: Attempt) -> None:
         config = parse(config_class, argv, stage=stage)
         config = with_job_name(with_tracking_environment(config))
-        attempt.begin(stage, config, output_of(config))
         prepare_environment()
+        attempt.begin(stage, config, output_of(config))
         if ray == "always" or (ray == "workers" and _asks_for_workers(config)):
             connect_to_ray()
             preflight(stage, config)

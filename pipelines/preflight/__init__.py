@@ -19,7 +19,15 @@ from pipelines import storage
 from pipelines.errors import InputError, StageFailed
 from pipelines.preflight import capacity
 from pipelines.preflight.capacity import Bundle
-from pipelines.preflight.node import Place, Question, Report, Trouble, examine, existing_directory
+from pipelines.preflight.node import (
+    MARK,
+    Place,
+    Question,
+    Report,
+    Trouble,
+    examine,
+    existing_directory,
+)
 from pipelines.redaction import redacted
 from pipelines.steps import say_step
 
@@ -113,7 +121,7 @@ def _with_mark(place: Place) -> Place:
     """With the file by which a node shows that it sees and may write the same place."""
     if not place.written:
         return place
-    name = f"preflight-{uuid.uuid4().hex[:12]}.tmp"  # nothing that a stage would take for its own
+    name = f"{MARK}{uuid.uuid4().hex[:12]}.tmp"  # nothing that a stage would take for its own
     uri = storage.absolute(place.uri)
     within = str(existing_directory(uri)) if storage.is_local(uri) else uri
     return dataclasses.replace(place, mark=storage.join(within, name))

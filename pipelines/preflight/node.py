@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipelines import storage
+from pipelines.code_digest import code_digest
 from pipelines.errors import InputError
 from pipelines.preflight.accelerator import accelerator_trouble
 from pipelines.tracking.store import require_answer
@@ -18,6 +19,8 @@ Result = TypeVar("Result")
 
 LIBRARIES = ("ray", "torch", "pyarrow", "numpy", "pillow")
 # By what an artefact is known; the first that is there decides.
+MARK = "preflight-"
+"""How names begin of the files by which nodes show that they see one place."""
 IDENTITIES = ("manifest.json", "config.json", "config.yaml")
 MOST_NAMES = 10_000
 # Clients of stores try for minutes by themselves.
@@ -167,7 +170,9 @@ def _names(uri: str) -> str:
         return f"{path.stat().st_size} bytes"
     names: list[str] = []
     for entry in path.iterdir():
-        names.append(entry.name)
+        # Marks come and go while other nodes look.
+        if not entry.name.startswith(MARK):
+            names.append(entry.name)
         if len(names) > MOST_NAMES:
             return "many files"
     return storage.fingerprint(sorted(names))
@@ -202,12 +207,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "missing"
     return found | {"beit and pipelines": code_digest()}
-
-
-def code_digest() -> str:
-    """Hash of the source of the packages that workers run."""
-    root = Path(__file__).parents[2]
-    files = sorted(path for name in ("beit", "pipelines") for path in (root / name).rglob("*.py"))
-    return storage.fingerprint(
-        [[str(path.relative_to(root)), storage.digest(path.read_bytes())] for path in files]
-    )[:8]

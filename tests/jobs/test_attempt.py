@@ -150,6 +150,42 @@ def test_a_long_log_is_kept_in_pieces(tmp_path):
     assert lines == [f"line {number}" for number in range(300)]
 
 
+def test_a_piece_whose_storing_failed_is_stored_later(tmp_path):
+    output = tmp_path / "images"
+    body = (
+        "from jobs import attempt\nfrom pipelines import storage\nimport gc, time\n"
+        "log = next(o for o in gc.get_objects() if isinstance(o, attempt.KeptLog))\n"
+        "attempt.SEGMENT_BYTES = 10\nwrite = storage.write_bytes\n"
+        "def refuse(*_): raise OSError('away')\n"
+        "print('what would be lost', flush=True)\ntime.sleep(0.1)\n"
+        "storage.write_bytes = refuse\nlog._flush()\nstorage.write_bytes = write\n"
+        "print('what came after', flush=True)"
+    )
+    assert attempt(output, body).returncode == 0
+    assert "what would be lost\nwhat came after" in "".join(kept(output))
+
+
+def test_nobody_who_reads_stops_no_job(tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", DRIVER.replace("{body}", "print('x' * 500_000)"),
+             "--source", "/photos", "--output", str(tmp_path / "images")],
+            cwd=REPOSITORY, env={**os.environ, "BEIT_JOB": "job"}, stdout=writing,
+            stderr=writing, check=False, timeout=60,
+        )  # fmt: skip
+    finally:
+        os.close(writing)
+    assert done.returncode == 0
+    assert result(tmp_path / "images")["exit_code"] == 0
+
+
+def test_ray_is_imported_by_nothing_before_its_settings_stand(tmp_path):
+    body = "import sys\nassert 'ray' not in sys.modules"
+    assert attempt(tmp_path / "images", body).returncode == 0
+
+
 def test_without_a_job_nothing_is_left(tmp_path):
     output = tmp_path / "images"
     assert attempt(output, REFUSED, job="").returncode == 2

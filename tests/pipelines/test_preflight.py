@@ -12,7 +12,7 @@ from jobs.cli import parse_stage
 from jobs.needs import is_done, needs_of
 from jobs.recipes import shipped_recipes
 from pipelines import preflight
-from pipelines.preflight import Bundle, Place, accelerator, capacity
+from pipelines.preflight import Bundle, Place, accelerator, capacity, node
 from pipelines.preflight.node import Question, examine, existing_part
 
 CPU_TORCH = torch.version.cuda is None and torch.version.hip is None
@@ -94,6 +94,16 @@ def test_what_cannot_be_read_or_written_is_one_sentence(place, reason):
     assert reason in said
     assert said.startswith(f"{place.field} = {place.uri}: on node n: ")
     assert "\n" not in said
+
+
+def test_marks_that_nodes_leave_beside_each_other_are_not_looked_at(tmp_path):
+    """The input may lie where the output will: `--source /data/*.tar --output /data/table`."""
+    (tmp_path / "one.tar").touch()
+    before = node._names(str(tmp_path))
+    (tmp_path / f"{node.MARK}0123.tmp").touch()
+    assert node._names(str(tmp_path)) == before
+    (tmp_path / "two.tar").touch()
+    assert node._names(str(tmp_path)) != before
 
 
 def test_a_glob_is_looked_at_up_to_its_wildcard():
