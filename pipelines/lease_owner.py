@@ -65,10 +65,15 @@ def _started(process: int) -> str:
 
 
 def _has_ended(owner: Owner) -> bool:
+    """/proc alone does not say: it may hide another user's processes (hidepid)."""
+    try:
+        os.kill(owner.process, 0)  # sends nothing
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass  # it is there, and another user's
     try:
         stat = _stat(owner.process)
-    except (FileNotFoundError, ProcessLookupError):
-        return True
     except OSError:
         return False
     # One that was killed and not yet buried (Z, X) writes no more.

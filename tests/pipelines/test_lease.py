@@ -218,6 +218,21 @@ class TestOwner:
         child.communicate()
         assert dead.is_gone()
 
+    def test_a_process_that_proc_hides_is_alive(self, monkeypatch):
+        """Another user's, where /proc is mounted with hidepid."""
+
+        def hidden(process):
+            raise FileNotFoundError
+
+        def not_ours(process, signal):
+            raise PermissionError
+
+        here = Owner.here("prepare")
+        monkeypatch.setattr(lease_owner, "_stat", hidden)
+        assert not here.is_gone()
+        monkeypatch.setattr(lease_owner.os, "kill", not_ours)
+        assert not here.is_gone()
+
     def test_judges_no_process_of_another_machine(self):
         here = Owner.here("prepare")
         assert not dataclasses.replace(here, process=2**22 + 1, machine="elsewhere").is_gone()
