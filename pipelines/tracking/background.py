@@ -1,5 +1,6 @@
 """Fills a run in a thread while its stage works, and once more at the end, for a bounded time."""
 
+import contextlib
 import logging
 import threading
 import time
@@ -29,6 +30,8 @@ class Background:
         self._wake, self._closing, self._given_up = (threading.Event() for _ in range(3))
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
+        # Of its own: filling takes long where a server is slow, and the run lives all the while.
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def close(self) -> bool:
         """Lets everything be sent that waits; whether MLflow has it all.
@@ -44,13 +47,10 @@ class Background:
         return self.complete
 
     def _work(self) -> None:
-        pause = beaten = 0.0
+        pause = 0.0
         while not self._given_up.is_set():
             closing, began = self._closing.is_set(), time.monotonic()
             try:
-                if began - beaten > BEAT_EVERY or not beaten:
-                    self.filler.beat()
-                    beaten = began
                 self.filler.fill(final=closing)
                 if closing:
                     self.complete = True
@@ -62,7 +62,13 @@ class Background:
                 self._say_away(error)
             # A large spool takes seconds to read: at most a twentieth of the time goes into it.
             took = time.monotonic() - began
-            self._wait(max(self._every, pause, 20 * took))
+            self._wait(max(self._every, pause, min(20 * took, MAX_PAUSE)))
+
+    def _beat(self) -> None:
+        while not self._given_up.is_set():
+            with contextlib.suppress(Exception):  # filling tells what the server refuses
+                self.filler.beat()
+            self._given_up.wait(BEAT_EVERY)
 
     def _wait(self, seconds: float) -> None:
         if self._closing.is_set():  # hurried: somebody waits

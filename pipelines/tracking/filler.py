@@ -91,7 +91,6 @@ class Filler:
         """Says that this run lives."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.client.set_tag(self.run_id, HEARTBEAT_TAG, now)
-        self._progress()
 
     def _progress(self, seconds: float = 0.0) -> None:
         self.deadline = time.monotonic() + self.patience + seconds

@@ -14,6 +14,7 @@ from jobs.environment import ENVIRONMENT
 from pipelines import sync, tracking
 from pipelines.config.sync import SyncConfig
 from pipelines.config.tracking import TrackingConfig
+from pipelines.tracking import background
 from pipelines.tracking.background import Background
 from pipelines.tracking.filler import Filler, known_pictures
 from pipelines.tracking.spool import LinesFile, Spool
@@ -144,19 +145,44 @@ class Away:
 
 
 def test_at_the_end_a_dead_server_is_waited_for_only_so_long(caplog):
-    background = Background(Away(10**9), every=60, shown="mlflow")
+    away = Background(Away(10**9), every=60, shown="mlflow")
     begin = time.monotonic()
-    assert not background.close()
+    assert not away.close()
     assert 0.9 < time.monotonic() - begin < 5
     assert caplog.text.count("mlflow takes nothing") == 1
     assert "geheim" not in caplog.text
 
 
 def test_a_server_that_comes_back_in_time_gets_everything():
-    background = Background(Away(2), every=60, shown="mlflow")
-    background.filler.patience = 20.0
-    assert background.close()
-    assert background.filler.calls[-1] is True
+    away = Background(Away(2), every=60, shown="mlflow")
+    away.filler.patience = 20.0
+    assert away.close()
+    assert away.filler.calls[-1] is True
+
+
+class Slow(Away):
+    """A filler whose server takes its time for everything."""
+
+    def __init__(self, seconds):
+        super().__init__(0)
+        self.seconds, self.beats = seconds, 0
+
+    def beat(self):
+        self.beats += 1
+
+    def fill(self, *, final=False):
+        super().fill(final=final)
+        time.sleep(self.seconds)
+
+
+def test_a_slow_server_is_filled_and_told_of_life_all_the_same(monkeypatch):
+    monkeypatch.setattr(background, "MAX_PAUSE", 0.1)
+    monkeypatch.setattr(background, "BEAT_EVERY", 0.05)
+    slow = Background(Slow(0.5), every=0.01, shown="mlflow")
+    slow.filler.patience = 20.0
+    wait_until(lambda: len(slow.filler.calls) >= 2, seconds=5)  # not in 20 times half a second
+    assert slow.filler.beats > 3  # also while it fills
+    assert slow.close()
 
 
 def test_what_a_dead_server_missed_is_kept_and_synced(config, tmp_path, monkeypatch, caplog):
