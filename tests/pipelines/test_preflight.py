@@ -163,11 +163,15 @@ def test_room_is_on_nodes_not_in_sums(count, each, nodes, fitting):
 def test_every_recipe_says_what_it_needs(name):
     chain = name in ("quickstart", "demo")
     tunes = name.startswith("finetune")
+    codes = name.startswith("vqkd")
     stage = "pipeline" if chain else "finetune" if tunes else "pretrain"
+    stage = "train-tokenizer" if codes else stage
     flags = ["--config", name, "--output", "s3://b/out", "--tracking.uri", "http://mlflow:5000"]
     reads = ["--tokens", "s3://b/t,s3://b/u"]
     if tunes:
         reads = ["--run", "s3://b/r", "--test", "s3://b/v"]
+    if codes:
+        reads = ["--teacher", "s3://b/r", "--layer", "9"]
     flags = flags[:4] if chain else [*flags, "--images", "s3://b/i", *reads]
     config = parse_stage(stage, flags)
     needs = needs_of(stage, config)
@@ -179,6 +183,8 @@ def test_every_recipe_says_what_it_needs(name):
     inputs = {"tokens[0]": "s3://b/t", "tokens[1]": "s3://b/u"}
     if tunes:
         inputs = {"run": "s3://b/r", "test": "s3://b/v"}
+    if codes:
+        inputs = {"teacher": "s3://b/r"}
     assert named == {"output": named["output"], "images": "s3://b/i", **inputs}
     (workers,) = needs.bundles[0]
     assert workers.count == config.scaling.worker_range[0]
