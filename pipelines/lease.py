@@ -70,10 +70,13 @@ class Folder:
         storage.delete(storage.join(self.uri, name))
 
     def remove_if_empty(self) -> None:
-        """Takes a local directory away that nobody else uses."""
+        """Takes a local directory away that nobody else uses, with what killed ones half wrote."""
         if storage.is_local(self.uri):
+            path = Path(storage.absolute(self.uri))
             with contextlib.suppress(OSError):
-                Path(storage.absolute(self.uri)).rmdir()
+                for left in path.glob(".*.tmp"):  # a living waiter's: it tries again
+                    left.unlink(missing_ok=True)
+                path.rmdir()
 
 
 @dataclass(frozen=True, kw_only=True)

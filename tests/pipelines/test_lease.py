@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from pipelines import lease as lease_module
 from pipelines import lease_owner
+from pipelines.config.lease import LeaseConfig
 from pipelines.errors import LeaseLost
 from pipelines.lease import Fence, Lease
 from pipelines.lease_owner import Owner
@@ -202,6 +204,15 @@ class TestTaking:
         store.files["000001.json"] = b"{half"
         lease(store, "two", clock=clock).take(poll=1, waiting=lambda _: None)
         assert clock[0] >= EXPIRES
+
+
+def test_nothing_of_a_lease_stays_beside_what_is_done(tmp_path):
+    """Also not what a driver had half written when it was killed."""
+    left = tmp_path / "_lease/.000001.json.0a1b2c3d.tmp"
+    with lease_module.held(str(tmp_path), LeaseConfig(), stage="test") as holder:
+        left.write_bytes(b"half")
+        holder.done()
+    assert not list(tmp_path.iterdir())
 
 
 class TestOwner:
