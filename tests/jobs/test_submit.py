@@ -66,9 +66,12 @@ def test_this_checkout_is_small(tmp_path):
 def test_the_configuration_that_is_sent_is_the_one_that_was_meant(name, tmp_path):
     chain = name in ("quickstart", "demo")
     tunes = name.startswith("finetune")
+    codes = name.startswith("vqkd")
     stage = "pipeline" if chain else "finetune" if tunes else "pretrain"
+    stage = "train-tokenizer" if codes else stage
     flags = ["--config", name, "--output", "/shared/out"]
     reads = ["--run", "/shared/r"] if tunes else ["--tokens", "/shared/t"]
+    reads = ["--teacher", "/shared/r"] if codes else reads
     flags += [] if chain else ["--images", "/shared/i", *reads]
     sent = tmp_path / "job.yaml"
     sent.write_text(submit.describe(stage, flags).config_text)
