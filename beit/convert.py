@@ -205,8 +205,11 @@ def from_timm(
     """The network of a timm `Beit`: with `fc_norm` a classifier, with `norm` an encoder.
 
     The latter is a `BeitMIM` with neither head nor (timm has none) a useful mask token.
+    `image_size` and `num_heads` serve what tensors do not tell, as in `from_unilm`.
     """
     ours = {n: v for n, v in state.items() if not n.endswith("relative_position_index")}
+    if isinstance(image_size, int) and square_side(ours):
+        image_size = None  # the tensors tell their own
     config = infer_config(ours, image_size=image_size, num_heads=num_heads, source=source)
     return _load(_build(config), ours, source)
 

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from beit.classifier import BeitClassifier
 from beit.convert import BLOCK_NAMES, State, swap
 from beit.infer_config import HEAD_DIM
 from beit.mae import MaeNetwork
@@ -65,12 +66,17 @@ def from_mae(
     return _built(ours, num_heads=num_heads, source=source)
 
 
-def to_mae(model: MaeLike) -> dict[str, State]:
+def to_mae(model: MaeLike | BeitClassifier) -> dict[str, State]:
     """What the official code loads: `{"model": tensors}`.
 
     Of an encoder alone, what its fine-tuning takes (and timm as a plain vision transformer).
-    ValueError for an encoder that is none of MAE's: with relative positions or layer scale.
+    ValueError for a classifier, and for an encoder that is none of MAE's: with relative positions
+    or layer scale.
     """
+    if isinstance(model, BeitClassifier):
+        raise ValueError(  # noqa: TRY004 - a format that was asked for
+            "an MAE file has no place for a classifier's head: use format unilm, hf or timm"
+        )
     if model.pos_embed is None or model.relative_positions != "none" or model.layer_scale_init:
         raise ValueError(
             "an MAE file has absolute positions, no relative ones and no layer scale; this network "

@@ -28,6 +28,7 @@ from beit.convert import (
 )
 from beit.convert_mae import from_mae, is_mae, mae_from_huggingface, to_mae
 from beit.git_lfs import check_fetched
+from beit.infer_config import options_of
 from beit.mae import MaeNetwork
 from beit.mim import BeitMIM, BeitV2MIM
 from beit.tensor_files import read_tensors
@@ -36,6 +37,7 @@ from beit.weights import FORMATS, is_ours, load_weights
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 UNILM_FILE = "checkpoint.pth"
+PREPROCESSOR_FILE = "preprocessor_config.json"
 ONNX_FILE = "encoder.onnx"
 ONNX_OPSET = 18
 # Training saves of the official code carry their options: argparse's record of plain values, paths
@@ -92,7 +94,8 @@ def load_whole(
         return from_huggingface(_read_folder(place), config, source=str(place))
     if config.get("model_type") == "vit_mae":
         return mae_from_huggingface(_read_folder(place), config, source=str(place))
-    arguments = config.get("model_args")
+    # Published folders have no model_args: what they do not tell is read off the tensors.
+    arguments = config.get("model_args") or {}
     if isinstance(arguments, Mapping) and str(config.get("architecture")).startswith("beit"):
         return from_timm(
             _read_folder(place),
@@ -121,27 +124,53 @@ def pixel_statistics(path: str | Path) -> tuple[Sequence[float], Sequence[float]
     """Mean and deviation of pixels in [0, 1] by which the weights in `path` want them normalised.
 
     As their family says: transformers' image processor, timm's configuration, the options inside
-    an official BEiT file, ImageNet's for an official MAE file. None where nothing says so.
+    an official BEiT file, ImageNet's for an official MAE file. None where nothing says so;
+    ValueError for what is no JSON, or says it by anything but three numbers each.
     """
     place = Path(path)
     if place.is_file():
         return _statistics_of_file(_read_tensors(place))
     if (place / UNILM_FILE).is_file() and not (place / "config.json").is_file():
         return pixel_statistics(place / UNILM_FILE)
-    if (place / "preprocessor_config.json").is_file():
-        values = json.loads((place / "preprocessor_config.json").read_text())
-        return values["image_mean"], values["image_std"]
-    timm = (_read_config(place) or {}).get("pretrained_cfg") or {}
-    return (timm["mean"], timm["std"]) if "mean" in timm and "std" in timm else None
+    processor = _read_json(place / PREPROCESSOR_FILE)
+    if processor is not None:
+        return _told(processor, ("image_mean", "image_std"), place / PREPROCESSOR_FILE)
+    timm = (_read_config(place) or {}).get("pretrained_cfg")
+    return _told(timm, ("mean", "std"), place / "config.json")
+
+
+def _told(
+    values: Any, names: tuple[str, str], path: Path
+) -> tuple[Sequence[float], Sequence[float]] | None:
+    if not isinstance(values, Mapping) or any(values.get(name) is None for name in names):
+        return None
+    mean, std = (_channels(values[name], f"{path}: {name}") for name in names)
+    return mean, std
+
+
+def _channels(value: Any, where: str) -> list[float]:
+    numbers = isinstance(value, list) and [c for c in value if isinstance(c, int | float)]
+    if not numbers or len(numbers) != 3 or numbers != value:
+        raise ValueError(f"{where} = {value!r}: expected three numbers")
+    return numbers
 
 
 def _statistics_of_file(state: Mapping[str, Any]) -> tuple[Sequence[float], Sequence[float]] | None:
-    args = state.get("args")
-    options = args if isinstance(args, Mapping) else vars(args) if args is not None else {}
+    options = options_of(state.get("args"))
     imagenet = options.get("imagenet_default_mean_and_std")
     if imagenet or (imagenet is None and is_mae(official_tensors(state))):
         return IMAGENET_MEAN, IMAGENET_STD
     return None if imagenet is None else ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def class_names(folder: str | Path) -> list[str]:
+    """Of a transformers classifier, in the order of its outputs; empty where nobody named them."""
+    named = (_read_config(Path(folder)) or {}).get("id2label")
+    if not isinstance(named, Mapping) or set(named) != {str(i) for i in range(len(named))}:
+        return []
+    names = [str(named[str(i)]) for i in range(len(named))]
+    # What transformers writes for classes without names.
+    return [] if names == [f"LABEL_{i}" for i in range(len(names))] else names
 
 
 def write_unilm(model: Network, folder: str | Path) -> list[str]:
@@ -151,7 +180,7 @@ def write_unilm(model: Network, folder: str | Path) -> list[str]:
     return [UNILM_FILE]
 
 
-def write_mae(model: MaeNetwork | BeitMIM, folder: str | Path) -> list[str]:
+def write_mae(model: MaeNetwork | Network, folder: str | Path) -> list[str]:
     """`checkpoint.pth` for MAE's official scripts (`--finetune`, or `--resume`)."""
     directory = _made(folder)
     torch.save(to_mae(model), directory / UNILM_FILE)
@@ -185,8 +214,8 @@ def write_huggingface(
         "image_std": list(std),
         "do_reduce_labels": False,
     }
-    _write_json(directory / "preprocessor_config.json", preprocessing)
-    return ["model.safetensors", "config.json", "preprocessor_config.json"]
+    _write_json(directory / PREPROCESSOR_FILE, preprocessing)
+    return ["model.safetensors", "config.json", PREPROCESSOR_FILE]
 
 
 def write_timm(
@@ -289,7 +318,10 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _read_config(folder: Path) -> dict[str, Any] | None:
-    path = folder / "config.json"
+    return _read_json(folder / "config.json")
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     check_fetched(path)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
@@ -80,9 +81,16 @@ def square_side(state: Mapping[str, Tensor]) -> int:
     return 0
 
 
+def options_of(args: Any) -> Mapping[str, Any]:
+    """The options beside an official file's tensors; empty where they are in no form we know."""
+    if isinstance(args, Namespace):
+        return vars(args)
+    return args if isinstance(args, Mapping) else {}
+
+
 def aggregation(state: Mapping[str, Tensor], args: Any, depth: int) -> dict[str, int]:
     """What `BeitV2MIM` needs besides, of tensors and the options that the file was trained with."""
-    given = args if isinstance(args, Mapping) else vars(args) if args is not None else {}
+    given = options_of(args)
     layers = {int(n.split(".")[1]) for n in state if n.startswith("cls_pt_layers.")}
     early_layer = int(given.get("early_layers") or max(1, depth - 3))
     return {"early_layer": early_layer, "head_layers": max(layers) + 1}

@@ -181,6 +181,8 @@ def train_loop(  # noqa: PLR0912, PLR0915
                 )
 
         if found is None:
+            begun = f"is fresh: {plan.why_fresh}" if plan.why_fresh else "of the weights goes on"
+            log.event("head", kept=plan.keep_head, message=f"the head {begun}")
             with books.spend("checkpoint"):
                 save(step)
         batches = data.batches(skips.segments(step, plan.total_steps))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from beit.convert import Network
-from beit.foreign import load_network, load_whole, pixel_statistics
+from beit.foreign import class_names, load_network, load_whole, pixel_statistics
 from beit.mae import MaeNetwork
 from beit.positions import resize_positions
 from beit.weights import CONFIG_FILE, WEIGHTS_FILE, is_ours
@@ -77,9 +77,10 @@ def _open(
             network = read(local, image_size=image_size, num_heads=num_heads)
             if image_size is not None and network.image_size != (image_size, image_size):
                 network = resize_positions(network, image_size)
+            extra = _extra(local)
         except ValueError as error:
             raise InputError(f"{field} = {uri}: {str(error).replace(str(local), place)}") from error
-        return Stored(network=network, uri=place, fingerprint=_identity(local), extra=_extra(local))
+        return Stored(network=network, uri=place, fingerprint=_identity(local), extra=extra)
 
 
 def weights_fingerprint(uri: str) -> str:
@@ -129,8 +130,9 @@ def _extra(local: Path) -> dict[str, Any]:
     config = _config(local)
     if is_ours(config):
         return dict(config.get("extra") or {})
-    told = pixel_statistics(local)
-    return {} if told is None else {"pixel_mean": list(told[0]), "pixel_std": list(told[1])}
+    told, names = pixel_statistics(local), class_names(local)
+    pixels = {} if told is None else {"pixel_mean": list(told[0]), "pixel_std": list(told[1])}
+    return {**pixels, "class_names": names} if names else pixels
 
 
 def _config(local: Path) -> dict[str, Any]:

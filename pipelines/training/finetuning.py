@@ -35,14 +35,19 @@ class FinetunePlan:
     """Of the training table: the head has one output for each."""
     trained: tuple[bool, ...]
     """Which of them have images."""
-    keep_head: bool
-    """Whether the head of the weights goes on."""
+    why_fresh: str
+    """Why the head begins anew; empty where that of the weights goes on."""
     image_size: int
     grid_size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     flops_per_image: float
     fingerprints: Mapping[str, Any]
+
+    @property
+    def keep_head(self) -> bool:
+        """Whether the head of the weights goes on."""
+        return not self.why_fresh
 
     @property
     def figures(self) -> dict[str, float]:
@@ -122,8 +127,8 @@ def make_plan(config: FinetuneConfig, tables: TrainingTables, source: Stored) ->
         test = open_test(config.test, class_names, trained)
         fingerprints["test"] = test.table.fingerprint
     mean, std = pixel_statistics(config, source)
-    keep_head = config.model.head == "auto" and tuple(source.class_names) == class_names
-    network = built(config, source, num_classes=len(class_names), keep_head=keep_head)
+    why_fresh = _why_fresh(config, source, class_names)
+    network = built(config, source, num_classes=len(class_names), keep_head=not why_fresh)
     return FinetunePlan(
         total_steps=total,
         warmup_steps=warmup,
@@ -131,7 +136,7 @@ def make_plan(config: FinetuneConfig, tables: TrainingTables, source: Stored) ->
         test_every_steps=max(1, round(config.testing.every_epochs * order.steps_per_epoch)),
         class_names=class_names,
         trained=trained,
-        keep_head=keep_head,
+        why_fresh=why_fresh,
         image_size=network.image_size[0],
         grid_size=network.grid_size,
         mean=mean,
@@ -139,6 +144,22 @@ def make_plan(config: FinetuneConfig, tables: TrainingTables, source: Stored) ->
         flops_per_image=network.flops_per_image(),
         fingerprints=fingerprints,
     )
+
+
+def _why_fresh(config: FinetuneConfig, source: Stored, class_names: tuple[str, ...]) -> str:
+    """Why the head of the weights, if they have one, cannot go on; empty where it can."""
+    network, model = source.network, config.model
+    if not isinstance(network, BeitClassifier) or not network.num_classes:
+        return "the weights have none"
+    if model.head == "fresh":
+        return "model.head = fresh"
+    if network.pooling != model.pooling:
+        return f"the weights' own was trained on pooling {network.pooling}, not {model.pooling}"
+    if not source.class_names:
+        return "the weights do not name their classes"
+    if tuple(source.class_names) != class_names or network.num_classes != len(class_names):
+        return "the weights' own is of other classes than the images"
+    return ""
 
 
 def pixel_statistics(

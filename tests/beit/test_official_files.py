@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
 
+from beit.classifier import BeitClassifier
 from beit.convert import from_unilm, to_unilm
 from beit.convert_mae import from_mae, to_mae
 from beit.foreign import IMAGENET_MEAN, load_network, load_whole, pixel_statistics
@@ -150,6 +151,10 @@ class TestMae:
         with pytest.raises(ValueError, match=r"unknown: head\.weight"):
             from_mae(state)
 
+    def test_a_classifier_is_none(self):
+        with pytest.raises(ValueError, match="use format unilm, hf or timm"):
+            to_mae(BeitClassifier(**PLAIN, num_classes=3))
+
 
 @pytest.mark.parametrize(("imagenet", "mean"), [(True, IMAGENET_MEAN), (False, (0.5, 0.5, 0.5))])
 def test_options_of_a_training_save_tell_how_pixels_were_normalised(v2, tmp_path, imagenet, mean):
@@ -158,6 +163,8 @@ def test_options_of_a_training_save_tell_how_pixels_were_normalised(v2, tmp_path
     assert pixel_statistics(tmp_path / "checkpoint.pth")[0] == mean
 
 
-def test_a_bare_file_does_not_tell(v2, tmp_path):
-    torch.save(to_unilm(v2), tmp_path / "checkpoint.pth")
+@pytest.mark.parametrize("args", [{}, {"args": 3}, {"args": ["--lr", "1"]}])
+def test_a_bare_file_does_not_tell(v2, tmp_path, args):
+    torch.save({**to_unilm(v2), **args}, tmp_path / "checkpoint.pth")
     assert pixel_statistics(tmp_path) is None
+    assert load_whole(tmp_path).early_layer == 1

@@ -23,6 +23,7 @@ from beit.weights import load_weights, save_weights
 from pipelines.config.export import ExportConfig
 from pipelines.errors import InputError
 from pipelines.export import run
+from pipelines.tables.weights_store import open_network
 
 CONFIG = {
     "image_size": 32,
@@ -143,6 +144,39 @@ def test_onnx_of_a_non_square_plain_classifier(tmp_path):
     images = torch.randn(4, 3, 16, 40, generator=torch.Generator().manual_seed(5))
     found = session.run(None, {"pixels": images.numpy()})[0]
     assert np.abs(found - model.eval()(images).detach().numpy()).max() < 1e-4
+
+
+def test_a_timm_folder_as_published_has_no_arguments(run_uri, tmp_path, model):
+    _, output = export(run_uri, tmp_path, format="timm")
+    config = json.loads((tmp_path / "out" / "timm" / "config.json").read_text())
+    for arguments in ({}, {"model_args": {}}, {"model_args": None}):
+        told = {k: v for k, v in config.items() if k != "model_args"} | arguments
+        (tmp_path / "out" / "timm" / "config.json").write_text(json.dumps(told))
+        with torch.no_grad():
+            found = load_network(output).eval().features(pixels())
+            assert torch.equal(found, model.features(pixels()))
+        assert open_network(output, image_size=48).network.grid_size == (6, 6)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"out/hf/preprocessor_config\.json is not JSON"),
+        ('{"image_mean": 0.5, "image_std": [1, 1, 1]}', r"image_mean = 0\.5: expected three numb"),
+        ('{"image_mean": [0, 0, 0], "image_std": ["a", 1, 1]}', r"image_std = \['a', 1, 1\]: exp"),
+    ],
+)
+def test_a_damaged_image_processor_is_named(run_uri, tmp_path, text, message):
+    _, output = export(run_uri, tmp_path, format="hf")
+    (tmp_path / "out" / "hf" / "preprocessor_config.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        open_network(output)
+
+
+def test_an_image_processor_may_leave_out_the_normalisation(run_uri, tmp_path):
+    _, output = export(run_uri, tmp_path, format="hf")
+    (tmp_path / "out" / "hf" / "preprocessor_config.json").write_text('{"do_normalize": false}')
+    assert open_network(output).extra == {}
 
 
 def test_positions_are_resized_on_the_way_out(run_uri, tmp_path):
