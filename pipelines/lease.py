@@ -175,13 +175,14 @@ class Lease:
     def _try(self) -> _Generation | None:
         """Takes the lease, or says who holds it."""
         while True:
+            looked = self.clock()
             newest = self._newest()
             if newest is not None and newest.nonce == self.nonce:
                 if self._is_next(newest):
                     self._begin(newest.number)
                     return None
                 self.store.delete(_name(newest.number))
-            elif newest is None or newest.ended or self._is_over(newest):
+            elif newest is None or newest.ended or self._is_over(newest, looked):
                 self._create_after(newest)
             else:
                 return newest
@@ -210,14 +211,18 @@ class Lease:
             beat=beat,
         )
 
-    def _is_over(self, found: _Generation) -> bool:
-        """Whether its process is dead, or its heartbeat stood still while we watched."""
+    def _is_over(self, found: _Generation, looked: float) -> bool:
+        """Whether its process is dead, or its heartbeat stood still while we watched.
+
+        Between two looks it did so for as long as from the end of the first one to the beginning
+        of the second (`looked`): where we stood still within a look says nothing of the holder.
+        """
         if self.is_gone(found.owner):
             return True
         sign = (found.number, found.nonce, found.beat)
         if sign != self._seen:
             self._seen, self._since = sign, self.clock()
-        return self.clock() - self._since >= (found.expires or self.expires)
+        return looked - self._since >= (found.expires or self.expires)
 
     def _create_after(self, newest: _Generation | None) -> None:
         number, follows = (newest.number, newest.nonce) if newest else (0, "")

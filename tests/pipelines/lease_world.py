@@ -36,7 +36,7 @@ class World:
     """Whether the store creates only if absent."""
     now: float = 0.0
     files: dict[str, bytes] = field(default_factory=dict)
-    late: list[tuple[float, str, bytes]] = field(default_factory=list)
+    late: list[tuple[float, str, bytes | None]] = field(default_factory=list)
     log: list[tuple] = field(default_factory=list)
     dead: set[str] = field(default_factory=set)
 
@@ -89,13 +89,25 @@ class World:
     def _arrive(self):
         for item in [item for item in self.late if item[0] <= self.now]:
             self.late.remove(item)
-            if item[1] not in self.files or not self.exclusive or not item[1].endswith(".json"):
+            if item[2] is None:
+                self.remove(item[1])
+            elif item[1] not in self.files or not self.exclusive or not item[1].endswith(".json"):
                 self.put(*item[1:])
 
     def put(self, name, data):
         self.files[name] = data
         if name.endswith(".json"):
-            self.log.append(("created", "", (int(name[:-5]), json.loads(data)["nonce"])))
+            record = json.loads(data)
+            which = (int(name[:-5]), record["nonce"])
+            self.log.append(("created", "", which, self.now, record["follows"]))
+        else:
+            self.log.append(
+                (name.rpartition(".")[2], "", name.rpartition(".")[0].partition("-")[2], self.now)
+            )
+
+    def remove(self, name):
+        if self.files.pop(name, None) is not None:
+            self.log.append(("removed", "", name, self.now))
 
     def pass_time(self, name, seconds):
         """Another one may go on; this one does after `seconds`, or never."""
@@ -148,10 +160,10 @@ class View:
         return self._call(action, late=(name, data))
 
     def write(self, name, data):
-        self._call(lambda: self.world.files.update({name: data}), late=(name, data))
+        self._call(lambda: self.world.put(name, data), late=(name, data))
 
     def delete(self, name):
-        self._call(lambda: self.world.files.pop(name, None))
+        self._call(lambda: self.world.remove(name), late=(name, None))
 
 
 def drive(world, name, *, commits, rounds=1, removes=True):
@@ -180,7 +192,7 @@ def drive(world, name, *, commits, rounds=1, removes=True):
                     try:
                         fence.check()
                     except LeaseLost:
-                        world.log.append(("lost", name, which))
+                        world.log.append(("lost", name, which, world.now))
                         break
                     except OSError:
                         continue

@@ -193,6 +193,24 @@ class TestTaking:
         watching.take(poll=1, waiting=lambda _: None)
         assert EXPIRES <= clock[0] <= EXPIRES + 1
 
+    def test_a_waiter_that_stands_still_after_its_look_blames_nobody(self):
+        """What it read is old by then; the holder has raised its heartbeat meanwhile."""
+        store, clock = Memory(), [0.0]
+        holder = lease(store, "one", clock=clock)
+        fence = holder.take(poll=1, waiting=never)
+        watching = lease(store, "two", clock=clock)
+        watching._try()
+
+        def read(name):
+            data = Memory.read(store, name)
+            clock[0] += 2 * EXPIRES if name.endswith(".beat") else 0.0
+            return data
+
+        store.read = read
+        assert watching._try().owner.host == "one"
+        holder.beat()
+        fence.check()
+
     def test_a_store_that_refuses_is_told(self):
         store = Memory()
         store.error = OSError(28, "No space left on device")
