@@ -142,12 +142,20 @@ class Lease:
         self._beats = 0
         self._seen: tuple[int, str, bytes] | None = None
         self._since = 0.0
+        self._is_alive = False
         self._refusals = 0
 
     # -- in --------------------------------------------------------------------------------
 
-    def take(self, *, poll: float, waiting: Callable[[Owner], None]) -> Fence:
-        """Returns when the lease is ours; `waiting` is told of every owner that is waited for.
+    def take(
+        self,
+        *,
+        poll: float,
+        waiting: Callable[[Owner], None],
+        alive: Callable[[Owner], None] = lambda _: None,
+    ) -> Fence:
+        """Returns when the lease is ours; `waiting` is told of every owner that is waited for,
+        `alive` of one whose heartbeat changed since.
 
         Raises:
             OSError: the store refuses again and again.
@@ -170,6 +178,8 @@ class Lease:
             if in_the_way is not None and in_the_way.nonce != told:
                 told = in_the_way.nonce
                 waiting(in_the_way.owner)
+            elif in_the_way is not None and self._is_alive:
+                alive(in_the_way.owner)
             self.sleep(poll)
 
     def _try(self) -> _Generation | None:
@@ -221,6 +231,7 @@ class Lease:
             return True
         sign = (found.number, found.nonce, found.beat)
         if sign != self._seen:
+            self._is_alive = self._seen is not None and self._seen[:2] == sign[:2]
             self._seen, self._since = sign, self.clock()
         return looked - self._since >= (found.expires or self.expires)
 
@@ -343,19 +354,24 @@ def held(output: str, config: LeaseConfig, *, stage: str) -> Iterator[Held]:
     """Inside, this driver alone writes `output`.
 
     Raises:
-        StageFailed: another one does, and `when_held` is `stop`.
+        StageFailed: another one does, whose heart beats, and `when_held` is `stop`.
         OSError: the store refuses.
     """
     folder = Folder(storage.join(output, FOLDER))
     lease = Lease(folder, Owner.here(stage, config.job), expires=config.expires_seconds)
+    at_work = f"{storage.absolute(output)} is being written by"
+    until = "it ends" if config.when_held == "wait" else "it ends or shows a sign of life"
 
     def waiting(owner: Owner) -> None:
-        at_work = f"{storage.absolute(output)} is being written by {owner}"
-        if config.when_held == "stop":
-            raise StageFailed(f"{at_work}; nothing was done here (lease.when_held = stop)")
-        print(f"{stage}: {at_work}; waiting until it ends", file=sys.stderr)
+        print(f"{stage}: {at_work} {owner}; waiting until {until}", file=sys.stderr)
 
-    holder = Held(lease.take(poll=0.5 if storage.is_local(output) else 5.0, waiting=waiting))
+    def alive(owner: Owner) -> None:
+        # Whose heart does not beat may be dead: a retry after a lost machine must not stop at it.
+        if config.when_held == "stop":
+            raise StageFailed(f"{at_work} {owner}; nothing was done here (lease.when_held = stop)")
+
+    poll = 0.5 if storage.is_local(output) else 5.0
+    holder = Held(lease.take(poll=poll, waiting=waiting, alive=alive))
     ended = threading.Event()
     beats = threading.Thread(target=_beat, args=(lease, ended), name="lease", daemon=True)
     beats.start()

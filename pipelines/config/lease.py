@@ -12,7 +12,7 @@ class LeaseConfig:
 
     when_held: Literal["wait", "stop"] = "wait"
     """Where another driver is at work on this output: wait until it ends and go on from there, or
-    stop with a sentence that names it."""
+    stop with a sentence that names it, once it has shown a sign of life."""
     expires_seconds: Annotated[float, Ge(1)] = 60.0
     """Seconds without a sign of life after which another machine may take over from this one. A
     process that has died on the same machine is taken over from at once."""

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,8 +13,8 @@ import pytest
 from pipelines import lease as lease_module
 from pipelines import lease_owner
 from pipelines.config.lease import LeaseConfig
-from pipelines.errors import LeaseLost
-from pipelines.lease import Fence, Lease
+from pipelines.errors import LeaseLost, StageFailed
+from pipelines.lease import FOLDER, Fence, Folder, Lease, _beat, held
 from pipelines.lease_owner import Owner
 from tests.pipelines.lease_world import EXPIRES, World, drive
 
@@ -231,6 +232,35 @@ def test_nothing_of_a_lease_stays_beside_what_is_done(tmp_path):
         left.write_bytes(b"half")
         holder.done()
     assert not list(tmp_path.iterdir())
+
+
+class TestHeld:
+    """By who stops where another driver is at work."""
+
+    CONFIG = LeaseConfig(when_held="stop", expires_seconds=1.0)
+
+    def elsewhere(self, output):
+        owner = Owner(stage="prepare", host="elsewhere", process=1)
+        return Lease(Folder(str(output / FOLDER)), owner, expires=1.0)
+
+    def test_a_dead_one_elsewhere_is_taken_over_from(self, tmp_path):
+        self.elsewhere(tmp_path).take(poll=1, waiting=never)
+        with held(str(tmp_path), self.CONFIG, stage="prepare") as ours:
+            ours.fence.check()
+
+    def test_a_living_one_is_refused_by_name(self, tmp_path):
+        other = self.elsewhere(tmp_path)
+        fence, ended = other.take(poll=1, waiting=never), threading.Event()
+        beats = threading.Thread(target=_beat, args=(other, ended))
+        beats.start()
+        with (
+            pytest.raises(StageFailed, match=r"prepare on elsewhere.*nothing was done"),
+            held(str(tmp_path), self.CONFIG, stage="prepare"),
+        ):
+            pass
+        ended.set()
+        beats.join()
+        fence.check()
 
 
 class TestOwner:
