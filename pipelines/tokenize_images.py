@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines import lease, scorecard, storage, tracking
+from pipelines import lease, storage, tracking
 from pipelines.config.checks import flatten
 from pipelines.config.tokenize_images import TokenizeConfig
 from pipelines.errors import InputError, StageFailed
@@ -22,6 +22,7 @@ from pipelines.tables.image_table import ImageParts
 from pipelines.tables.token_table import TokenTable, build_manifest
 from pipelines.tokenization import pool as token_pool
 from pipelines.tokenization import report as token_report
+from pipelines.tokenization.gate import Gate
 from pipelines.tokenization.ledger import Ledger, Units, plan_units
 from pipelines.tokenization.report import TokenizeResult
 from pipelines.tokenization.task import TokenizeTask, finished_manifest, plan_task
@@ -201,7 +202,7 @@ def _compute(
     )
     meter = token_report.Meter(record)
     progress = Progress(images.num_rows, "tokenize", "images", initial=ledger.rows_settled)
-    gate = _Gate(config, task, ledger)
+    gate = Gate(config, task, ledger)
     begin = saved = time.monotonic()
     if len(todo):
         say_step("waiting for the first unit: encoders start")
@@ -309,41 +310,6 @@ def _unit(units: Units, images: ImageParts, unit: int) -> Unit:
         start=int(units.start[unit]),
         stop=int(units.stop[unit]),
     )
-
-
-class _Gate:
-    """Looks at the tokens of some units, spread over the table, as soon as they are there."""
-
-    def __init__(self, config: TokenizeConfig, task: TokenizeTask, ledger: Ledger) -> None:
-        self.options, self.task, self.ledger = config.gate, task, ledger
-        self.open = bool(self.options.min_codes or self.options.min_perplexity)
-        self.units = scorecard.evenly_spaced(len(ledger.units), self.options.num_units)
-        self.skipped: set[int] = set()
-
-    def first(self, todo: np.ndarray) -> np.ndarray:
-        """`todo` with the units that the gate waits for in front."""
-        if not self.open:
-            return todo
-        waited = np.isin(todo, self.units)
-        return np.concatenate([todo[waited], todo[~waited]])
-
-    def skip(self, unit: int) -> None:
-        """This unit is not waited for: it was set aside."""
-        self.skipped.add(unit)
-
-    def check(self, *, last: bool = False) -> None:
-        """Raises StageFailed once if the tokenizer uses too few codes."""
-        if not self.open:
-            return
-        done = self.ledger.size[self.units] >= 0
-        given_up = self.skipped | self.ledger.rejected.keys()
-        awaited = [unit for unit in self.units[~done].tolist() if unit not in given_up]
-        ready = self.units[done]
-        if not len(ready) or (awaited and not last):
-            return
-        self.open = False
-        names = [self.ledger.units.name(unit) for unit in ready]
-        token_report.check_usage(self.task, names, self.options)
 
 
 def _check_complete(config: TokenizeConfig, ledger: Ledger) -> None:

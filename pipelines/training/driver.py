@@ -6,19 +6,15 @@ worker is an event there, how far it got is its attempt, and the driver shows an
 """
 
 import contextlib
-import json
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from PIL import Image
-
-from pipelines import pictures, storage, tracking
+from pipelines import storage, tracking
 from pipelines.config.checks import flatten, to_dict
 from pipelines.config.common import ScalingConfig
 from pipelines.config.tracking import TrackingConfig
@@ -27,15 +23,15 @@ from pipelines.steps import say_step
 from pipelines.tracking.spool import Spool
 from pipelines.training.checkpoint import complete_steps
 from pipelines.training.distributed import World, join_world
-from pipelines.training.goodput import account
 from pipelines.training.log import ProgressThread, TrainLog
 from pipelines.training.pulse import DIRECTORY, Pulse, Stalls
 from pipelines.training.run_dir import RunDir
+from pipelines.training.run_report import GAVE_UP, picture_of_time, run_report
 from pipelines.training.stopping import StopRequested, saved_on_sigterm
 
 # Starts from the same checkpoint, none of which reached the next one, before a run gives up.
 MAX_FRUITLESS_STARTS = 4
-WORKER_FAILED, GAVE_UP = "worker_failed", "gave_up"
+WORKER_FAILED = "worker_failed"
 INTERRUPTED = "interrupted"
 
 
@@ -145,10 +141,10 @@ def train(
             else:
                 _train_on_ray(loop, config, plan, launch)
     finally:
-        report = _report(plan, launch)
+        report = run_report(run, plan.total_steps, plan.figures, launched_at)
         run.write_report(report)
         if tracked.run_id:
-            tracked.log_image("time", _picture_of_time(report), report["steps"])
+            tracked.log_image("time", picture_of_time(report), report["steps"])
         storage.delete_prefix(run.at(DIRECTORY))
         if report["outcome"] != "finished":
             tracked.set_note(_verdict_of_unfinished(report))
@@ -360,52 +356,3 @@ def _say_if_too_small(scaling: ScalingConfig, stage: str) -> None:
             f"the cluster has {have:.0f}; waiting for more nodes",
             file=sys.stderr,
         )
-
-
-def _report(plan: Plan, launch: Launch) -> dict[str, Any]:
-    run = launch.run
-    attempts, events = run.attempts(), run.events()
-    last = attempts[-1] if attempts else None
-    here = last is not None and last.launched_at == launch.launched_at
-    outcome, message = (last.outcome, last.message) if last and here else ("", "")
-    counts: dict[str, int] = {}
-    for event in events:
-        counts[event["event"]] = counts.get(event["event"], 0) + 1
-        if event["event"] == GAVE_UP and event["time"] >= launch.launched_at:
-            outcome, message = "stopped", event["message"]
-    return {
-        "outcome": outcome,
-        "message": message,
-        "steps": last.next_step if last else 0,
-        "total_steps": plan.total_steps,
-        "goodput": account(attempts, time.time()).to_dict(),
-        "events": counts,
-        **plan.figures,
-        "last_period": _last_period(run),
-    }
-
-
-def _picture_of_time(report: Mapping[str, Any]) -> Image.Image:
-    books = report["goodput"]
-    wall = books["wall_seconds"]
-    return pictures.bars(
-        {name.replace("_", " "): value for name, value in books["seconds"].items() if value > 0},
-        title=f"Where the time of {report['steps']} steps went",
-        x_label="seconds",
-        note=f"{wall:,.0f} s in {books['attempts']} starts, {books['goodput']:.0%} productive",
-    )
-
-
-def _last_period(run: RunDir) -> dict[str, Any]:
-    try:
-        lines = storage.read_bytes(run.at("metrics.jsonl")).decode().splitlines()
-    except FileNotFoundError:
-        return {}
-    if not lines:
-        return {}
-    try:
-        period: dict[str, Any] = json.loads(lines[-1])
-    except ValueError:  # torn by a kill
-        return {}
-    period.pop("time", None)
-    return {name: value for name, value in period.items() if not isinstance(value, list)}

@@ -24,6 +24,7 @@ from pipelines.tables.image_table import ImageTable
 from pipelines.tables.token_table import MISSING, TokenTable, check_together
 from pipelines.tokenization import pool as token_pool
 from pipelines.tokenization import task as token_task
+from pipelines.tokenization.gate import Gate
 from pipelines.tokenization.ledger import Ledger, plan_units
 from tests.chaos import world
 
@@ -107,7 +108,7 @@ def test_the_gate_does_not_wait_for_units_that_were_given_up(tmp_path, monkeypat
     config = TokenizeConfig(
         images="i", tokenizer="t", output="o", gate=GateConfig(min_codes=2, num_units=4)
     )
-    gate = tokenize_images._Gate(config, None, ledger)
+    gate = Gate(config, None, ledger)
     assert list(gate.first(np.arange(4))) == [0, 1, 2, 3]
     ledger.add(0, 1, "ab" * 16)
     ledger.reject(1, "bad")
