@@ -51,9 +51,11 @@ def kmeans(
 def _nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     """Squared distance to, and index of, the nearest centre of each point."""
     offsets = centres.square().sum(1)
-    found = [
-        (chunk.square().sum(1, keepdim=True) - 2 * chunk @ centres.T + offsets).min(dim=1)
-        for chunk in torch.split(points, 16_384)
-    ]
+    # In bfloat16, as a training step may compute, near centres could not be told apart.
+    with torch.autocast(points.device.type, enabled=False):
+        found = [
+            (chunk.square().sum(1, keepdim=True) - 2 * chunk @ centres.T + offsets).min(dim=1)
+            for chunk in torch.split(points, 16_384)
+        ]
     distances = torch.cat([distance for distance, _ in found]).clamp(min=0)
     return distances, torch.cat([index for _, index in found])

@@ -103,11 +103,13 @@ def _hashed(files: dict[str, bytes]) -> str:
 
 def _fetch(uri: str, local: Path, field: str) -> tuple[str, Path]:
     """URI and local copy of the weights that `uri` names: a folder or a file."""
-    if Path(uri.partition("?")[0]).suffix in WEIGHT_FILES:
+    # A local name may have a question mark; in another URI the query begins there.
+    name = Path(uri if storage.is_local(uri) else uri.partition("?")[0]).name
+    if Path(name).suffix in WEIGHT_FILES:
         if not storage.exists(uri):
             raise InputError(f"{field} = {uri}: there is no such file")
         local.mkdir()
-        file = local / Path(uri.partition("?")[0]).name
+        file = local / name
         file.write_bytes(storage.read_bytes(uri))
         return storage.absolute(uri), file
     weights = storage.join(uri, "weights")

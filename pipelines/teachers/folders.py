@@ -28,9 +28,14 @@ def folder_fingerprint(folder: Path) -> str:
     )
 
 
-def identity(weights: str, feature: str, image_size: int) -> str:
-    """Fingerprint of a teacher: what it has learnt, what is taken of it, at which size."""
-    return storage.fingerprint({"weights": weights, "feature": feature, "image_size": image_size})
+def identity(weights: str, feature: str, image_size: int, **beside: Normalisation) -> str:
+    """Fingerprint of a teacher: what it has learnt, what is taken of it, at which size.
+
+    `beside` is what it computes by that stands in no file of `folder_fingerprint`.
+    """
+    return storage.fingerprint(
+        {"weights": weights, "feature": feature, "image_size": image_size, **beside}
+    )
 
 
 def normalisation_of(folder: Path, uri: str) -> tuple[Normalisation, Normalisation]:

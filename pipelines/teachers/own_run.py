@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from beit.classifier import BeitClassifier
 from beit.teachers import Teacher
 from pipelines import storage
 from pipelines.errors import InputError
@@ -11,6 +12,8 @@ from pipelines.evaluation.features import open_weights
 
 def run_teacher(uri: str, *, layer: int | None, device: str) -> Teacher:
     """Patch states of a run's encoder after block `layer` (from 1); None: after the final norm.
+
+    A fine-tuned run norms no patches: there None is the last block.
 
     Raises:
         InputError: no weights there, or no such block.
@@ -30,7 +33,12 @@ def run_teacher(uri: str, *, layer: int | None, device: str) -> Teacher:
         states: Tensor = model.features(pixels, layer=layer)
         return states[:, 1:]
 
-    feature = "final norm" if layer is None else f"block {layer} of {model.depth}"
+    labelled = isinstance(model, BeitClassifier)
+    if layer is None and not labelled:
+        feature = "final norm"
+    else:
+        feature = f"block {layer or model.depth} of {model.depth}"
+    labels = " (labels trained it)" if labelled else ""
     return Teacher(
         network=torch.no_grad()(patch_states),
         image_size=height,
@@ -38,7 +46,7 @@ def run_teacher(uri: str, *, layer: int | None, device: str) -> Teacher:
         dim=model.dim,
         mean=weights.mean,
         std=weights.std,
-        name=f"run {weights.uri}, patches after {feature}",
+        name=f"run {weights.uri}, patches after {feature}{labels}",
         weights=weights.fingerprint,
         fingerprint=storage.fingerprint({"weights": weights.fingerprint, "feature": feature}),
     )

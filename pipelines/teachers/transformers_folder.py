@@ -73,7 +73,7 @@ def transformers_teacher(
         std=std,
         name=f"{family} {uri}, {said}",
         weights=weights,
-        fingerprint=identity(weights, said, size),
+        fingerprint=identity(weights, said, size, mean=mean, std=std),
     )
 
 

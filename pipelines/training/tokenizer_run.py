@@ -62,7 +62,8 @@ def make_plan(config: TrainTokenizerConfig, images: ImageTable) -> TokenizerPlan
     """Everything that follows from configuration, table and teacher.
 
     Raises:
-        InputError: a batch larger than the table, or a teacher that cannot be read or does not fit.
+        InputError: a batch larger than the table or with fewer patches than there are codes, or a
+            teacher that cannot be read or does not fit.
     """
     source: dict[str, Any] = {
         "stage": STAGE,
@@ -75,6 +76,7 @@ def make_plan(config: TrainTokenizerConfig, images: ImageTable) -> TokenizerPlan
         side = model.image_size // model.stride
         teacher = open_teacher(config.teacher, layer=config.layer, side=side)
         check_grid(teacher, (side, side), image_size=model.image_size)
+        _check_vocabulary(config, side * side)
         source["teacher"] = {
             "fingerprint": teacher.fingerprint,
             "weights": teacher.weights,
@@ -83,6 +85,17 @@ def make_plan(config: TrainTokenizerConfig, images: ImageTable) -> TokenizerPlan
     return TokenizerPlan(
         total_steps=config.optim.steps if config.model.trained else 1, source=source
     )
+
+
+def _check_vocabulary(config: TrainTokenizerConfig, num_patches: int) -> None:
+    """Raises InputError unless the first batch has a patch for every code to start at."""
+    batch, vocab_size = config.data.global_batch_size, config.model.vocab_size
+    if batch * num_patches < vocab_size:
+        raise InputError(
+            f"model.vocab_size = {vocab_size}: the first batch has only {batch * num_patches} "
+            f"patches to place codes at; raise data.global_batch_size (= {batch}) or lower "
+            "model.vocab_size"
+        )
 
 
 def refuse_other(run_dir: RunDir, config: TrainTokenizerConfig, plan: TokenizerPlan) -> str:

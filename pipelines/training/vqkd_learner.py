@@ -4,6 +4,8 @@ Provenance: BEiT v2 (arXiv 2208.06366), section 3.1; microsoft/unilm at 768a3c8.
 written where it does: one k-means start for all workers, and codes that start again.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,7 +21,6 @@ from beit.tokenizers.vqkd import (
     restarted,
 )
 from pipelines.config.train_tokenizer import TrainTokenizerConfig
-from pipelines.errors import InputError
 from pipelines.sample_order import SampleOrder
 from pipelines.training.distributed import World
 from pipelines.training.tokenizer_step import Learner, Outcome
@@ -94,12 +95,6 @@ class Vqkd(Learner):
         own = torch.cat([self.tokenizer.states(shard).flatten(0, 1) for shard in by_shard])
         states = torch.cat(self.world.gather(own))
         codebook = torch.zeros_like(self.tokenizer.codebook)
-        if len(states) < len(codebook):
-            raise InputError(
-                f"model.vocab_size = {len(codebook)}: the first batch has only {len(states)} "
-                f"patches to place codes at; raise data.global_batch_size "
-                f"(= {self.order.global_batch_size}) or lower model.vocab_size"
-            )
         if self.world.rank == 0:  # on CUDA, sums of equal numbers may differ in their last bits
             generator = torch.Generator().manual_seed(self.config.seed)
             centres, _ = kmeans(
@@ -147,9 +142,10 @@ class Vqkd(Learner):
         self.usage.copy_(usage)
 
     def _candidates(self, states: Tensor, step: int) -> Tensor:
-        """States (R, D) drawn from every canonical shard of the batch: the same on all workers."""
+        """States (R, D) drawn from canonical shards of the batch: the same on all workers."""
         shard_patches = self.order.shard_batch_size * self.num_patches
-        count = -(-len(self.usage) // (RESTART_SHARE * self.order.num_shards))
+        most = math.ceil(len(self.usage) / RESTART_SHARE)
+        count = math.ceil(most / self.order.num_shards)
         chosen = [
             position * shard_patches + int(uniform * shard_patches)
             for position, shard in enumerate(self.shards)
@@ -159,7 +155,7 @@ class Vqkd(Learner):
         ]
         rows = torch.tensor(chosen, pin_memory=states.is_cuda)
         rows = rows.to(states.device, non_blocking=True)
-        return torch.cat(self.world.gather(states[rows]))
+        return torch.cat(self.world.gather(states[rows]))[:most]
 
     @torch.no_grad()
     def figures(self, images: Tensor, step: int) -> dict[str, float]:  # noqa: ARG002

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from beit.tokenizers import KmeansTokenizer, ProjectionTokenizer
+from beit.tokenizers import KmeansTokenizer, ProjectionTokenizer, clustering
 
 
 def pictures(count=24, size=16, seed=0):
@@ -49,6 +49,18 @@ def test_kmeans_finds_the_colours_and_paints_with_them(kmeans):
     wide = torch.cat((images, images), dim=3)
     assert torch.equal(kmeans.decode(kmeans.encode(wide), (4, 8)).int()[..., :16] - images.int(),
                        difference)  # fmt: skip
+
+
+def test_kmeans_is_the_same_inside_a_step_of_low_precision():
+    points = F.normalize(torch.randn(400, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+
+    def centres():
+        generator = torch.Generator().manual_seed(1)
+        return clustering.kmeans(points, 40, generator=generator, num_iterations=5)[0]
+
+    expected = centres()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(centres(), expected)
 
 
 def test_kmeans_wants_as_many_patches_as_codes(kmeans):

@@ -196,6 +196,14 @@ def test_a_published_file_is_resized_too(tmp_path, model):
     assert pixel_statistics(tmp_path / "out") == ([0.5] * 3, [0.5] * 3)
 
 
+def test_a_local_name_may_have_a_question_mark(tmp_path, model):
+    write_unilm(model, tmp_path)
+    (tmp_path / "checkpoint.pth").rename(tmp_path / "which?.pth")
+    stored = open_network(str(tmp_path / "which?.pth"))
+    assert stored.uri.endswith("which?.pth")
+    assert torch.equal(stored.network.cls_token, model.cls_token)
+
+
 def test_pixel_statistics_are_never_guessed(tmp_path, model):
     write_unilm(model, tmp_path)
     for form in ("hf", "timm", "weights"):

@@ -75,6 +75,24 @@ def test_clip_is_projected_after_its_norm(clip):
     assert early.weights == teacher.weights
 
 
+def test_another_normalisation_is_another_teacher(tmp_path):
+    from transformers import ViTConfig, ViTModel
+
+    saved(ViTModel(ViTConfig(**SIZES), add_pooling_layer=False), tmp_path)
+    processor = tmp_path / "preprocessor_config.json"
+    first = open_teacher(str(tmp_path), layer=None, side=4)
+    for told in (
+        {"image_mean": [0.5] * 3, "image_std": STD},
+        {"image_mean": MEAN, "image_std": MEAN},
+    ):
+        processor.write_text(json.dumps(told))
+        other = open_teacher(str(tmp_path), layer=None, side=4)
+        assert other.weights == first.weights
+        assert other.fingerprint != first.fingerprint
+    processor.write_text(json.dumps({"image_mean": MEAN, "image_std": STD, "do_resize": True}))
+    assert open_teacher(str(tmp_path), layer=None, side=4).fingerprint == first.fingerprint
+
+
 @pytest.mark.parametrize("registers", [0, 2])
 def test_dinov2_gives_patches_at_the_size_of_the_tokenizer(tmp_path, registers):
     from transformers import (

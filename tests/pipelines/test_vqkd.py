@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from beit.classifier import BeitClassifier
 from beit.images import decode_image
 from beit.views import ViewPolicy, render, sample_view
-from beit.weights import load_weights
-from pipelines.config.train_tokenizer import ModelConfig, VqkdConfig
+from beit.weights import load_weights, save_weights
+from pipelines.config.train_tokenizer import DataConfig, ModelConfig, VqkdConfig
 from pipelines.errors import InputError
 from pipelines.tables import tokenizer_store
 from pipelines.tables.token_files import Identity
@@ -168,6 +169,17 @@ def test_a_run_is_the_teacher_that_its_layer_says(teacher):
     assert len(names) == 4
 
 
+def test_a_fine_tuned_run_says_what_it_gives_and_who_taught_it(tmp_path):
+    model = BeitClassifier(
+        image_size=16, patch_size=4, dim=24, depth=3, num_heads=2, num_classes=5,
+        absolute_positions=True, relative_positions="none", layer_scale_init=None,
+    )  # fmt: skip
+    save_weights(model, tmp_path, extra={"pixel_mean": MEAN, "pixel_std": STD})
+    teacher = open_teacher(str(tmp_path), layer=None, side=4)
+    assert teacher.name.endswith("patches after block 3 of 3 (labels trained it)")
+    assert teacher.fingerprint == open_teacher(str(tmp_path), layer=3, side=4).fingerprint
+
+
 def learner(images, teacher, world, **changes):
     config = vqkd_settings(images, "unused", teacher, **changes)
     order = sample_order(config, images)
@@ -224,6 +236,18 @@ def test_codes_that_are_never_met_come_back(images, teacher):
     assert stuck <= 40
     assert used >= 50
     assert figures["starved_codes"] <= 20
+
+
+def test_at_most_one_code_in_sixteen_starts_again_in_a_step(images, teacher):
+    data = DataConfig(global_batch_size=16, num_shards=8, window=8)
+    one = learner(images, teacher, World(0, 1, torch.device("cpu")), data=data)
+    batch = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8)
+    one.prepare(batch, 0)
+    one.usage.zero_()
+    one.usage[0] = one.even  # the others are starved
+    outcome = one(batch, *one.prepare(batch, 1))
+    one.after_step(outcome._replace(codes=torch.zeros_like(outcome.codes)), 1)
+    assert (one.usage[1:] == one.even).sum() == 2  # of 32
 
 
 def keep_starts(path, patch=None):
@@ -322,6 +346,7 @@ class TestRefusals:
         config = replaced(vqkd_settings(images, tmp_path / "out", teacher), "model", vocab_size=300)
         with pytest.raises(InputError, match=r"vocab_size = 300: the first batch has only 256"):
             run(config)
+        assert not list(tmp_path.iterdir())
 
     def test_heads_that_do_not_divide(self):
         with pytest.raises(InputError, match=r"model\.num_heads = 5: must divide model\.dim = 64"):
