@@ -11,6 +11,8 @@ from pipelines.tracking.filler import Filler
 log = logging.getLogger(__name__)
 
 MAX_PAUSE, BEAT_EVERY = 60.0, 30.0
+# Seconds that the end of a stage may take at most, beside the upload of its weights.
+LONGEST_CLOSE = 600.0
 
 
 class Background:
@@ -36,12 +38,15 @@ class Background:
     def close(self) -> bool:
         """Lets everything be sent that waits; whether MLflow has it all.
 
-        Gives up when the server has taken nothing for `Filler.patience` seconds.
+        Gives up when the server has taken nothing new for `Filler.patience` seconds.
         """
+        last = time.monotonic() + LONGEST_CLOSE
         self.filler.deadline = time.monotonic() + self.filler.patience
         self._closing.set()
         self._wake.set()
-        while self._thread.is_alive() and time.monotonic() < self.filler.deadline:
+        while self._thread.is_alive():
+            if time.monotonic() > min(self.filler.deadline, last + self.filler.allowance):
+                break
             self._thread.join(0.05)
         self._given_up.set()
         return self.complete

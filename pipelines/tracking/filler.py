@@ -5,11 +5,12 @@ what the run has already is asked for first.
 """
 
 import datetime
+import hashlib
 import logging
 import re
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,11 @@ class Filler:
         """How many of each this object has sent."""
         self.deadline = float("inf")
         """When, by the monotonic clock, whoever waits may give up; progress moves it on."""
+        self.allowance = 0.0
+        """Seconds that the upload of weights may take."""
         self.patience = 30.0
+        self._done: set[Hashable] = set()
+        self._files: dict[str, bytes] = {}
         self._known: dict[str, set[int]] | None = None
         self._seen_pictures: set[tuple[str, int]] = set()
         self._seen_events: set[str] = set()
@@ -92,8 +97,12 @@ class Filler:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.client.set_tag(self.run_id, HEARTBEAT_TAG, now)
 
-    def _progress(self, seconds: float = 0.0) -> None:
-        self.deadline = time.monotonic() + self.patience + seconds
+    def _progress(self, *what: Hashable, seconds: float = 0.0) -> None:
+        """Moves the deadline on, once for each thing: after a refusal the same calls are made
+        again, and what they repeat leads nowhere."""
+        if what not in self._done:
+            self._done.add(what)
+            self.deadline = time.monotonic() + self.patience + seconds
 
     def _begin(self) -> None:
         run = self.client.get_run(self.run_id)
@@ -107,11 +116,11 @@ class Filler:
         if parent and self._has_run(parent):
             self._set_tags({PARENT_TAG: parent})
         self._seen_pictures = known_pictures(self.client, self.run_id)
-        self._progress()
+        self._progress("pictures are known")
         known = {}
         for name in run.data.metrics:
             known[name] = {m.step for m in self.client.get_metric_history(self.run_id, name)}
-            self._progress()
+            self._progress("values are known", name)
         self._known = known
 
     def _send_params(self, params: Mapping[str, Any], known: Mapping[str, str]) -> None:
@@ -141,7 +150,7 @@ class Filler:
         pairs = [RunTag(name, value) for name, value in new.items()]
         for start in range(0, len(pairs), MAX_TAGS):
             self.client.log_batch(self.run_id, tags=pairs[start : start + MAX_TAGS])
-            self._progress()
+            self._progress("tags", start, *new.items())
         self._tags |= new
 
     def _send_values(self) -> None:
@@ -187,7 +196,7 @@ class Filler:
         for metric in metrics:
             self._known.setdefault(metric.key, set()).add(metric.step)
         self.sent["values"] += len(metrics)
-        self._progress()
+        self._progress("values", self.sent["values"])
 
     def _has_run(self, run_id: str) -> bool:
         from mlflow.exceptions import MlflowException
@@ -210,17 +219,21 @@ class Filler:
                     self.client.log_image(self.run_id, image, key=name, step=step)
             self._seen_pictures.add((name, step))
             self.sent["pictures"] += 1
-            self._progress()
+            self._progress("picture", name, step)
 
     def _send_files(self, files: Mapping[str, str]) -> None:
         for name, uri in files.items():
+            data = storage.read_bytes(uri)
+            if self._files.get(name) == (digest := hashlib.sha256(data).digest()):
+                continue
             directory, _, file_name = name.rpartition("/")
             with tempfile.TemporaryDirectory() as temporary:
                 path = Path(temporary, file_name)
-                path.write_bytes(storage.read_bytes(uri))
+                path.write_bytes(data)
                 self.client.log_artifact(self.run_id, str(path), directory or None)
+            self._files[name] = digest
             self.sent["files"] += 1
-            self._progress()
+            self._progress("file", name, digest)
 
     def _conclude(self) -> None:
         record = self.spool.record()
@@ -238,7 +251,6 @@ class Filler:
         if status != "RUNNING":
             ended = int(1000 * record.get("ended", time.time()))
             self.client.set_terminated(self.run_id, status, end_time=ended)
-        self._progress()
 
     def _send_weights(self, record: Mapping[str, Any]) -> None:
         weights = record.get("weights")
@@ -249,19 +261,23 @@ class Filler:
         # The record is without secrets: of a run's own weights the place is known with them.
         own = self.spool.at("weights")
         uri = own if redacted(own) == weights["uri"] else weights["uri"]
-        size = sum(file.size for file in storage.list_files(uri))
-        self._progress(size / SLOWEST_UPLOAD)
-        model_id = model_registry.log_weights(
-            self.client,
-            self.run_id,
-            uri,
-            registered_model_name=weights["registered_model"],
-        )
+        self.allowance = sum(file.size for file in storage.list_files(uri)) / SLOWEST_UPLOAD
+        self._progress("weights begin", seconds=self.allowance)
+        try:
+            model_id = model_registry.log_weights(
+                self.client,
+                self.run_id,
+                uri,
+                registered_model_name=weights["registered_model"],
+            )
+        except Exception:
+            self._progress("weights are refused")  # and need no more time than other things
+            raise
         told = (INPUT_TAG, OUTPUT_TAG, TOKENIZER_TAG)
         tags = {name: value for name, value in self._tags.items() if name.startswith(told)}
         self.client.set_logged_model_tags(model_id, tags)
         update_versions(self.client, self.run_id)
-        self._progress()
+        self._progress("weights")
 
     def _send_judged(self, record: Mapping[str, Any]) -> None:
         """What this run found of its parent's weights, to the parent and its logged model."""
@@ -269,6 +285,9 @@ class Filler:
 
         parent, judged = self._tags.get(PARENT_TAG, ""), record.get("judged")
         if not parent or not judged:
+            return
+        if not self._has_run(parent):
+            log.warning("tracking: run %s was deleted; it is not told what was found", parent)
             return
         # A fixed time: the same figures sent again are stored once.
         when, dataset = int(1000 * record["ended"]), judged["dataset"]
@@ -283,7 +302,7 @@ class Filler:
         self.client.log_batch(parent, metrics)
         update_page(self.client, parent)
         update_versions(self.client, parent)
-        self._progress()
+        self._progress("judged")
 
 
 def _device_tags(spool: Spool) -> dict[str, str]:

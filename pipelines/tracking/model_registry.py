@@ -79,9 +79,18 @@ def _store(client: "MlflowClient", run_id: str, weights_uri: str) -> "LoggedMode
                 signature=_signature(weights),
             )
         experiment_id = client.get_run(run_id).info.experiment_id
-        model = client.create_logged_model(experiment_id, name=MODEL_NAME, source_run_id=run_id)
+        model = _unfinished(client, experiment_id, run_id) or client.create_logged_model(
+            experiment_id, name=MODEL_NAME, source_run_id=run_id
+        )
         client.log_model_artifacts(model.model_id, str(target))
         return client.finalize_logged_model(model.model_id, "READY")
+
+
+def _unfinished(client: "MlflowClient", experiment_id: str, run_id: str) -> "LoggedModel | None":
+    """What an earlier try made for this run whose files were refused."""
+    condition = f"source_run_id = '{run_id}' AND name = '{MODEL_NAME}'"
+    found = client.search_logged_models([experiment_id], condition, max_results=1)
+    return found[0] if found else None
 
 
 def _for_transformers(weights: Path, directory: str) -> dict[str, str]:

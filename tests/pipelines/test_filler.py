@@ -14,7 +14,7 @@ from jobs.environment import ENVIRONMENT
 from pipelines import sync, tracking
 from pipelines.config.sync import SyncConfig
 from pipelines.config.tracking import TrackingConfig
-from pipelines.tracking import background
+from pipelines.tracking import background, model_registry
 from pipelines.tracking.background import Background
 from pipelines.tracking.filler import Filler, known_pictures
 from pipelines.tracking.spool import LinesFile, Spool
@@ -23,6 +23,7 @@ from pipelines.training.run_dir import RunDir
 from tests.pipelines.tracking_fixtures import (  # noqa: F401 - fixtures
     answers,
     config_fixture,
+    dataset,
     free_port,
     start,
     steps,
@@ -130,7 +131,7 @@ def test_a_failure_is_taken_back_by_the_start_that_mends_it(config, tmp_path):
 class Away:
     """A filler whose server is away for so many calls."""
 
-    patience = 1.0
+    patience, allowance = 1.0, 0.0
 
     def __init__(self, failures):
         self.failures, self.calls, self.deadline = failures, [], 0.0
@@ -158,6 +159,56 @@ def test_a_server_that_comes_back_in_time_gets_everything():
     away.filler.patience = 20.0
     assert away.close()
     assert away.filler.calls[-1] is True
+
+
+def closed(client, run_id, spool):
+    """Whether MLflow took it all, and after how many seconds that was known."""
+    filler = Filler(client, run_id, spool)
+    filler.patience = 2.0
+    begin = time.monotonic()
+    return Background(filler, every=60, shown="mlflow").close(), time.monotonic() - begin
+
+
+def test_a_server_that_refuses_one_thing_for_good_holds_nobody_up(config, tmp_path, monkeypatch):
+    spool = written(tmp_path / "run", periods=3)
+    with start(config) as run:
+        pass
+    client = MlflowClient(config.uri)
+    monkeypatch.setattr(background, "LONGEST_CLOSE", 20.0)  # 2 s without progress are enough
+    (tmp_path / "run/weights").mkdir()
+    (tmp_path / "run/weights/weights.safetensors").write_bytes(bytes(30_000_000))
+    spool.update(weights={"uri": spool.at("weights"), "registered_model": "beit"})
+    monkeypatch.setattr(model_registry, "log_weights", refuse)
+    complete, seconds = closed(client, run.run_id, spool)
+    assert (complete, seconds < 15) == (False, True)
+    assert len(steps(client, run, "loss")) == 3
+    # Nor does one that seems to make progress for ever.
+    monkeypatch.setattr(background, "LONGEST_CLOSE", 1.0)
+    endless = Background(Endless(10**9), every=60, shown="mlflow")
+    assert not endless.close()
+
+
+def refuse(*_, **__):
+    raise ConnectionError("413")
+
+
+class Endless(Away):
+    """A filler that moves its deadline on with every failure."""
+
+    def fill(self, *, final=False):
+        self.deadline = time.monotonic() + 60
+        super().fill(final=final)
+
+
+def test_an_evaluation_whose_parent_was_deleted_ends(config, tmp_path):
+    client = MlflowClient(config.uri)
+    with start(config, stage="pretrain") as parent:
+        pass
+    with start(config, stage="evaluate", parent_run_id=parent.run_id) as judge:
+        wait_until(lambda: "mlflow.parentRunId" in client.get_run(judge.run_id).data.tags)
+        client.delete_run(parent.run_id)
+        judge.judge({"linear_accuracy": 0.5}, dataset("image_table", "I" * 32))
+    assert client.get_run(judge.run_id).info.status == "FINISHED"
 
 
 class Slow(Away):

@@ -29,6 +29,7 @@ from pipelines.config.checks import flatten, to_dict
 from pipelines.config.lineage import LineageConfig
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError, StageFailed
+from pipelines.tracking import model_registry
 from pipelines.tracking.filler import known_pictures
 from pipelines.tracking.lineage import lineage, users
 from pipelines.tracking.table import DECIDING, MAX_PARAMS, VIEWS
@@ -514,6 +515,25 @@ def test_weights_become_a_model_without_pickle(config, tmp_path):
         # theirs ends before the final norm of a masked-image model
         own = model.features(pixels, layer=2)[:, 1:].mean(1).numpy()
     np.testing.assert_allclose(found, own, atol=1e-4)
+
+
+def test_tries_to_store_weights_that_fail_leave_one_model(config, tmp_path, monkeypatch):
+    client = MlflowClient(config.uri)
+    save_weights(tiny_model(), tmp_path / "weights", extra={"pixel_mean": MEAN, "pixel_std": STD})
+    with start(config, stage="pretrain") as run:
+        pass
+
+    def refuse(*_):
+        raise ConnectionError("413")
+
+    monkeypatch.setattr(MlflowClient, "log_model_artifacts", refuse)
+    for _ in range(2):
+        with pytest.raises(ConnectionError):
+            model_registry.log_weights(client, run.run_id, str(tmp_path / "weights"))
+    monkeypatch.undo()
+    model_id = model_registry.log_weights(client, run.run_id, str(tmp_path / "weights"))
+    found = client.search_logged_models(["1"])
+    assert [(one.model_id, one.status.value) for one in found] == [(model_id, "READY")]
 
 
 @pytest.mark.long
