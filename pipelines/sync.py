@@ -108,27 +108,35 @@ def _sync(spool: Spool, config: TrackingConfig) -> Synced:
     run_id = opened_run(client, config, tracking_uri, spool, known)
     if is_run:
         RunDir(spool.uri).set_run_id(run_id)
-    spool.update(run_id=run_id)
+    Spool(spool.uri).update(run_id=run_id)
     if record["status"] == "RUNNING":
-        _judge(spool)
-    filler = Filler(client, run_id, spool)
-    filler.fill(final=True)
-    status = spool.record()["status"]
-    spool.update(complete=status != "RUNNING", stored_in=tracking_uri)
+        _judge(spool.uri)
+    values = pictures = 0
+    # A driver at work writes the record meanwhile, and may end: then the rest is sent as well.
+    while True:
+        filler = Filler(client, run_id, Spool(spool.uri))
+        filler.fill(final=True)
+        values, pictures = values + filler.sent["values"], pictures + filler.sent["pictures"]
+        newest = Spool(spool.uri)
+        if newest.record() == filler.spool.record():
+            break
+    status = newest.record()["status"]
+    newest.update(complete=status != "RUNNING", stored_in=tracking_uri)
     if not is_run and status != "RUNNING":
         storage.delete_prefix(spool.uri)
     return Synced(
         uri=spool.uri,
         run_id=run_id,
         status=status,
-        values=filler.sent["values"],
-        pictures=filler.sent["pictures"],
+        values=values,
+        pictures=pictures,
     )
 
 
-def _judge(spool: Spool) -> None:
+def _judge(uri: str) -> None:
     """Says FAILED of a run that does not live any more and could not say so itself."""
-    attempts = RunDir(spool.uri).attempts()
+    attempts = RunDir(uri).attempts()
+    spool = Spool(uri)
     seen = max([spool.record()["started"], *(attempt.until for attempt in attempts)])
     if time.time() - seen > DEAD_AFTER_SECONDS:
         last = datetime.datetime.fromtimestamp(seen, datetime.UTC).isoformat(timespec="seconds")

@@ -283,6 +283,27 @@ def test_of_a_run_that_died_without_a_word_sync_says_so(config, tmp_path):
     assert stored.data.tags["beit.error"].startswith("killed; the last sign of it: 2001-09-09")
 
 
+def test_a_driver_that_ends_while_sync_is_at_work_keeps_its_last_words(
+    config, tmp_path, monkeypatch
+):
+    spool = written(tmp_path / "run", periods=3, status="RUNNING")
+    spool.update(started=time.time())
+    RunDir(spool.uri).begin(TrackingConfig(), {}, may_change=())
+    sent = Filler._send_pictures
+
+    def ends(filler):
+        sent(filler)
+        spool.update(status="FINISHED", tags={"a": "b", "beit.output.weights": "W"})
+
+    monkeypatch.setattr(Filler, "_send_pictures", ends)
+    synced = sync.run(SyncConfig(runs=[spool.uri], tracking=config)).runs[0]
+    record = Spool(spool.uri).record()
+    assert (record["status"], record["complete"]) == ("FINISHED", True)
+    assert record["tags"]["beit.output.weights"] == "W"
+    stored = MlflowClient(config.uri).get_run(synced.run_id)
+    assert (stored.info.status, stored.data.tags["beit.output.weights"]) == ("FINISHED", "W")
+
+
 def test_values_that_are_no_numbers_are_told_not_raised(config, caplog):
     with start(config) as run:
         run.log_metrics({"loss": "high"}, 1)
