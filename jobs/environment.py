@@ -34,7 +34,7 @@ NAMED = "BEIT_ENV"
 """Variable that names others, with commas: workers of a cluster get those, too."""
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _SECRET = re.compile(
-    r"SECRET|TOKEN|PASSW|PASSPHRASE|CREDENTIAL|ACCESS_?KEY|ACCOUNT_?KEY|API_?KEY|PRIVATE_?KEY"
+    r"SECRET|TOKEN(?![A-Z])|PASSW|PASSPHRASE|CREDENTIAL|ACCESS_?KEY|ACCOUNT_?KEY|API_?KEY|PRIVATE_?KEY"
 )
 LEAST_SECRET = 6  # characters; shorter values stand in too many words
 

@@ -34,7 +34,7 @@ from pipelines.tracking.context import context_tags
 from pipelines.tracking.datasets import INPUT_TAG, OUTPUT_TAG, STAGE_TAG, TOKENIZER_TAG, Dataset
 from pipelines.tracking.filler import Filler
 from pipelines.tracking.page import OWN_NOTE_TAG
-from pipelines.tracking.spool import LinesFile, Spool
+from pipelines.tracking.spool import OWN_WEIGHTS, LinesFile, Spool
 from pipelines.tracking.system_metrics import SystemMetrics
 from pipelines.tracking.table import HEADLINE, HIGH, LOW, deciding, run_name, save_views
 
@@ -201,7 +201,10 @@ class SpooledRun(Run):
         self._spool.update(judged=judged)
 
     def log_weights(self, weights_dir: str, *, registered_model_name: str = "") -> None:
-        weights = {"uri": weights_dir, "registered_model": registered_model_name}
+        # A run's own by name: its place may hold what is taken out as a secret, and may change.
+        own = weights_dir == self._spool.at(OWN_WEIGHTS)
+        place = OWN_WEIGHTS if own else weights_dir
+        weights = {"uri": place, "registered_model": registered_model_name}
         self._spool.update(weights=weights)
 
     def leave(self) -> None:

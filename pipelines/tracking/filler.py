@@ -29,7 +29,7 @@ from pipelines.tracking.datasets import (
 )
 from pipelines.tracking.model_card import update_versions
 from pipelines.tracking.page import PARENT_TAG, update_page
-from pipelines.tracking.spool import LINES, Spool, Values
+from pipelines.tracking.spool import LINES, OWN_WEIGHTS, Spool, Values
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -258,9 +258,9 @@ class Filler:
             return
         from pipelines.tracking import model_registry  # and torch, which few stages need here
 
-        # The record is without secrets: of a run's own weights the place is known with them.
-        own = self.spool.at("weights")
-        uri = own if redacted(own) == weights["uri"] else weights["uri"]
+        # A record of an earlier version has the place of a run's own weights, without its secrets.
+        own = self.spool.at(OWN_WEIGHTS)
+        uri = own if weights["uri"] in (OWN_WEIGHTS, redacted(own)) else weights["uri"]
         self.allowance = sum(file.size for file in storage.list_files(uri)) / SLOWEST_UPLOAD
         self._progress("weights begin", seconds=self.allowance)
         try:

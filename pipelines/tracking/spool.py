@@ -29,6 +29,7 @@ from pipelines import storage
 from pipelines.redaction import redacted_values
 
 RECORD = "tracking.json"
+OWN_WEIGHTS = "weights"
 LINES = ("metrics.jsonl", "driver.jsonl", "system.jsonl")
 # What lines say of themselves, and nobody wants as a curve.
 NO_CURVES = ("first_step", "masked_patches")

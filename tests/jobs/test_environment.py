@@ -65,6 +65,8 @@ def test_values_of_secret_variables_are_taken_out_of_any_text(shell):
     shell.setenv("SHORT_TOKEN", "abc")
     shell.setenv("AWS_PROFILE", "research")
     shell.setenv("PWD", "/home/research")
+    shell.setenv("TOKENIZER", "research")
+    shell.setenv("BEIT_TOKENS", "research")
     hide_secrets()
     text = redaction.redacted(" ".join([*SECRETS.values(), "/var/run/token abc research"]))
     assert text == " ".join([redaction.HIDDEN] * len(SECRETS)) + " /var/run/token abc research"

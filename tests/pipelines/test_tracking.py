@@ -32,6 +32,7 @@ from pipelines.errors import InputError, StageFailed
 from pipelines.tracking import model_registry
 from pipelines.tracking.filler import known_pictures
 from pipelines.tracking.lineage import lineage, users
+from pipelines.tracking.spool import Spool
 from pipelines.tracking.table import DECIDING, MAX_PARAMS, VIEWS
 from tests.pipelines.tracking_fixtures import (  # noqa: F401 - fixtures
     REPOSITORY,
@@ -165,6 +166,12 @@ def test_a_run_that_the_store_lost_is_replaced(config):
     with start(config, resume_run_id="0" * 32) as run:
         assert run.run_id
         assert run.run_id != "0" * 32
+
+
+def test_a_run_names_its_own_weights_wherever_it_lies(tmp_path):
+    run = tracking.SpooledRun(Spool(str(tmp_path)), None)
+    run.log_weights(str(tmp_path / "weights"))
+    assert Spool(str(tmp_path)).record()["weights"]["uri"] == "weights"
 
 
 def test_switched_off_tracking_does_nothing_and_imports_nothing(tmp_path):
