@@ -162,6 +162,7 @@ def run_directory(root: Path) -> Iterator[Subject]:
     run.write_report({**report, "goodput": {"bottleneck": "compute"}})
     (root / "new/weights").mkdir()
     (root / "new/weights/config.json").write_text("{}")
+    (root / "new/weights/weights.safetensors").write_bytes(b"")
     told = ("event", "time", "step", "message")
     [event], [attempt] = (list((root / "new" / kind).iterdir()) for kind in ("events", "attempts"))
     for name, path, read in (
@@ -170,7 +171,7 @@ def run_directory(root: Path) -> Iterator[Subject]:
         ("skips", "skips.json", lambda: run.skips().entries),
         ("event", event, lambda: [{name: e.get(name) for name in told} for e in run.events()]),
         ("attempt", attempt, run.attempts),
-        ("report", "report.json", lambda: known(run.finished_report(), ReportRecord)),
+        ("report", "report.json", lambda: known(run.finished_report(60), ReportRecord)),
     ):
         yield Subject(name=name, path=root / "new" / path, read=read)
 
