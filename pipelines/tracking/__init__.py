@@ -26,7 +26,7 @@ from PIL import Image
 
 from pipelines import storage
 from pipelines.config.tracking import TrackingConfig
-from pipelines.errors import InputError, LeaseLost
+from pipelines.errors import InputError, LeaseLost, printable
 from pipelines.redaction import redacted, redacted_values
 from pipelines.tracking import store as tracking_store
 from pipelines.tracking.background import Background
@@ -289,7 +289,7 @@ def start_run(
         all_tags[OWN_NOTE_TAG] = note
     files.update(
         stage=stage,
-        name=config.run_name or run_name(stage, params),
+        name=printable(config.run_name or run_name(stage, params)),
         params={name: str(value) for name, value in deciding(stage, params).items()},
         parent=parent_run_id,
         tags={**earlier.get("tags", {}), **all_tags},

@@ -4,6 +4,7 @@ import io
 import itertools
 import os
 import signal
+import threading
 import time
 
 import numpy as np
@@ -138,14 +139,19 @@ class EncodeAndDie(token_pool.EncodeUnits):
         return super()._encode(unit, keys, pixels)
 
 
-class Broken:
-    """A tokenizer that fails."""
+class Failing:
+    """A tokenizer that fails in threads that say so: an actor encodes in one, writes in another."""
 
-    def __init__(self, error):
-        self.error = error
+    def __init__(self, whole, error):
+        self.whole, self.error, self.here = whole, error, threading.local()
+
+    def __getattr__(self, name):
+        return getattr(self.whole, name)
 
     def encode(self, images):
-        raise self.error
+        if self.here.fails:
+            raise self.error
+        return self.whole.encode(images)
 
 
 class EncodeAndFail(token_pool.EncodeUnits):
@@ -153,14 +159,16 @@ class EncodeAndFail(token_pool.EncodeUnits):
 
     error = torch.OutOfMemoryError("out of memory")
 
+    def __init__(self, task, attempts):
+        super().__init__(task, attempts)
+        self.tokenizer = Failing(self.tokenizer, self.error)
+
+    def fails(self, unit):
+        return deadly(unit)
+
     def _encode(self, unit, keys, pixels):
-        whole = self.tokenizer
-        if deadly(unit):
-            self.tokenizer = Broken(self.error)
-        try:
-            return super()._encode(unit, keys, pixels)
-        finally:
-            self.tokenizer = whole
+        self.tokenizer.here.fails = self.fails(unit)
+        return super()._encode(unit, keys, pixels)
 
 
 class EncodeAndFault(EncodeAndFail):
@@ -172,9 +180,8 @@ class EncodeAndFault(EncodeAndFail):
 class EncodeNothing(EncodeAndFail):
     """`EncodeUnits` where no unit can be encoded."""
 
-    def _encode(self, unit, keys, pixels):
-        self.tokenizer = Broken(self.error)
-        return super()._encode(unit, keys, pixels)
+    def fails(self, unit):
+        return True
 
 
 class EncodeSlowly(token_pool.EncodeUnits):
