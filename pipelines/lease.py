@@ -186,7 +186,7 @@ class Lease:
         """Takes the lease, or says who holds it."""
         while True:
             looked = self.clock()
-            newest = self._newest()
+            newest = self.newest()
             if newest is not None and newest.nonce == self.nonce:
                 if self._is_next(newest):
                     self._begin(newest.number)
@@ -197,7 +197,8 @@ class Lease:
             else:
                 return newest
 
-    def _newest(self) -> _Generation | None:
+    def newest(self) -> _Generation | None:
+        """Who held last, as the store says now."""
         names = self.store.list()
         number = max(_numbers(names), default=0)
         if not number:
@@ -205,7 +206,7 @@ class Lease:
         try:
             record = _parsed(self.store.read(_name(number)))
         except FileNotFoundError:  # it was removed in this moment
-            return self._newest()
+            return self.newest()
         base = f"{number:06d}-{record['nonce']}"
         beat = b""
         if f"{base}.beat" in names:

@@ -8,12 +8,14 @@ import dataclasses
 import datetime
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipelines import storage
+from pipelines import lease, storage
 from pipelines.config.sync import SyncConfig
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError, StageFailed
+from pipelines.lease_owner import Owner
 from pipelines.redaction import HIDDEN
 from pipelines.tracking import opened_run, store
 from pipelines.tracking.context import context_tags
@@ -138,6 +140,24 @@ def _judge(uri: str) -> None:
     attempts = RunDir(uri).attempts()
     spool = Spool(uri)
     seen = max([spool.record()["started"], *(attempt.until for attempt in attempts)])
-    if time.time() - seen > DEAD_AFTER_SECONDS:
+    # One that waits for nodes, or logs once an hour, says nothing either: its lease does.
+    if time.time() - seen > DEAD_AFTER_SECONDS and not _is_at_work(uri):
         last = datetime.datetime.fromtimestamp(seen, datetime.UTC).isoformat(timespec="seconds")
         spool.update(status="FAILED", error=f"killed; the last sign of it: {last}", ended=seen)
+
+
+def _is_at_work(uri: str, pause: Callable[[float], None] = time.sleep) -> bool:
+    """Whether somebody holds this output: watches for a heartbeat, for half a lease."""
+    place = lease.Folder(storage.join(uri, lease.FOLDER))
+    looking = lease.Lease(place, Owner.here("sync", ""), expires=0)
+    first = looking.newest()
+    if first is None or first.ended or looking.is_gone(first.owner):
+        return False
+    for _ in range(30):
+        pause(first.expires / 60)
+        now = looking.newest()
+        if now is None or now.ended:
+            return False
+        if (now.number, now.beat) != (first.number, first.beat):
+            return True
+    return False

@@ -244,9 +244,10 @@ class Filler:
         error = record.get("error", "")
         if error:
             self._set_tags({ERROR_TAG: error})
-        elif ERROR_TAG in self._tags:  # of a failure that a later start has left behind
+        elif ERROR_TAG in self.client.get_run(self.run_id).data.tags:
+            # Of a failure that a later start has left behind, or that `beit sync` has supposed.
             self.client.delete_tag(self.run_id, ERROR_TAG)
-            del self._tags[ERROR_TAG]
+            self._tags.pop(ERROR_TAG, None)
         status = record.get("status", "RUNNING")
         if status != "RUNNING":
             ended = int(1000 * record.get("ended", time.time()))

@@ -11,9 +11,10 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from jobs.environment import ENVIRONMENT
-from pipelines import sync, tracking
+from pipelines import lease, sync, tracking
 from pipelines.config.sync import SyncConfig
 from pipelines.config.tracking import TrackingConfig
+from pipelines.lease_owner import Owner
 from pipelines.tracking import background, model_registry
 from pipelines.tracking.background import Background
 from pipelines.tracking.filler import Filler, known_pictures
@@ -281,6 +282,17 @@ def test_of_a_run_that_died_without_a_word_sync_says_so(config, tmp_path):
     stored = MlflowClient(config.uri).get_run(run_id)
     assert stored.info.status == "FAILED"
     assert stored.data.tags["beit.error"].startswith("killed; the last sign of it: 2001-09-09")
+
+
+def test_a_run_whose_driver_waits_for_nodes_is_not_dead(tmp_path):
+    folder = lease.Folder(str(tmp_path / lease.FOLDER))
+    holder = lease.Lease(folder, Owner.here("pretrain", ""), expires=60)
+    assert not sync._is_at_work(str(tmp_path), pause=lambda _: None)
+    holder.take(poll=0, waiting=lambda _: None, alive=lambda _: None)
+    assert sync._is_at_work(str(tmp_path), pause=lambda _: holder.beat())
+    assert not sync._is_at_work(str(tmp_path), pause=lambda _: None)
+    holder.end()
+    assert not sync._is_at_work(str(tmp_path), pause=lambda _: holder.beat())
 
 
 def test_a_driver_that_ends_while_sync_is_at_work_keeps_its_last_words(
