@@ -44,12 +44,12 @@ STAGES = {
         "images (folder, WebDataset, Parquet) to an image table", "prepare:PrepareConfig"
     ),
     "train-tokenizer": _stage(
-        "image table to a trained discrete VAE",
+        "image table to a tokenizer: discrete VAE, VQ-KD, k-means, projection",
         "train_tokenizer:TrainTokenizerConfig",
         ray="workers",
     ),
     "import-tokenizer": _stage(
-        "DALL-E or FLAVA weights to a tokenizer",
+        "DALL-E, FLAVA or VQ-KD weights to a tokenizer",
         "import_tokenizer:ImportTokenizerConfig",
         ray="never",
     ),
@@ -72,7 +72,9 @@ STAGES = {
         ray="never",
     ),
     "export": _stage(
-        "a run's weights to Hugging Face, timm, unilm or ONNX", "export:ExportConfig", ray="never"
+        "a run's weights to Hugging Face, timm, unilm, MAE or ONNX",
+        "export:ExportConfig",
+        ray="never",
     ),
     "audit": _stage(
         "re-reads and re-hashes a table; exit 1 names what is wrong",
