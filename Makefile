@@ -18,7 +18,7 @@ UV_SETTINGS = UV_FIND_LINKS="$(LINKS)" $(if $(LINKS),,UV_TORCH_BACKEND=$(TORCH))
 PEERS := timm==1.0.31 torchvision==0.29.2
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo ui test tests-with-ray tests-without-ray test-long lint audit format clean
+.PHONY: help run demo ui test tests-with-ray tests-without-ray test-long gpu lint audit format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -54,7 +54,7 @@ BESIDE := .pytest_cache/beside.log
 test: $(BIN)/.dev  ## lint, types, import rules and tests
 ifdef ARGS
 	@$(MAKE) lint
-	$(PYTEST) -m "not long" $(ARGS)
+	$(PYTEST) -m "not long and not gpu" $(ARGS)
 else
 	@mkdir -p $(dir $(BESIDE)) && rm -f $(BESIDE)
 	@$(MAKE) --no-print-directory -j2 tests-with-ray tests-without-ray; code=$$?; \
@@ -65,10 +65,13 @@ tests-with-ray:
 	$(PYTEST) -m "not long and ray"
 
 tests-without-ray: lint
-	$(PYTEST) -m "not long and not ray" > $(BESIDE) 2>&1
+	$(PYTEST) -m "not long and not ray and not gpu" > $(BESIDE) 2>&1
 
 test-long: $(BIN)/.dev  ## the tests that take minutes: lost nodes, killed drivers, failing stores, published sizes
 	$(BIN)/python -m pytest -m long $(ARGS)
+
+gpu: $(BIN)/.dev  ## every GPU test and benchmark; writes benchmarks/results/gpu-NAME.md (exit code 2: no GPU)
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 lint: $(BIN)/.dev  ## lint, types and import rules
 	$(BIN)/ruff format --check .

@@ -11,14 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit import flops
-from beit.initialisation import init_encoder_
+from beit.initialisation import INIT_STD, init_encoder_
 from beit.mim import BeitMIM
 from beit.vit import BeitEncoder, Block, EncoderOptions
 
 Pooling = Literal["mean", "cls"]
 
 #: The official start of the head: so small that fine-tuning begins at uniform predictions.
-HEAD_INIT_SCALE = 0.001
+#: Upstream's classifiers cut their normal draws at 2, not at one deviation as in pretraining.
+HEAD_INIT_STD = 0.001 * INIT_STD
 
 
 class BeitClassifier(BeitEncoder):
@@ -50,11 +51,11 @@ class BeitClassifier(BeitEncoder):
         return "fc_norm" if self.pooling == "mean" else "norm"
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw all weights anew, the head scaled by HEAD_INIT_SCALE."""
+        """Draw all weights anew: the encoder as in pretraining, the head N(0, HEAD_INIT_STD)."""
         init_encoder_(self, generator)
         if isinstance(self.head, nn.Linear):
             with torch.no_grad():
-                self.head.weight.mul_(HEAD_INIT_SCALE)
+                self.head.weight.normal_(std=HEAD_INIT_STD, generator=generator)
 
     def config(self) -> dict[str, Any]:
         """JSON values for which `BeitClassifier(**config)` is this architecture."""

@@ -22,7 +22,14 @@ import torch
 from torch import Tensor
 
 from beit.classifier import BeitClassifier, per_block_tables
-from beit.infer_config import TABLE, aggregation, infer_config, square_side
+from beit.infer_config import (
+    TABLE,
+    aggregation,
+    infer_config,
+    square_side,
+    told,
+    untold,
+)
 from beit.mim import BeitMIM, BeitV2MIM
 from beit.position_bias import relative_position_index
 from beit.weights import check_state
@@ -79,15 +86,17 @@ def from_unilm(
 
     Sizes are read off the tensors. `image_size` is used for grids that are not square and for
     a model without any position only; `num_heads` only without a bias table and with heads that are
-    not 64 wide. A pretraining file of BEiT v2 becomes a `BeitV2MIM`; the layer from which its
-    aggregation head takes patches is that of the file's `args`, else the third from the last, as
-    published. A head of its own for the aggregated tokens (`cls_pt_lm_head`) is refused.
+    not 64 wide, where the file's `args` do not tell. A pretraining file of BEiT v2 becomes a
+    `BeitV2MIM`; the layer from which its aggregation head takes patches is that of the `args`, else
+    the third from the last, as published. A head of its own for the aggregated tokens
+    (`cls_pt_lm_head`) is refused.
     """
     tensors = official_tensors(state)
     kept = {n: v for n, v in tensors.items() if not n.endswith("relative_position_index")}
     if isinstance(image_size, int) and square_side(kept):
         image_size = None  # the file tells its own
-    config = infer_config(kept, image_size=image_size, num_heads=num_heads, source=source)
+    heads = num_heads or told(state.get("args"), "num_heads")
+    config = infer_config(kept, image_size=image_size, num_heads=heads, source=source)
     if "cls_pt_layers.0.norm1.weight" in kept:
         config |= aggregation(kept, state.get("args"), config["depth"])
     model = _build(config)
@@ -96,13 +105,16 @@ def from_unilm(
     return model
 
 
-def to_unilm(model: Network) -> dict[str, State]:
-    """What the official code loads strictly: `{"model": tensors}`, index buffers included."""
+def to_unilm(model: Network) -> dict[str, Any]:
+    """What the official code loads strictly: `model`, the tensors, index buffers included.
+
+    Beside them `args`, which it does not read: what tensors do not tell.
+    """
     state = dict(model.state_dict())
     for name in [name for name in state if name.endswith(TABLE)]:
         index = relative_position_index(model.grid_size)
         state[name.replace(TABLE, "relative_position_index")] = index
-    return {"model": state}
+    return {"model": state, "args": untold(model)}
 
 
 def to_huggingface(

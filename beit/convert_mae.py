@@ -16,7 +16,7 @@ from torch import Tensor
 
 from beit.classifier import BeitClassifier
 from beit.convert import BLOCK_NAMES, State, swap
-from beit.infer_config import HEAD_DIM
+from beit.infer_config import HEAD_DIM, untold
 from beit.mae import MaeNetwork
 from beit.mim import BeitMIM
 from beit.weights import check_state
@@ -48,12 +48,13 @@ def from_mae(
     tensors: Mapping[str, Tensor],
     *,
     num_heads: int | None = None,
+    decoder_heads: int | None = None,
     source: str = "MAE state",
 ) -> MaeLike:
     """The network of an official file's tensors, for square images.
 
-    `num_heads` is needed where heads are not 64 wide. ValueError lists what is missing, unknown
-    or misshapen; a classifier's head is unknown.
+    `num_heads` is needed where heads are not 64 wide, `decoder_heads` where the decoder's are not
+    32 wide. ValueError lists what is missing, unknown or misshapen; a classifier's head is unknown.
     """
     ours: State = {}
     for name, value in tensors.items():
@@ -63,11 +64,11 @@ def from_mae(
             ours[f"{stem}q_bias"], ours[f"{stem}v_bias"] = query.clone(), value_bias.clone()
         else:
             ours[name] = value
-    return _built(ours, num_heads=num_heads, source=source)
+    return _built(ours, num_heads=num_heads, decoder_heads=decoder_heads, source=source)
 
 
-def to_mae(model: MaeLike | BeitClassifier) -> dict[str, State]:
-    """What the official code loads: `{"model": tensors}`.
+def to_mae(model: MaeLike | BeitClassifier) -> dict[str, Any]:
+    """What the official code loads: `model`, the tensors; beside them `args`, as `to_unilm`.
 
     Of an encoder alone, what its fine-tuning takes (and timm as a plain vision transformer).
     ValueError for a classifier, and for an encoder that is none of MAE's: with relative positions
@@ -93,7 +94,7 @@ def to_mae(model: MaeLike | BeitClassifier) -> dict[str, State]:
             joined[name] = value
     if isinstance(model, BeitMIM):
         joined = {n: v for n, v in joined.items() if not n.startswith(("mask_token", "lm_head."))}
-    return {"model": joined}
+    return {"model": joined, "args": untold(model)}
 
 
 def mae_from_huggingface(
@@ -123,14 +124,14 @@ def mae_from_huggingface(
             raise ValueError(f"{source} does not fit the network; no {', '.join(absent)} of {name}")
         ours[name] = torch.cat([three["query"], three["key"], three["value"]])
     heads = config.get("num_attention_heads")
-    network = from_mae(ours, num_heads=heads, source=source)
-    if isinstance(network, MaeNetwork):
-        decoder_heads = config.get("decoder_num_attention_heads", network.decoder_heads)
-        network = _renewed(network, decoder_heads=decoder_heads)
+    decoder_heads = config.get("decoder_num_attention_heads")
+    network = from_mae(ours, num_heads=heads, decoder_heads=decoder_heads, source=source)
     return _renewed(network, norm_eps=config.get("layer_norm_eps", 1e-12))
 
 
-def _built(ours: State, *, num_heads: int | None, source: str) -> MaeLike:
+def _built(
+    ours: State, *, num_heads: int | None, decoder_heads: int | None, source: str
+) -> MaeLike:
     try:
         dim, _, patch_size, _ = ours["patch_embed.proj.weight"].shape
         patches = ours["pos_embed"].shape[1] - 1
@@ -160,7 +161,7 @@ def _built(ours: State, *, num_heads: int | None, source: str) -> MaeLike:
             **options,
             decoder_dim=decoder_dim,
             decoder_depth=_count(ours, "decoder_blocks."),
-            decoder_heads=max(1, decoder_dim // DECODER_HEAD_DIM),
+            decoder_heads=decoder_heads or max(1, decoder_dim // DECODER_HEAD_DIM),
         )
     else:
         model = BeitMIM(**options, vocab_size=0)

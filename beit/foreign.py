@@ -28,7 +28,7 @@ from beit.convert import (
 )
 from beit.convert_mae import from_mae, is_mae, mae_from_huggingface, to_mae
 from beit.git_lfs import check_fetched
-from beit.infer_config import options_of
+from beit.infer_config import options_of, told
 from beit.mae import MaeNetwork
 from beit.mim import BeitMIM, BeitV2MIM
 from beit.tensor_files import read_tensors
@@ -116,7 +116,10 @@ def _official(
     state = _read_tensors(file)
     tensors = official_tensors(state)
     if is_mae(tensors):
-        return from_mae(tensors, num_heads=num_heads, source=str(file))
+        args = state.get("args")
+        heads = {"num_heads": num_heads or told(args, "num_heads")}
+        heads["decoder_heads"] = told(args, "decoder_heads")
+        return from_mae(tensors, **heads, source=str(file))
     return from_unilm(state, image_size=image_size, num_heads=num_heads, source=str(file))
 
 
@@ -124,12 +127,12 @@ def pixel_statistics(path: str | Path) -> tuple[Sequence[float], Sequence[float]
     """Mean and deviation of pixels in [0, 1] by which the weights in `path` want them normalised.
 
     As their family says: transformers' image processor, timm's configuration, the options inside
-    an official BEiT file, ImageNet's for an official MAE file. None where nothing says so;
+    an official file, ImageNet's for an official MAE file. None where nothing says so;
     ValueError for what is no JSON, or says it by anything but three numbers each.
     """
     place = Path(path)
     if place.is_file():
-        return _statistics_of_file(_read_tensors(place))
+        return _statistics_of_file(_read_tensors(place), place)
     if (place / UNILM_FILE).is_file() and not (place / "config.json").is_file():
         return pixel_statistics(place / UNILM_FILE)
     processor = _read_json(place / PREPROCESSOR_FILE)
@@ -155,8 +158,12 @@ def _channels(value: Any, where: str) -> list[float]:
     return numbers
 
 
-def _statistics_of_file(state: Mapping[str, Any]) -> tuple[Sequence[float], Sequence[float]] | None:
+def _statistics_of_file(
+    state: Mapping[str, Any], place: Path
+) -> tuple[Sequence[float], Sequence[float]] | None:
     options = options_of(state.get("args"))
+    if ours := _told(options, ("pixel_mean", "pixel_std"), place / "args"):
+        return ours
     imagenet = options.get("imagenet_default_mean_and_std")
     if imagenet or (imagenet is None and is_mae(official_tensors(state))):
         return IMAGENET_MEAN, IMAGENET_STD
@@ -173,17 +180,32 @@ def class_names(folder: str | Path) -> list[str]:
     return [] if names == [f"LABEL_{i}" for i in range(len(names))] else names
 
 
-def write_unilm(model: Network, folder: str | Path) -> list[str]:
-    """`checkpoint.pth` for the official scripts (`--finetune`, or `--resume` without optimiser)."""
-    directory = _made(folder)
-    torch.save(to_unilm(model), directory / UNILM_FILE)
-    return [UNILM_FILE]
+def write_unilm(model: Network, folder: str | Path, **pixels: Sequence[float] | None) -> list[str]:
+    """`checkpoint.pth` for the official scripts (`--finetune`, or `--resume` without optimiser).
+
+    `mean` and `std` of pixels are kept beside the tensors, for `pixel_statistics`.
+    """
+    return _write_official(to_unilm(model), folder, **pixels)
 
 
-def write_mae(model: MaeNetwork | Network, folder: str | Path) -> list[str]:
-    """`checkpoint.pth` for MAE's official scripts (`--finetune`, or `--resume`)."""
-    directory = _made(folder)
-    torch.save(to_mae(model), directory / UNILM_FILE)
+def write_mae(
+    model: MaeNetwork | Network, folder: str | Path, **pixels: Sequence[float] | None
+) -> list[str]:
+    """`checkpoint.pth` for MAE's official scripts (`--finetune`, or `--resume`); `mean` and `std`
+    as `write_unilm`."""
+    return _write_official(to_mae(model), folder, **pixels)
+
+
+def _write_official(
+    file: dict[str, Any],
+    folder: str | Path,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> list[str]:
+    if mean is not None and std is not None:
+        file["args"] |= {"pixel_mean": list(mean), "pixel_std": list(std)}
+    torch.save(file, _made(folder) / UNILM_FILE)
     return [UNILM_FILE]
 
 

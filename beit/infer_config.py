@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 TABLE = "relative_position_bias_table"
 HEAD_DIM = 64  # of every published size
@@ -88,9 +88,28 @@ def options_of(args: Any) -> Mapping[str, Any]:
     return args if isinstance(args, Mapping) else {}
 
 
+#: Options beside a file's tensors that tell what these do not: ours, and their names there. The
+#: first is the official code's, which reads none of them in loading.
+_UNTOLD = {
+    "early_layer": "early_layers",
+    "num_heads": "num_heads",
+    "decoder_heads": "decoder_heads",
+}
+
+
+def told(args: Any, name: str) -> int | None:
+    """A count that the options beside an official file's tensors tell, or None."""
+    value = options_of(args).get(name)
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def untold(model: nn.Module) -> dict[str, int]:
+    """What the tensors of `model` do not tell of it, as options of an official file."""
+    return {there: getattr(model, ours) for ours, there in _UNTOLD.items() if hasattr(model, ours)}
+
+
 def aggregation(state: Mapping[str, Tensor], args: Any, depth: int) -> dict[str, int]:
     """What `BeitV2MIM` needs besides, of tensors and the options that the file was trained with."""
-    given = options_of(args)
     layers = {int(n.split(".")[1]) for n in state if n.startswith("cls_pt_layers.")}
-    early_layer = int(given.get("early_layers") or max(1, depth - 3))
+    early_layer = told(args, "early_layers") or max(1, depth - 3)
     return {"early_layer": early_layer, "head_layers": max(layers) + 1}

@@ -30,11 +30,12 @@ def mask_of(
     kind: Literal["blockwise", "random"] = "blockwise",
     num_masked: int,
     min_block: int = 16,
+    max_block: int | None = None,
     exact: bool = False,
 ) -> NDArray[np.bool_]:
     """The mask of an image in an epoch: bool (H*W,), row-major, True = masked.
 
-    A pure function of its arguments. `min_block` and `exact` are of blockwise masks.
+    A pure function of its arguments. The last three are of blockwise masks.
     """
     position = (epoch, *counters.of_digest(digest))
     generator = counters.generator(seed, counters.MASKS, position)
@@ -42,7 +43,12 @@ def mask_of(
         mask = random_mask(grid_size, num_masked, generator=generator)
     else:
         mask = blockwise_mask(
-            grid_size, num_masked, min_block=min_block, exact=exact, generator=generator
+            grid_size,
+            num_masked,
+            min_block=min_block,
+            max_block=max_block,
+            exact=exact,
+            generator=generator,
         )
     return mask.reshape(-1)
 

@@ -115,7 +115,7 @@ def resize_positions(model: AnyEncoder, image_size: int | tuple[int, int]) -> An
     for name, value in model.state_dict().items():
         if name.endswith("relative_position_bias_table"):
             state[name] = resize_bias_table(value, old, new)
-        elif name == "pos_embed":
+        elif name in ("pos_embed", "decoder_pos_embed"):
             state[name] = resize_absolute(value, old, new)
         else:
             state[name] = value.clone()

@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import tempfile
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,17 @@ import torch
 from beit.foreign import IMAGENET_MEAN, IMAGENET_STD, ONNX_FILE, WRITERS, load_whole
 from beit.mae import MaeNetwork
 from beit.mim import BeitMIM, BeitV2MIM
+from beit.positions import resize_positions
 from beit.weights import save_weights
 from pipelines import lease, storage
 from pipelines.config.export import ExportConfig
 from pipelines.errors import InputError, StageFailed
 from pipelines.tables.weights_store import Whole, open_network, open_whole
+from pipelines.training.weights import whole_network
 
 ONNX_TOLERANCE = 1e-4
-# Formats of official codes, which keep what only pretraining needs.
-WHOLE = ("unilm", "mae")
+# Formats of official codes that keep what only pretraining needs, and of which network.
+WHOLE: Mapping[str, type[BeitV2MIM | MaeNetwork]] = {"unilm": BeitV2MIM, "mae": MaeNetwork}
 
 USE = {
     "hf": "{cls}.from_pretrained({output!r})",
@@ -68,9 +71,8 @@ def run(config: ExportConfig) -> ExportResult:
     output = storage.absolute(config.output)
     _require_empty(output, config)
     with tempfile.TemporaryDirectory(prefix="beit-export-") as scratch:
-        opened = open_whole if config.format in WHOLE else open_network
-        stored = opened(config.run, image_size=config.image_size, num_heads=config.num_heads)
-        network, extra = stored.network.eval(), _with_pixels(config, stored.extra)
+        network, told = _open(config)
+        extra = _with_pixels(config, told)
         folder = Path(scratch, "out")
         try:
             files = _write(config, network, extra, folder)
@@ -87,6 +89,21 @@ def run(config: ExportConfig) -> ExportResult:
         largest_difference=difference,
         use=USE[config.format].format(output=output, cls=_transformers_class(config, network)),
     )
+
+
+def _open(config: ExportConfig) -> tuple[Whole, dict[str, Any]]:
+    """The network to write, and what is known beside its tensors."""
+    kind = None if config.encoder_only else WHOLE.get(config.format)
+    opened = open_network if kind is None else open_whole
+    stored = opened(config.run, image_size=config.image_size, num_heads=config.num_heads)
+    network = stored.network
+    if kind and "steps" in stored.extra:
+        trained = whole_network(config.run, kind, steps=stored.extra["steps"])
+        if trained is not None:
+            network = resize_positions(trained, network.image_size)
+    if isinstance(network, BeitV2MIM | MaeNetwork) and not (kind and isinstance(network, kind)):
+        network = network.plain()
+    return network.eval(), stored.extra
 
 
 def _require_empty(output: str, config: ExportConfig) -> None:
@@ -122,8 +139,8 @@ def _write(config: ExportConfig, network: Whole, extra: dict[str, Any], folder: 
         save_weights(network, folder, extra=extra)
         return ["weights.safetensors", "config.json"]
     options: dict[str, Any] = {}
-    if config.format in ("hf", "timm"):
-        options |= {"mean": extra["pixel_mean"], "std": extra["pixel_std"]}
+    if config.format != "onnx":
+        options |= {"mean": extra.get("pixel_mean"), "std": extra.get("pixel_std")}
     if config.format == "hf":
         options["encoder_only"] = config.encoder_only
         options["class_names"] = extra.get("class_names", ())
@@ -158,7 +175,7 @@ def _difference(config: ExportConfig, network: Whole, folder: Path) -> float | N
                 folder, image_size=network.image_size, num_heads=network.num_heads
             ).eval()
             # An encoder alone has no head to compare.
-            headless = config.encoder_only
+            headless = config.encoder_only and config.format == "hf"
             expected = _output(network, pixels, headless=headless)
             found = _output(again, pixels, headless=headless)
             if found.dim() > expected.dim():  # pooled by the class token, which is normed already

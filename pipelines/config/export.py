@@ -21,7 +21,8 @@ class ExportConfig:
     the official codes' files, with all that an official file holds; onnx: the encoder; weights:
     this project's own folder."""
     encoder_only: bool = False
-    """hf: a BeitModel, without the head."""
+    """hf: a BeitModel, without the head. unilm, mae: without what BEiT v2 and MAE train beside the
+    encoder (aggregation head, decoder)."""
     image_size: Annotated[int | None, Ge(1)] = None
     """Resize positions to this image side, in pixels; null: as trained."""
     pixel_mean: tuple[float, float, float] | None = None
@@ -42,8 +43,8 @@ class ExportConfig:
             "give both or neither",
         )
         require(
-            not self.encoder_only or self.format == "hf",
+            not self.encoder_only or self.format in ("hf", "unilm", "mae"),
             "encoder_only",
             self.encoder_only,
-            f"goes with format hf, not {self.format}; leave it out",
+            f"goes with format hf, unilm and mae; {self.format} has no more: leave it out",
         )

@@ -138,6 +138,8 @@ class MaskingConfig:
     """Patches hidden per image; at most that many for blockwise without `exact`."""
     min_block: int = 16
     """Smallest block, in patches (blockwise)."""
+    max_block: int | None = None
+    """Largest block; null: num_masked."""
     exact: bool = False
     """Exactly num_masked patches (BEiT v2) instead of at most (BEiT as coded)."""
 
@@ -149,6 +151,12 @@ class MaskingConfig:
             self.min_block,
             f"must be between 1 and masking.num_masked = {self.num_masked}; "
             "larger blocks would leave most images without any masked patch",
+        )
+        require(
+            self.max_block is None or self.min_block <= self.max_block,
+            "masking.max_block",
+            self.max_block,
+            f"must be at least masking.min_block = {self.min_block}, or null",
         )
 
 

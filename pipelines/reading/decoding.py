@@ -110,6 +110,7 @@ def render_rows(
                 kind=spec.masking.kind,
                 num_masked=spec.masking.num_masked,
                 min_block=spec.masking.min_block,
+                max_block=spec.masking.max_block,
                 exact=spec.masking.exact,
             )
     seconds = time.perf_counter() - started

@@ -3,19 +3,23 @@
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from beit.mae import MaeNetwork
+from beit.mim import BeitV2MIM
 from beit.objectives import Objective
 from beit.weights import save_weights
 from pipelines import storage
 from pipelines.config.pretrain import PretrainConfig
 from pipelines.errors import InputError, parsing
-from pipelines.training.checkpoint import load_newest
+from pipelines.training.checkpoint import Checkpoint, DamagedCheckpointError, load, load_newest
 from pipelines.training.objective import build_objective
 from pipelines.training.run_dir import RunDir
 
 VOCABULARY = "lm_head.weight"
+KINDS: Mapping[str, type[BeitV2MIM | MaeNetwork]] = {"beitv2": BeitV2MIM, "mae": MaeNetwork}
 
 
 def save_encoder(
@@ -61,10 +65,7 @@ def save_newest(uri: str, directory: str) -> int:
     if found is None:
         why = f" ({reasons[0]})" if reasons else ""
         raise InputError(f"run = {uri}: the run has no whole checkpoint yet{why}; let it go on")
-    with parsing(RunDir(uri).checkpoints, "only checkpoints of a pretraining are evaluated"):
-        config = TypeAdapter(PretrainConfig).validate_python(found.state["config"])
-    head = found.weights.get(VOCABULARY)
-    objective = build_objective(config, None if head is None else len(head))
+    config, objective = _trained(uri, found)
     save_encoder(
         config,
         objective,
@@ -74,3 +75,43 @@ def save_newest(uri: str, directory: str) -> int:
         steps=found.step,
     )
     return found.step
+
+
+def whole_network(
+    uri: str, kind: type[BeitV2MIM | MaeNetwork], *, steps: int
+) -> BeitV2MIM | MaeNetwork | None:
+    """The network of a finished run with what only pretraining needs, as it was after `steps`.
+
+    None where `uri` is no run that trained a network of this kind.
+
+    Raises:
+        InputError: the checkpoint that has it is gone or damaged.
+    """
+    run = RunDir(uri)
+    file = run.at("config.yaml")
+    if not storage.exists(file):
+        return None
+    with parsing(file, "it is not what the run wrote"):
+        objective = yaml.safe_load(storage.read_bytes(file)).get("objective", {}).get("kind")
+    if KINDS.get(objective) is not kind:
+        return None
+    try:
+        found = load(run.checkpoints, steps)
+    except DamagedCheckpointError as error:
+        raise InputError(
+            f"run = {uri}: what {objective} trains beside the encoder is in the checkpoint after "
+            f"{steps} steps only, and that is gone or damaged ({error}); give --encoder_only true "
+            "for the encoder alone"
+        ) from error
+    network = _trained(uri, found)[1].network
+    assert isinstance(network, kind)
+    network.load_state_dict(found.weights)
+    return network
+
+
+def _trained(uri: str, found: Checkpoint) -> tuple[PretrainConfig, Objective]:
+    """Configuration and objective of a checkpoint, with fresh weights."""
+    with parsing(RunDir(uri).checkpoints, "only checkpoints of a pretraining have an encoder"):
+        config = TypeAdapter(PretrainConfig).validate_python(found.state["config"])
+    head = found.weights.get(VOCABULARY)
+    return config, build_objective(config, None if head is None else len(head))

@@ -316,7 +316,7 @@ def test_other_computations_are_refused():
     with pytest.raises(ValueError, match="not a BEiT"):
         infer_config({"weight": torch.zeros(3)})
     with pytest.raises(ValueError, match="give num_heads"):
-        from_unilm(to_unilm(mim(PLAIN)))
+        from_unilm({"model": to_unilm(mim(PLAIN))["model"]})
 
 
 @pytest.mark.parametrize("make", [mim, classifier, partial(classifier, pooling="cls")])
@@ -347,6 +347,8 @@ def test_fine_tuning_starts_from_the_encoder_with_the_bias_in_every_block():
         )
         assert tuned(pixels).shape == (3, 9)
         assert tuned(pixels).abs().max() < 0.01, "the head starts a thousandth of its size"
+        wide = classifier_from_pretraining(model, num_classes=2000)
+        assert wide.head.weight.std().item() == pytest.approx(2e-5, rel=0.02), "as upstream's"
     tables = [block.attn.relative_position_bias_table for block in tuned.blocks]
     assert len({table.data_ptr() for table in tables}) == 3
     shared = model.rel_pos_bias.relative_position_bias_table

@@ -55,6 +55,17 @@ def test_masks_are_made_of_blocks(masks):
     assert disagree < 0.2
 
 
+def test_smaller_blocks_have_more_edges():
+    def edges(**bounds):
+        options = {"seed": 1, "grid_size": (14, 14), "num_masked": 75, **bounds}
+        digests = [image_digest(bytes([i])) for i in range(100)]
+        masks = np.stack([mask_of(digest, 0, **options).reshape(14, 14) for digest in digests])
+        return (masks[:, 1:] != masks[:, :-1]).mean()
+
+    assert edges(min_block=4, max_block=4) > 1.5 * edges(min_block=16) > 0
+    assert edges(min_block=16, max_block=75) == edges(min_block=16)
+
+
 def test_exact_masks_all_have_the_count():
     generator = rng(3)
     for _ in range(20_000):

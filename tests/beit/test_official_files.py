@@ -11,9 +11,10 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
 from beit.classifier import BeitClassifier
 from beit.convert import from_unilm, to_unilm
 from beit.convert_mae import from_mae, to_mae
-from beit.foreign import IMAGENET_MEAN, load_network, load_whole, pixel_statistics
+from beit.foreign import IMAGENET_MEAN, load_network, load_whole, pixel_statistics, write_mae
 from beit.mae import MaeNetwork
 from beit.mim import BeitMIM, BeitV2MIM
+from beit.positions import resize_positions
 
 SMALL = {"image_size": 32, "patch_size": 8, "dim": 64, "depth": 4, "num_heads": 1}
 BEIT = {
@@ -76,8 +77,10 @@ class TestBeitV2:
             assert torch.equal(plain(pixels, mask), v2(pixels, mask)[0])
 
     def test_the_early_layer_is_the_published_one_where_nothing_tells(self, v2):
-        assert from_unilm(to_unilm(v2)).early_layer == SMALL["depth"] - 3
+        assert from_unilm({"model": to_unilm(v2)["model"]}).early_layer == SMALL["depth"] - 3
+        assert from_unilm(to_unilm(v2)).early_layer == 2
         assert from_unilm({**to_unilm(v2), "args": {"early_layers": 3}}).early_layer == 3
+        assert from_unilm({**to_unilm(v2), "args": {"early_layers": "x"}}).early_layer == 1
 
     def test_a_head_of_its_own_is_refused_by_name(self, v2):
         state = {**to_unilm(v2)["model"], "cls_pt_lm_head.weight": torch.zeros(30, 64)}
@@ -144,6 +147,18 @@ class TestMae:
             assert torch.equal(again.features(pixels), encoder.eval().features(pixels))
         assert pixel_statistics(tmp_path / "mae_pretrain.pth")[0] == IMAGENET_MEAN
 
+    def test_pixels_and_heads_that_are_no_default_are_told_beside_the_tensors(self, tmp_path):
+        network = randomised(MaeNetwork(**PLAIN, **{**DECODER, "decoder_heads": 4}))
+        write_mae(network, tmp_path, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
+        assert pixel_statistics(tmp_path) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+        assert load_whole(tmp_path).decoder_heads == 4
+
+    def test_a_decoder_moves_to_another_image_size(self):
+        network = randomised(MaeNetwork(**PLAIN, **DECODER))
+        larger = resize_positions(network, 48)
+        assert larger.decoder_pos_embed.shape == (1, 37, 32)
+        assert torch.equal(larger.decoder_pos_embed[:, 0], network.decoder_pos_embed[:, 0])
+
     def test_what_no_mae_file_can_hold_is_refused(self, v2):
         with pytest.raises(ValueError, match="use format unilm"):
             to_mae(v2.plain())
@@ -165,6 +180,6 @@ def test_options_of_a_training_save_tell_how_pixels_were_normalised(v2, tmp_path
 
 @pytest.mark.parametrize("args", [{}, {"args": 3}, {"args": ["--lr", "1"]}])
 def test_a_bare_file_does_not_tell(v2, tmp_path, args):
-    torch.save({**to_unilm(v2), **args}, tmp_path / "checkpoint.pth")
+    torch.save({"model": to_unilm(v2)["model"], **args}, tmp_path / "checkpoint.pth")
     assert pixel_statistics(tmp_path) is None
     assert load_whole(tmp_path).early_layer == 1

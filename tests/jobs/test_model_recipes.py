@@ -67,6 +67,14 @@ def test_all_recipes_are_there():
     assert {"beit_small_in1k_300", "beit_tiny_in1k_300"} <= names
 
 
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*_in*k*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_says_how_many_views_there_are(path):
+    (said,) = re.findall(
+        r"^# Views: (8 \(beit tokenize --num_views 8|a new one each)", path.read_text(), re.MULTILINE
+    )
+    assert said.startswith("8") == (path.stem.startswith("beit_"))
+
+
 @pytest.mark.parametrize("path", BEIT, ids=lambda path: path.stem)
 def test_a_recipe_is_the_network_and_schedule_of_its_name(path):
     config = load(path)

@@ -78,6 +78,7 @@ def test_every_declared_bound_is_kept_and_named(config):
         ("model", {"image_size": 225}, "multiple of model.patch_size = 16"),
         ("model", {"num_heads": 7}, "must divide model.dim = 768"),
         ("masking", {"min_block": 76}, "between 1 and masking.num_masked = 75"),
+        ("masking", {"max_block": 15}, "masking.max_block = 15: must be at least masking.min_b"),
         ("data", {"global_batch_size": 12}, "positive multiple of data.num_shards = 8"),
         ("optim", {"min_lr": 1.0}, "at most optim.lr = 0.0015"),
         ("optim", {"clip_grad_norm": 0.0}, "must be above 0; null for no clipping"),

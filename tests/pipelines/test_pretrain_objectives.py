@@ -2,19 +2,27 @@
 
 import math
 import multiprocessing
+import shutil
 import socket
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from pydantic import TypeAdapter
 
+from beit.foreign import load_whole
+from beit.mim import BeitMIM
 from beit.weights import load_weights, read_weights_config
+from pipelines import export as export_stage
 from pipelines import pretrain
-from pipelines.config.pretrain import MAY_CHANGE
+from pipelines.config.export import ExportConfig
+from pipelines.config.pretrain import MAY_CHANGE, PretrainConfig
 from pipelines.errors import InputError
 from pipelines.reading import ingest
+from pipelines.training.checkpoint import load_newest
 from pipelines.training.data import WorkerData, open_tables
 from pipelines.training.distributed import World
 from pipelines.training.log import TrainLog
@@ -42,7 +50,11 @@ SECTIONS = {
     },
     "mae": {
         "objective": {"kind": "mae", "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
-        "model": {"absolute_positions": True, "relative_positions": "none"},
+        "model": {
+            "absolute_positions": True,
+            "relative_positions": "none",
+            "layer_scale_init": None,
+        },
         "masking": {"kind": "random", "num_masked": 48},
         "tokens": [],
     },
@@ -112,6 +124,53 @@ def test_accumulation_and_recomputing_change_nothing(finished, tables, tmp_path)
     scaling = {"accumulate_steps": 3, "activation_checkpointing": True}
     result = pretrain.run(config_for(kind, tables, tmp_path / "run", scaling=scaling))
     assert losses(result.run_uri) == pytest.approx(losses(whole.run_uri), abs=2e-5)
+
+
+def test_an_official_file_keeps_what_only_pretraining_needs(finished, tmp_path):
+    kind, result = finished
+    form = {"beitv2": "unilm", "mae": "mae"}[kind]
+
+    def export(run, **options):
+        output = str(tmp_path / f"{Path(run).name}-{options}")
+        config = ExportConfig(run=run, output=output, format=form, **options)
+        assert export_stage.run(config).largest_difference == 0
+        return load_whole(output).eval()
+
+    newest = load_newest(RunDir(result.run_uri).checkpoints, rejected=lambda *_: None)
+    again = export(result.run_uri, image_size=None)
+    assert newest.step == result.steps
+    assert state_differs(again.state_dict(), newest.weights) == []
+    config = TypeAdapter(PretrainConfig).validate_python(newest.state["config"])
+    trained = build_objective(config, 64)
+    trained.network.load_state_dict(newest.weights)
+    reread = type(trained)(again)
+    assert loss_of(reread) == loss_of(trained.eval())
+    assert export(result.run_uri, image_size=48).image_size == (48, 48)
+
+    alone = shutil.copytree(result.run_uri, tmp_path / "alone")
+    shutil.rmtree(alone / "checkpoints")
+    with pytest.raises(
+        InputError, match=rf"what {kind} trains .* after 12 steps only.*--encoder_o"
+    ):
+        export(str(alone), image_size=None)
+    plain = export(str(alone), encoder_only=True)
+    assert type(plain) is BeitMIM
+    encoder = load_weights(result.weights_uri).state_dict()
+    assert set(state_differs(plain.state_dict(), encoder)) <= {"mask_token"}
+
+
+def state_differs(found, expected):
+    return [n for n in expected if n not in found or not torch.equal(found[n], expected[n])]
+
+
+@torch.no_grad()
+def loss_of(objective):
+    """Of a fixed batch of two images, half of each masked."""
+    generator = torch.Generator().manual_seed(3)
+    pixels = torch.randn(2, 3, 32, 32, generator=generator)
+    mask = torch.arange(64).expand(2, -1) % 2 == 0
+    targets = torch.randint(64, (64,), generator=generator)
+    return objective(pixels, mask, targets, num_masked=64, noise=None).sums[0].item()
 
 
 def test_a_probe_does_not_disturb(finished, tables, tmp_path):
