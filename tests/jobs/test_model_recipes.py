@@ -70,7 +70,9 @@ def test_all_recipes_are_there():
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*_in*k*.yaml")), ids=lambda path: path.stem)
 def test_a_recipe_says_how_many_views_there_are(path):
     (said,) = re.findall(
-        r"^# Views: (8 \(beit tokenize --num_views 8|a new one each)", path.read_text(), re.MULTILINE
+        r"^# Views: (8 \(beit tokenize --num_views 8|a new one each)",
+        path.read_text(),
+        re.MULTILINE,
     )
     assert said.startswith("8") == (path.stem.startswith("beit_"))
 
