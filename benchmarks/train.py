@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from beit.mim import SIZES
+from beit.optim import parameter_groups
 from beit.tokenizers.dalle import DalleTokenizer
 from benchmarks.ingest import make_jpegs, write_tables
-from pipelines import pretrain
 from pipelines.config.pretrain import (
     DataConfig,
     ModelConfig,
@@ -36,8 +36,9 @@ from pipelines.config.pretrain import (
 from pipelines.reading import ingest
 from pipelines.training import goodput
 from pipelines.training.data import WorkerData
-from pipelines.training.distributed import clip_gradients, join_world, resolve_precision
+from pipelines.training.distributed import join_world, resolve_precision
 from pipelines.training.objective import build_objective, flops_per_image
+from pipelines.training.update import adamw, update
 
 VOCAB = 8192
 
@@ -51,7 +52,9 @@ class Trainer:
         self.precision = resolve_precision(config.scaling, self.world.device)
         self.data = WorkerData(config, self.world)
         self.objective = build_objective(config, VOCAB).to(self.world.device)
-        self.optimizer = pretrain.build_optimizer(config, self.objective.network)
+        self.optimizer = adamw(
+            parameter_groups(self.objective.network, config.optim.weight_decay), config.optim
+        )
         self.parameters = list(self.objective.parameters())
         if config.scaling.compile:
             self.objective.compile()
@@ -106,10 +109,7 @@ class Trainer:
                 noise=None,
             )
         (outcome.sums[0] / batch.num_masked).backward()
-        norm = clip_gradients(self.parameters, 3.0)
-        self.optimizer.found_inf = (~torch.isfinite(norm)).float()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        update(self.optimizer, self.parameters, self.config.optim)
 
 
 def product_rate(device: torch.device) -> float:

@@ -5,52 +5,32 @@ by Ray Train workers, or right here for `scaling.num_workers = 0`. `train_loop` 
 one worker, in the order in which things happen. See docs/pretrain.md.
 """
 
-import contextlib
-import tempfile
 import time
-from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
 
-from beit.objectives import Objective
 from beit.optim import parameter_groups
-from beit.schedules import warmup_cosine
 from beit.vit import drop_path_noise
-from pipelines import lease, storage
 from pipelines.config.pretrain import MAY_CHANGE, PretrainConfig, run_uri
-from pipelines.errors import StageFailed
-from pipelines.tables.weights_store import weights_fingerprint
 from pipelines.tracking import Dataset
-from pipelines.training import driver, goodput
-from pipelines.training.checkpoint import Checkpoint, Saver
 from pipelines.training.data import WorkerData
-from pipelines.training.distributed import (
-    World,
-    check_device,
-    clip_gradients,
-    resolve_precision,
-    snapshot,
-    without_sync,
-    wrap_model,
-)
+from pipelines.training.distributed import World, check_device, without_sync, wrap_model
 from pipelines.training.health import HealthMonitor
 from pipelines.training.log import TrainLog
+from pipelines.training.loop import LoopState
 from pipelines.training.objective import build_objective, warm_start
 from pipelines.training.pretraining import (
     PretrainPlan,
     PretrainResult,
     input_datasets,
     plan_run,
-    result_of,
     with_absolute_uris,
 )
 from pipelines.training.probing import log_pictures, run_probe
-from pipelines.training.recovery import checkpoint_state, resume, roll_back
-from pipelines.training.run_dir import RunDir
 from pipelines.training.step_metrics import StepMetrics
-from pipelines.training.stopping import stop_requested
+from pipelines.training.update import adamw, set_rates, update
 from pipelines.training.weights import save_encoder
+from pipelines.training.weights_run import train_to_weights
 
 STAGE = "pretrain"
 
@@ -69,52 +49,24 @@ def run(config: PretrainConfig) -> PretrainResult:
     config = with_absolute_uris(config)
     tables, plan = plan_run(config)
 
-    # The run directory: new, this run's, or another's; then ours alone.
-    run_dir = RunDir(run_uri(config))
-    run_dir.holds(config, plan.fingerprints, may_change=MAY_CHANGE)
-    done = run_dir.finished_report(plan.total_steps)
-    if done is not None and driver.is_recorded(config, run_dir):
-        return result_of(run_dir, plan, done, resumed_from=plan.total_steps)
     inputs = input_datasets(config, tables)
     if config.init:
-        begun_with = plan.fingerprints["init"]
-        inputs.append(Dataset(name="weights", uri=config.init, digest=begun_with))
-    with lease.held(run_dir.uri, config.lease, stage=STAGE) as holder:
-        run_dir = RunDir(run_dir.uri, holder.fence)
-        result = _train(config, plan, inputs, run_dir, launched_at)
-        holder.done()
-    return result
-
-
-def _train(
-    config: PretrainConfig,
-    plan: PretrainPlan,
-    inputs: Sequence[Dataset],
-    run_dir: RunDir,
-    launched_at: float,
-) -> PretrainResult:
-    """Training, and what becomes of it."""
-    run_dir.begin(config, plan.fingerprints, may_change=MAY_CHANGE)
-    # Who had the lease before may have finished the run.
-    done = run_dir.finished_report(plan.total_steps)
-    before = driver.newest_step(run_dir) if done is None else plan.total_steps
-    if done is not None and driver.is_recorded(config, run_dir):
-        return result_of(run_dir, plan, done, resumed_from=before)
-    with driver.start_tracking(config, run_dir, stage=STAGE, inputs=inputs) as tracked:
-        # A run that was done before it was recorded is recorded now.
-        report = done or driver.train(
-            train_loop, config, plan, run_dir, tracked, stage=STAGE, launched_at=launched_at
-        )
-        result = result_of(run_dir, plan, report, resumed_from=before)
-        tracked.set_note(result.summary())
-        identity = weights_fingerprint(run_dir.weights)
-        tracked.set_output(Dataset(name="weights", uri=run_dir.weights, digest=identity))
-        tracked.log_weights(run_dir.weights, registered_model_name=config.tracking.registered_model)
-    return result
+        inputs.append(Dataset(name="weights", uri=config.init, digest=plan.fingerprints["init"]))
+    return train_to_weights(
+        train_loop,
+        config,
+        plan,
+        PretrainResult,
+        uri=run_uri(config),
+        inputs=inputs,
+        stage=STAGE,
+        may_change=MAY_CHANGE,
+        launched_at=launched_at,
+    )
 
 
 # One function on purpose: a reader follows the training from top to bottom.
-def train_loop(  # noqa: PLR0912, PLR0915
+def train_loop(  # noqa: PLR0915
     config: PretrainConfig, plan: PretrainPlan, world: World, log: TrainLog
 ) -> None:
     """The training of one worker, see `driver.Loop`. Every worker runs it; worker 0 also writes.
@@ -122,10 +74,9 @@ def train_loop(  # noqa: PLR0912, PLR0915
     Raises:
         StageFailed: a health check stopped the run; on all workers at once.
     """
-    run_dir, books = log.run, log.books
+    books = log.books
 
     # --- Set-up: what do I train on, what do I train.
-    precision = resolve_precision(config.scaling, world.device)
     if config.scaling.tf32 and world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     data = WorkerData(config, world)
@@ -139,7 +90,7 @@ def train_loop(  # noqa: PLR0912, PLR0915
     wrapped = wrap_model(
         objective, world, strategy=config.scaling.strategy, compiled=config.scaling.compile
     )
-    optimizer = build_optimizer(config, model)
+    optimizer = adamw(parameter_groups(model, config.optim.weight_decay), config.optim)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     monitor = HealthMonitor(
         config.health,
@@ -147,53 +98,26 @@ def train_loop(  # noqa: PLR0912, PLR0915
         unigram_accuracy=None if vocabulary is None else vocabulary.unigram_accuracy,
     )
     metrics = StepMetrics(config.log_every, objective.metrics, vocab_size, world.device)
-    peak_tflops = log.peak(config.scaling.peak_tflops)
 
-    # --- Resume point: the newest checkpoint that is whole.
-    found = resume(log, world, model, optimizer, monitor)
-    skips = world.broadcast(run_dir.skips() if world.rank == 0 else None)
-    step = log.start(found)
-    saver = Saver(
-        run_dir.checkpoints,
-        keep=config.checkpoint.keep,
-        asynchronous=config.checkpoint.asynchronous,
-        failed=log.checkpoint_failed,
-        check=log.run.check,
-    )
-    with contextlib.ExitStack() as stack:
-        stack.callback(saver.close)
-        stack.callback(data.close)
-
-        def save(at: int) -> None:
-            weights, moments = snapshot(model, optimizer, keep=world.rank == 0)
-            if world.rank == 0:
-                state = checkpoint_state(config, plan.fingerprints, monitor, skips, precision)
-                saver.save(Checkpoint(step=at, weights=weights, moments=moments, state=state))
-                log.flush()
-
-        if found is None:
-            with books.spend("checkpoint"):
-                save(step)
-        batches = data.batches(skips.segments(step, plan.total_steps))
-        period_start, first_period = step, True
-        books.switch("compute")
-        books.pace()
+    # --- Resume point: the newest checkpoint that is whole, or a first one.
+    with LoopState(
+        config,
+        plan,
+        world,
+        log,
+        data=data,
+        model=model,
+        optimizer=optimizer,
+        monitor=monitor,
+        metrics=metrics,
+    ) as state:
+        batches = data.batches(state.segments())
 
         # --- The steps.
-        while step < plan.total_steps:
+        while state.step < plan.total_steps:
             with books.spend("data_wait"):
                 batch = next(batches)
-
-            # Learning rate: a pure function of the step.
-            lr = warmup_cosine(
-                step,
-                total_steps=plan.total_steps,
-                warmup_steps=plan.warmup_steps,
-                peak=config.optim.lr,
-                final=config.optim.min_lr,
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_scale"]
+            rates = set_rates(optimizer, config.optim, plan, state.step)
 
             # Forward and backward. Each micro-batch contributes its share of the global mean over
             # masked patches, so neither workers nor micro-batches with fewer of them weigh more.
@@ -201,7 +125,7 @@ def train_loop(  # noqa: PLR0912, PLR0915
             noise = data.my_rows(
                 drop_path_noise(
                     seed=config.seed,
-                    step=step,
+                    step=state.step,
                     num_samples=config.data.global_batch_size,
                     num_branches=objective.num_branches,
                 )
@@ -209,7 +133,7 @@ def train_loop(  # noqa: PLR0912, PLR0915
             for part in batch.parts:
                 with (
                     without_sync(wrapped, last=part is batch.parts[-1]),
-                    torch.autocast(world.device.type, torch.bfloat16, precision == "bf16"),
+                    torch.autocast(world.device.type, torch.bfloat16, state.precision == "bf16"),
                 ):
                     outcome = wrapped(
                         data.normalise(part.pixels),
@@ -221,131 +145,44 @@ def train_loop(  # noqa: PLR0912, PLR0915
                     loss = outcome.sums[0] / masked.clamp(min=1)
                 loss.backward()
                 metrics.add(loss, outcome.sums, outcome.codes, part.num_masked)
-
-            # Clip and step. An update with a gradient that is not finite is left out on the
-            # device itself, so nothing has to be waited for and no weight is ever lost to it.
-            norm = clip_gradients(parameters, config.optim.clip_grad_norm)
-            optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            metrics.close_step(norm, batch.row_ids)
-            step += 1
+            metrics.close_step(update(optimizer, parameters, config.optim), batch.row_ids)
+            state.step += 1
 
             # Log, at the end of a period.
-            at_end = step == plan.total_steps
-            at_checkpoint = at_end or step % config.checkpoint.every_steps == 0
-            at_probe = bool(config.probe.images) and (
-                at_end or step % config.probe.every_steps == 0
-            )
-            at_pictures = at_end or (
-                config.pictures_every > 0 and step % config.pictures_every == 0
-            )
-            at_log = step % config.log_every == 0
-            if not (at_log or at_checkpoint or at_probe or at_pictures):
+            at_probe = bool(config.probe.images) and state.due(config.probe.every_steps)
+            at_pictures = state.due(config.pictures_every)
+            if not (state.at_log or at_probe or at_pictures):
                 continue
-            period = metrics.reduce(world, first_step=period_start)
-            elapsed, wait = books.pace()
-            wait_share = world.largest(wait / elapsed if elapsed > 0 else 0.0)
-            images_per_second = (step - period_start) * config.data.global_batch_size / elapsed
-            tracked = {
-                **period.means,
-                "lr": lr,
-                "grad_norm": period.grad_norms[-1],
-                "images_per_second": images_per_second,
-                "data_wait_share": wait_share,
-                **goodput.model_flops_utilisation(
-                    images_per_second, plan.flops_per_image, world.size, peak_tflops
-                ),
-                "epoch": skips.position(step - 1) / plan.steps_per_epoch,
-            }
-            shown = {
-                "loss": f"{period.means['loss']:.3f}",
-                "img/s": f"{images_per_second:.0f}",
-                "wait": f"{wait_share:.0%}",
-            }
+            period = state.end_period()
+            figures = {**rates, "masked_patches": period.items}
             if vocabulary is not None and period.perplexity is not None:
-                tracked["predicted_perplexity"] = period.perplexity
-                tracked["unigram_accuracy"] = vocabulary.unigram_accuracy
-                shown["accuracy"] = f"{period.means['mim_accuracy']:.3f}"
-            record = {**period.per_step(), "masked_patches": period.items, **tracked}
-            log.period(step - 1, record, shown)
+                figures["predicted_perplexity"] = period.perplexity
+                figures["unigram_accuracy"] = vocabulary.unigram_accuracy
+            state.tell(period, figures, accuracy=period.means.get("mim_accuracy"))
 
-            # Health: the same findings on every worker, for all see the same sums. The first
-            # period after a start fills the read-ahead, so its waiting is not judged.
-            judged_wait = 0.0 if first_period else wait_share
-            findings = monitor.check(period, data_wait_share=judged_wait)
-            period_start, first_period = step, False
-            findings = [data.explain(finding, elapsed) for finding in findings]
-            data.start_period()
-            for finding in monitor.news(findings, step - 1):
-                log.finding(finding)
-            severe = findings[0] if findings and findings[0].action != "warn" else None
-            if severe and severe.action == "rollback":
-                if len(skips.entries) < config.health.max_rollbacks:
-                    with books.spend("restart"):
-                        step, skips = roll_back(
-                            log, world, model, optimizer, monitor, saver, skips, step
-                        )
-                        batches = data.batches(skips.segments(step, plan.total_steps))
-                        period_start, first_period = step, True
-                    continue
-                severe = severe.stopping("health.max_rollbacks is reached")
-            if severe:
-                raise StageFailed(severe.message)
+            # Health: back to a checkpoint, or the end, if something is badly wrong.
+            if state.judge(period):
+                batches = data.batches(state.segments())
+                continue
 
-            # Checkpoint, also where the run was asked to end: here, on all workers.
-            ending = not at_end and log.end_requested(world)
-            leaving = not at_end and log.node_leaving(world, step)
-            if at_checkpoint or ending or leaving:
-                with books.spend("checkpoint"):
-                    save(step)
-            if ending:
-                with books.spend("checkpoint"):
-                    raise stop_requested(saver, step, plan.total_steps, world)
+            # Checkpoint, also where the run was asked to end.
+            state.checkpoint()
+
             # Probe and pictures.
             with books.spend("evaluation"):
                 if at_probe:
-                    run_probe(config, objective, data, world, log, step)
+                    run_probe(config, objective, data, world, log, state.step)
                 if at_pictures:
-                    log_pictures(config, objective, data, batch, world, log, step)
+                    log_pictures(config, objective, data, batch, world, log, state.step)
 
-        # --- The end: weights, and nothing left in flight.
+        # --- The end: the encoder as later stages load it, and nothing left in flight.
         with books.spend("checkpoint"):
-            weights, _ = snapshot(model, optimizer, keep=world.rank == 0)
+            weights = state.weights()
             if world.rank == 0:
-                write_weights(config, plan, run_dir, objective, weights)
-            saver.wait()
+                prints, steps = plan.fingerprints, plan.total_steps
+                with log.run.new_weights() as folder:
+                    save_encoder(
+                        config, objective, weights, folder, fingerprints=prints, steps=steps
+                    )
+            state.saver.wait()
         world.barrier()
-
-
-def build_optimizer(config: PretrainConfig, model: nn.Module) -> torch.optim.AdamW:
-    """Fused AdamW with the groups of the official code."""
-    optim = config.optim
-    return torch.optim.AdamW(
-        parameter_groups(model, optim.weight_decay),
-        lr=optim.lr,
-        betas=(optim.beta1, optim.beta2),
-        eps=optim.eps,
-        fused=True,
-    )
-
-
-def write_weights(
-    config: PretrainConfig,
-    plan: PretrainPlan,
-    run_dir: RunDir,
-    objective: Objective,
-    weights: dict[str, Tensor],
-) -> None:
-    """`weights/`: the encoder as later stages load it."""
-    with tempfile.TemporaryDirectory() as directory:
-        save_encoder(
-            config,
-            objective,
-            weights,
-            directory,
-            fingerprints=plan.fingerprints,
-            steps=plan.total_steps,
-        )
-        run_dir.check()
-        storage.store_dir(directory, run_dir.weights, last="config.json")

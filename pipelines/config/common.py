@@ -7,6 +7,31 @@ from pipelines.config.checks import Ge, Gt, Lt, check, require
 
 Action = Literal["off", "warn", "stop", "rollback"]
 
+# What a resumed run may change wherever weights are trained: how it is computed, watched and told.
+HOW = (
+    "output",
+    "log_every",
+    "data.executor",
+    "data.num_threads",
+    "data.prefetch_batches",
+    "scaling.num_workers",
+    "scaling.use_gpu",
+    "scaling.cpus_per_worker",
+    "scaling.strategy",
+    "scaling.compile",
+    "scaling.accumulate_steps",
+    "scaling.activation_checkpointing",
+    "scaling.stall_factor",
+    "scaling.stall_seconds",
+    "scaling.max_failures",
+    "scaling.max_preemptions",
+    "scaling.peak_tflops",
+    "checkpoint",
+    "health",
+    "lease",
+    "tracking",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -144,3 +169,14 @@ class HealthConfig:
             self.data_starvation,
             "choose off, warn, stop; going back does not bring data",
         )
+
+
+def check_shards(data: DataConfig, scaling: ScalingConfig) -> None:
+    """Raises InputError where there may be more workers than canonical shards."""
+    most = scaling.worker_range[1]
+    require(
+        most <= data.num_shards,
+        "data.num_shards",
+        data.num_shards,
+        f"must be at least the largest number of workers, {most}",
+    )

@@ -17,29 +17,9 @@ MAY_CHANGE = (
     "run",
     "images",
     "test",
-    "output",
-    "log_every",
     "testing.every_epochs",
     "testing.batch_size",
-    "data.executor",
-    "data.num_threads",
-    "data.prefetch_batches",
-    "scaling.num_workers",
-    "scaling.use_gpu",
-    "scaling.cpus_per_worker",
-    "scaling.strategy",
-    "scaling.compile",
-    "scaling.accumulate_steps",
-    "scaling.activation_checkpointing",
-    "scaling.stall_factor",
-    "scaling.stall_seconds",
-    "scaling.max_failures",
-    "scaling.max_preemptions",
-    "scaling.peak_tflops",
-    "checkpoint",
-    "health",
-    "lease",
-    "tracking",
+    *common.HOW,
 )
 
 # The views of supervised training: crops and flips; colours are RandAugment's.
@@ -184,13 +164,7 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        most = self.scaling.worker_range[1]
-        require(
-            most <= self.data.num_shards,
-            "data.num_shards",
-            self.data.num_shards,
-            f"must be at least the largest number of workers, {most}",
-        )
+        common.check_shards(self.data, self.scaling)
         mixes = self.mixing.mixup > 0 or self.mixing.cutmix > 0
         require(
             not mixes or self.data.global_batch_size >= 2 * self.data.num_shards,

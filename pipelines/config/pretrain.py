@@ -19,30 +19,10 @@ MAY_CHANGE = (
     "tokens",
     "tokenizer",
     "init",
-    "output",
     "name",
-    "log_every",
     "pictures_every",
-    "data.executor",
-    "data.num_threads",
-    "data.prefetch_batches",
-    "scaling.num_workers",
-    "scaling.use_gpu",
-    "scaling.cpus_per_worker",
-    "scaling.strategy",
-    "scaling.compile",
-    "scaling.accumulate_steps",
-    "scaling.activation_checkpointing",
-    "scaling.stall_factor",
-    "scaling.stall_seconds",
-    "scaling.max_failures",
-    "scaling.max_preemptions",
-    "scaling.peak_tflops",
-    "checkpoint",
-    "health",
-    "lease",
     "probe",
-    "tracking",
+    *common.HOW,
 )
 
 
@@ -344,13 +324,7 @@ class PretrainConfig:
                 self.policy,
                 "token tables bring their own views (beit tokenize --policy...); leave it out",
             )
-        most = self.scaling.worker_range[1]
-        require(
-            most <= self.data.num_shards,
-            "data.num_shards",
-            self.data.num_shards,
-            f"must be at least the largest number of workers, {most}",
-        )
+        common.check_shards(self.data, self.scaling)
 
 
 def _check_mae(config: PretrainConfig) -> None:

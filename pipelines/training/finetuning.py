@@ -1,10 +1,7 @@
 """Before and after a fine-tuning run: what it begins with, what it is refused for, its plan."""
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,18 +15,19 @@ from pipelines.tables.weights_store import Stored, open_network
 from pipelines.tracking import Dataset
 from pipelines.training.data import make_order
 from pipelines.training.labelled import open_labelled
-from pipelines.training.pretraining import check_workers, schedule_lengths
-from pipelines.training.run_dir import RunDir
 from pipelines.training.testing import TestImages, TestScore, open_test
+from pipelines.training.weights_run import (
+    TrainPlan,
+    TrainResult,
+    check_workers,
+    schedule_lengths,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetunePlan:
-    """What the driver works out once for all workers and restarts."""
+class FinetunePlan(TrainPlan):
+    """The plan of a fine-tuning."""
 
-    total_steps: int
-    warmup_steps: int
-    steps_per_epoch: int
     test_every_steps: int
     class_names: tuple[str, ...]
     """Of the training table: the head has one output for each."""
@@ -41,8 +39,6 @@ class FinetunePlan:
     grid_size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    flops_per_image: float
-    fingerprints: Mapping[str, Any]
 
     @property
     def keep_head(self) -> bool:
@@ -51,8 +47,7 @@ class FinetunePlan:
 
     @property
     def figures(self) -> dict[str, float]:
-        """What report.json repeats of it."""
-        return {"flops_per_image": self.flops_per_image, "num_classes": len(self.class_names)}
+        return {**super().figures, "num_classes": len(self.class_names)}
 
 
 def with_absolute_uris(config: FinetuneConfig) -> FinetuneConfig:
@@ -240,56 +235,18 @@ def input_datasets(
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneResult:
-    """What a finished run has to say."""
+class FinetuneResult(TrainResult):
+    """What a finished fine-tuning has to say."""
 
-    run_uri: str
-    weights_uri: str
-    mlflow_run_id: str
-    steps: int
-    resumed_from: int
-    """Steps that were done before this call; equal to `steps` if there was nothing left to do."""
-    loss: float
-    """Of the last logging period."""
-    images_per_second: float
-    test: TestScore | None
-    """Of the finished weights; None without a test table."""
-    report: Mapping[str, Any]
-    """report.json."""
+    @property
+    def test(self) -> TestScore | None:
+        """Of the finished weights; None without a test table."""
+        events = self.run.events("test")
+        if not events:
+            return None
+        names = [field.name for field in dataclasses.fields(TestScore)]
+        return TestScore(**{name: events[-1][name] for name in names})
 
     def summary(self) -> str:
-        """One line for a person."""
-        done = "were done already" if self.resumed_from == self.steps else "done"
         tested = f"{self.test.describe()}, " if self.test else ""
-        return (
-            f"finetune: {self.steps} steps {done}; loss {self.loss:.3f}, {tested}"
-            f"{self.images_per_second:.0f} images/s; look first at "
-            f"{self.report['goodput']['bottleneck']}; run: {self.run_uri}"
-        )
-
-
-def result_of(run: RunDir, report: Mapping[str, Any], *, resumed_from: int) -> FinetuneResult:
-    """The result of a finished run, from what it left."""
-    period = report["last_period"]
-    return FinetuneResult(
-        run_uri=run.uri,
-        weights_uri=run.weights,
-        mlflow_run_id=run.record()["mlflow_run_id"],
-        steps=report["steps"],
-        resumed_from=resumed_from,
-        loss=_figure(period.get("loss")),
-        images_per_second=_figure(period.get("images_per_second")),
-        test=_last_test(run.events("test")),
-        report=report,
-    )
-
-
-def _figure(value: float | None) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _last_test(events: Sequence[Mapping[str, Any]]) -> TestScore | None:
-    if not events:
-        return None
-    names = [field.name for field in dataclasses.fields(TestScore)]
-    return TestScore(**{name: events[-1][name] for name in names})
+        return "finetune: " + self.told(f"{tested}{self.figure('images_per_second'):.0f} images/s")

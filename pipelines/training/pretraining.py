@@ -1,25 +1,28 @@
 """Before and after a pretraining run: what it is refused for, its plan, and what it has to say."""
 
 import dataclasses
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from pipelines import storage
-from pipelines.config.finetune import FinetuneConfig
-from pipelines.config.pretrain import OptimConfig, PretrainConfig
+from pipelines.config.pretrain import PretrainConfig
 from pipelines.errors import InputError
 from pipelines.reading.ingest import TrainingTables
 from pipelines.tables import tokenizer_store
+from pipelines.tables.image_table import ImageTable
+from pipelines.tables.token_table import TokenTable
 from pipelines.tracking import Dataset
-from pipelines.training.data import largest_divisor, make_order, open_tables
+from pipelines.training.data import make_order, open_tables
 from pipelines.training.objective import build_objective, flops_per_image, warm_start
 from pipelines.training.probing import probe_rows
-from pipelines.training.run_dir import RunDir
+from pipelines.training.weights_run import (
+    TrainPlan,
+    TrainResult,
+    check_workers,
+    schedule_lengths,
+)
 
 FLOOR_ROWS = 4096  # rows of the token table that the unigram floor is estimated from
 FLOOR_SLICES = 16
@@ -37,21 +40,15 @@ class Vocabulary:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainPlan:
-    """What the driver works out once for all workers and restarts."""
+class PretrainPlan(TrainPlan):
+    """The plan of a pretraining."""
 
-    total_steps: int
-    warmup_steps: int
-    steps_per_epoch: int
     vocabulary: Vocabulary | None
     """None without token tables."""
-    flops_per_image: float
-    fingerprints: Mapping[str, Any]
 
     @property
     def figures(self) -> dict[str, float]:
-        """What report.json repeats."""
-        figures = {"flops_per_image": self.flops_per_image}
+        figures = super().figures
         if self.vocabulary is not None:
             figures["unigram_accuracy"] = self.vocabulary.unigram_accuracy
             figures["unigram_entropy"] = self.vocabulary.unigram_entropy
@@ -113,22 +110,6 @@ def make_plan(config: PretrainConfig, data: TrainingTables) -> PretrainPlan:
     )
 
 
-def schedule_lengths(optim: OptimConfig, steps_per_epoch: int) -> tuple[int, int]:
-    """Steps of the whole run, and of its warm-up.
-
-    Raises:
-        InputError: the warm-up is as long as the run.
-    """
-    total = optim.total_steps(steps_per_epoch)
-    warmup = optim.total_warmup_steps(steps_per_epoch)
-    if warmup >= total:
-        raise InputError(
-            f"optim.warmup_steps / warmup_epochs = {warmup} steps, but the run has {total}: "
-            "shorten the warm-up (--optim.warmup_steps) or lengthen the run"
-        )
-    return total, warmup
-
-
 def vocabulary_of(data: TrainingTables) -> Vocabulary | None:
     """What the token tables hold; None without any."""
     if data.vocab_size is None:
@@ -146,22 +127,6 @@ def unigram_floor(data: TrainingTables) -> tuple[float, float]:
         counts += np.bincount(token_ids.ravel(), minlength=len(counts))
     share = counts[counts > 0] / counts.sum()
     return float(share.max()), float(-(share * np.log(share)).sum())
-
-
-def check_workers(config: PretrainConfig | FinetuneConfig) -> None:
-    """A fixed number of workers must divide the canonical shards.
-
-    Raises:
-        InputError: it does not.
-    """
-    low, high = config.scaling.worker_range
-    if low == high > 0 and config.data.num_shards % high:
-        raise InputError(
-            f"scaling.num_workers = {high} does not divide data.num_shards = "
-            f"{config.data.num_shards}: choose "
-            f"{largest_divisor(config.data.num_shards, high)} workers, or start a new "
-            "run with another data.num_shards"
-        )
 
 
 def check_tokenizer(config: PretrainConfig, data: TrainingTables) -> None:
@@ -214,93 +179,57 @@ def check_probe(config: PretrainConfig) -> None:
 
 def input_datasets(config: PretrainConfig, data: TrainingTables) -> list[Dataset]:
     """What the run reads, for MLflow."""
-    prints = data.fingerprints()
+    tables: list[tuple[str, ImageTable | TokenTable]] = [("image_table", data.images)]
+    tables += [("token_table", table) for table in data.tokens]
     inputs = [
         Dataset(
-            name="image_table",
-            uri=data.images.uri,
-            digest=data.images.fingerprint,
-            context="training",
-            rows=data.images.num_rows,
-        )
-    ]
-    inputs += [
-        Dataset(
-            name="token_table",
+            name=name,
             uri=table.uri,
             digest=table.fingerprint,
             context="training",
             rows=table.num_rows,
         )
-        for table in data.tokens
+        for name, table in tables
     ]
     if data.tokens:
-        digest = str(prints["tokenizer"])
+        digest = str(data.fingerprints()["tokenizer"])
         inputs.append(Dataset(name="tokenizer", uri=config.tokenizer, digest=digest))
     return inputs
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainResult:
-    """What a finished run has to say."""
+class PretrainResult(TrainResult):
+    """What a finished pretraining has to say; figures are those of the last logging period."""
 
-    run_uri: str
-    weights_uri: str
-    mlflow_run_id: str
-    steps: int
-    resumed_from: int
-    """Steps that were done before this call; equal to `steps` if there was nothing left to do."""
-    loss: float
-    """Of the last logging period, as all figures here."""
-    mim_accuracy: float | None
-    """None, as the next, where nothing predicts tokens."""
-    unigram_accuracy: float | None
-    images_per_second: float
-    data_wait_share: float
-    mfu: float | None
-    """None where the peak of the device is not known."""
-    report: Mapping[str, Any]
-    """report.json."""
+    @property
+    def unigram_accuracy(self) -> float | None:
+        """The floor; None, as the next, where nothing predicts tokens."""
+        floor: float | None = self.report.get("unigram_accuracy")
+        return floor
+
+    @property
+    def mim_accuracy(self) -> float | None:
+        """Masked-token accuracy."""
+        return None if self.unigram_accuracy is None else self.figure("mim_accuracy")
+
+    @property
+    def data_wait_share(self) -> float:
+        """Share of the steps' time that went into waiting for data."""
+        return self.figure("data_wait_share")
+
+    @property
+    def mfu(self) -> float | None:
+        """None where the peak of the device is not known."""
+        mfu: float | None = self.report["last_period"].get("mfu")
+        return mfu
 
     def summary(self) -> str:
-        """One line for a person."""
-        books = self.report["goodput"]
-        done = "were done already" if self.resumed_from == self.steps else "done"
         accuracy = ""
-        if self.mim_accuracy is not None and self.unigram_accuracy is not None:
-            accuracy = (
-                f"masked-token accuracy {self.mim_accuracy:.3f} "
-                f"(floor {self.unigram_accuracy:.3f}), "
-            )
-        mfu = "" if self.mfu is None else f"MFU {self.mfu:.1%}; "
-        return (
-            f"pretrain: {self.steps} steps {done}; loss {self.loss:.3f}, {accuracy}"
-            f"{self.images_per_second:.0f} images/s, {self.data_wait_share:.0%} data wait; "
-            f"{mfu}look first at {books['bottleneck']}; run: {self.run_uri}"
+        if self.mim_accuracy is not None:
+            floor = f"(floor {self.unigram_accuracy:.3f})"
+            accuracy = f"masked-token accuracy {self.mim_accuracy:.3f} {floor}, "
+        mfu = "" if self.mfu is None else f"; MFU {self.mfu:.1%}"
+        return "pretrain: " + self.told(
+            f"{accuracy}{self.figure('images_per_second'):.0f} images/s, "
+            f"{self.data_wait_share:.0%} data wait{mfu}"
         )
-
-
-def result_of(
-    run: RunDir, plan: PretrainPlan, report: Mapping[str, Any], *, resumed_from: int
-) -> PretrainResult:
-    """The result of a finished run, from its report."""
-    period = report["last_period"]
-
-    def figure(name: str) -> float:
-        value = period.get(name)
-        return math.nan if value is None else float(value)
-
-    return PretrainResult(
-        run_uri=run.uri,
-        weights_uri=run.weights,
-        mlflow_run_id=run.record()["mlflow_run_id"],
-        steps=report["steps"],
-        resumed_from=resumed_from,
-        loss=figure("loss"),
-        mim_accuracy=figure("mim_accuracy") if plan.vocabulary else None,
-        unigram_accuracy=plan.vocabulary.unigram_accuracy if plan.vocabulary else None,
-        images_per_second=figure("images_per_second"),
-        data_wait_share=figure("data_wait_share"),
-        mfu=period.get("mfu"),
-        report=report,
-    )

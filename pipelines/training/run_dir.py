@@ -18,10 +18,12 @@ Everything is one small atomic file, except metrics.jsonl, which has one writer 
 that has lost the lease writes nothing, nor do its workers.
 """
 
+import contextlib
 import dataclasses
 import itertools
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NotRequired
 
 import yaml
@@ -231,6 +233,14 @@ class RunDir:
             return None
         done = report["outcome"] == "finished" and report["steps"] == total_steps
         return report if done else None
+
+    @contextlib.contextmanager
+    def new_weights(self) -> Iterator[str]:
+        """A local directory: what is in it afterwards becomes the final model."""
+        with tempfile.TemporaryDirectory() as directory:
+            yield directory
+            self.check()
+            storage.store_dir(directory, self.weights, last=CONFIG_FILE)
 
     def write_report(self, report: Mapping[str, Any]) -> None:
         """Writes report.json."""

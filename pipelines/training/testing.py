@@ -164,14 +164,15 @@ def run_test(
 ) -> TestScore:
     """`score`, recorded as an event and in MLflow."""
     start = time.monotonic()
-    found = score(config, images, network, data, world, low_precision=low_precision)
-    log.tracked({"test/accuracy": found.accuracy, "test/loss": found.loss}, step)
-    log.event(
-        "test",
-        step=step,
-        **found.to_dict(),
-        seconds=time.monotonic() - start,
-        message=f"step {step}: {found.describe()}",
-    )
-    world.barrier()
+    with log.books.spend("evaluation"):
+        found = score(config, images, network, data, world, low_precision=low_precision)
+        log.tracked({"test/accuracy": found.accuracy, "test/loss": found.loss}, step)
+        log.event(
+            "test",
+            step=step,
+            **found.to_dict(),
+            seconds=time.monotonic() - start,
+            message=f"step {step}: {found.describe()}",
+        )
+        world.barrier()
     return found
