@@ -68,7 +68,7 @@ tests-without-ray: lint
 	$(PYTEST) -m "not long and not ray and not gpu" > $(BESIDE) 2>&1
 
 test-long: $(BIN)/.dev  ## the tests that take minutes: lost nodes, killed drivers, failing stores, published sizes
-	$(BIN)/python -m pytest -m long $(ARGS)
+	$(UV_SETTINGS) $(BIN)/python -m pytest -m long $(ARGS)
 
 gpu: $(BIN)/.dev  ## every GPU test and benchmark; writes benchmarks/results/gpu-NAME.md (exit code 2: no GPU)
 	$(BIN)/python -m benchmarks.gpu $(ARGS)

@@ -45,7 +45,7 @@ from pipelines.tables import image_files, image_table, tokenizer_store
 from pipelines.tokenization import pool as token_pool
 from pipelines.tokenization import work as token_work
 from pipelines.tokenization.ledger import plan_units
-from pipelines.tokenization.task import plan_task
+from pipelines.tokenization.task import load_tokenizer, plan_task
 
 
 def photo(generator, height=375, width=500):
@@ -255,7 +255,7 @@ def measure_job(directory, options):
         tracking=TrackingConfig(enabled=False),
     )
     table = image_table.ImageTable.open(config.images)
-    task, _ = plan_task(config, table)
+    task, _ = plan_task(config, table, load_tokenizer(config))
     part = table.parts[0]
     planned = plan_units([part.name], [part.rows], options.rows_per_unit)
     units = [

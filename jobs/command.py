@@ -7,6 +7,7 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib
 import os
 import secrets
@@ -72,7 +73,8 @@ def stage_main(
 ) -> int:
     """Runs `module.run(config)` for the given flags and returns the exit code.
 
-    `ray` says when Ray is needed: always, never, or `workers`.
+    `ray` says when Ray is needed: always, never, or `workers`. It takes seconds to start, so the
+    stage itself calls for it, as `start_ray`, when nothing can be refused any more without it.
     """
 
     def run(attempt: Attempt) -> None:
@@ -80,17 +82,24 @@ def stage_main(
         config = with_job_name(with_tracking_environment(config))
         prepare_environment()
         attempt.begin(stage, config, output_of(config))
+        options: dict[str, Any] = {}
         if ray == "always" or (ray == "workers" and _asks_for_workers(config)):
-            connect_to_ray()
-            preflight(stage, config)
+            find_ray()
+            options["start_ray"] = functools.cache(lambda: start_ray(stage, config))
         say_step(f"{stage}: opening what it reads")
-        result = importlib.import_module(module).run(config)
+        result = importlib.import_module(module).run(config, **options)
         summary = getattr(result, "summary", None)
         if summary is not None:
             print(summary())
 
     with terminated_as_interrupted(), printable_output():
         return exit_code(run)
+
+
+def start_ray(stage: str, config: Any) -> None:
+    """What a stage calls once it has looked at all that can be refused without Ray."""
+    connect_to_ray()
+    preflight(stage, config)
 
 
 def preflight(stage: str, config: Any) -> None:
@@ -179,6 +188,21 @@ def terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextlib.contextmanager
+def _kept_sigterm() -> Iterator[None]:
+    """`ray.init` takes SIGTERM for itself and leaves by sys.exit then, as flags that do not parse
+    do: a scheduler's next attempt would be refused.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as end:
+        raise KeyboardInterrupt("Asked to end (SIGTERM).") from end
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
 def output_of(config: Any) -> str:
     """What a stage writes to; "" where it has no output of its own."""
     return run_uri(config) if isinstance(config, PretrainConfig) else getattr(config, "output", "")
@@ -233,6 +257,19 @@ def is_verbose() -> bool:
     return os.environ.get("BEIT_VERBOSE", "") not in ("", "0")
 
 
+def find_ray() -> None:
+    """Whether somebody is at RAY_ADDRESS, and the token. Before anything imports Ray.
+
+    Raises:
+        InputError: RAY_ADDRESS names no Ray cluster that answers.
+    """
+    if address := os.environ.get("RAY_ADDRESS", ""):
+        require_cluster(address)
+        use_token()
+    else:
+        _own_token()
+
+
 def connect_to_ray() -> None:
     """Joins the cluster of RAY_ADDRESS (set inside a submitted job), or starts Ray here.
 
@@ -242,12 +279,8 @@ def connect_to_ray() -> None:
     Raises:
         InputError: RAY_ADDRESS names no Ray cluster that answers.
     """
+    find_ray()
     address = os.environ.get("RAY_ADDRESS", "")
-    if address:
-        require_cluster(address)
-        use_token()
-    else:
-        _own_token()
     import ray
 
     if ray.is_initialized():
@@ -258,7 +291,7 @@ def connect_to_ray() -> None:
     quiet: dict[str, Any] = {} if verbose else {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         muted = contextlib.nullcontext() if verbose else _muted_stderr()
-        with muted, contextlib.chdir(import_root()):
+        with muted, contextlib.chdir(import_root()), _kept_sigterm():
             if address:
                 ray.init(address="auto", runtime_env=runtime_env, **quiet)
             else:

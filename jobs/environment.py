@@ -29,6 +29,7 @@ ENVIRONMENT = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "TOKENIZERS_PARALLELISM": "false",
+    "GIT_PYTHON_REFRESH": "quiet",  # MLflow's, where no git is: an image has none
 }
 NAMED = "BEIT_ENV"
 """Variable that names others, with commas: workers of a cluster get those, too."""

@@ -8,7 +8,7 @@ import dataclasses
 import importlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from pipelines.config.prepare import PrepareConfig
 from pipelines.config.pretrain import PretrainConfig
 from pipelines.config.tokenize_images import TokenizeConfig
 from pipelines.config.train_tokenizer import TrainTokenizerConfig
+
+WITHOUT_RAY = ("evaluate",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,7 @@ class PipelineResult:
         )
 
 
-def run(config: PipelineConfig) -> PipelineResult:
+def run(config: PipelineConfig, *, start_ray: Callable[[], None]) -> PipelineResult:
     """Runs the chain. Raises what its first failing stage raises."""
     start = time.monotonic()
     done: list[tuple[str, float, str]] = []
@@ -98,7 +100,8 @@ def run(config: PipelineConfig) -> PipelineResult:
     for number, (stage, module, stage_config) in enumerate(chain, start=1):
         print(f"\n[{number}/{len(chain)}] {stage}", flush=True)
         began = time.monotonic()
-        result = importlib.import_module(f"pipelines.{module}").run(stage_config)
+        options = {} if stage in WITHOUT_RAY else {"start_ray": start_ray}
+        result = importlib.import_module(f"pipelines.{module}").run(stage_config, **options)
         said = str(result.summary() if hasattr(result, "summary") else result)
         done.append((stage, time.monotonic() - began, said))
         print(f"      {said}  ({done[-1][1]:.0f} s)", flush=True)

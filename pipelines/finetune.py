@@ -7,6 +7,7 @@ with: intermediate fine-tuning is this stage twice. See docs/finetune.md.
 """
 
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from beit.optim import parameter_groups
 from beit.vit import drop_path_noise
 from beit.weights import save_weights
 from pipelines.config.finetune import MAY_CHANGE, FinetuneConfig
+from pipelines.steps import ray_is_there
 from pipelines.training.distributed import World, check_device, without_sync, wrap_model
 from pipelines.training.finetuning import (
     FinetunePlan,
@@ -38,7 +40,7 @@ from pipelines.training.weights_run import train_to_weights
 STAGE = "finetune"
 
 
-def run(config: FinetuneConfig) -> FinetuneResult:
+def run(config: FinetuneConfig, *, start_ray: Callable[[], None] = ray_is_there) -> FinetuneResult:
     """Trains to the configured number of steps, continuing what the run directory holds.
 
     Raises:
@@ -62,6 +64,7 @@ def run(config: FinetuneConfig) -> FinetuneResult:
         stage=STAGE,
         may_change=MAY_CHANGE,
         launched_at=launched_at,
+        start_ray=start_ray,
     )
 
 

@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ from pipelines.preparation.unit import (
     receipt_uri,
     rejected_table_columns,
 )
-from pipelines.steps import say_step
+from pipelines.steps import ray_is_there, say_step
 from pipelines.tables.image_files import REJECTED_SCHEMA, Part
 from pipelines.tables.image_table import (
     IGNORED,
@@ -75,7 +75,12 @@ from pipelines.units import (
 THREADS = 16
 
 
-def run(config: PrepareConfig, *, decoder: str = DECODER) -> PrepareResult:
+def run(
+    config: PrepareConfig,
+    *,
+    decoder: str = DECODER,
+    start_ray: Callable[[], None] = ray_is_there,
+) -> PrepareResult:
     """Prepares the table of `config`, or goes on with it, or says that it is there.
 
     Args:
@@ -90,14 +95,16 @@ def run(config: PrepareConfig, *, decoder: str = DECODER) -> PrepareResult:
             raise InputError(f"{name} is empty: give a path or a URI")
     output = storage.absolute(config.output)
     older = ImageParts.open(config.against) if config.against else None
-    result = _run(config, output, decoder)
+    result = _run(config, output, decoder, start_ray)
     if older is None:
         return result
     found = difference(ImageParts.open(output), older)
     return dataclasses.replace(result, against=str(found))
 
 
-def _run(config: PrepareConfig, output: str, decoder: str) -> PrepareResult:
+def _run(
+    config: PrepareConfig, output: str, decoder: str, start_ray: Callable[[], None]
+) -> PrepareResult:
     if _is_finished(output) and not _has_leftovers(output):
         return _finished(config, output)
     try:
@@ -111,6 +118,7 @@ def _run(config: PrepareConfig, output: str, decoder: str) -> PrepareResult:
         if not _is_finished(output):
             raise
         return _finished(config, output)
+    start_ray()
     with lease.held(output, config.lease, stage="prepare") as holder:
         if plan is None or _is_finished(output):
             result = _finished(config, output)

@@ -6,12 +6,14 @@ one worker, in the order in which things happen. See docs/pretrain.md.
 """
 
 import time
+from collections.abc import Callable
 
 import torch
 
 from beit.optim import parameter_groups
 from beit.vit import drop_path_noise
 from pipelines.config.pretrain import MAY_CHANGE, PretrainConfig, run_uri
+from pipelines.steps import ray_is_there
 from pipelines.tracking import Dataset
 from pipelines.training.data import WorkerData
 from pipelines.training.distributed import World, check_device, without_sync, wrap_model
@@ -35,7 +37,7 @@ from pipelines.training.weights_run import train_to_weights
 STAGE = "pretrain"
 
 
-def run(config: PretrainConfig) -> PretrainResult:
+def run(config: PretrainConfig, *, start_ray: Callable[[], None] = ray_is_there) -> PretrainResult:
     """Trains to the configured number of steps, continuing what the run directory holds.
 
     Raises:
@@ -62,6 +64,7 @@ def run(config: PretrainConfig) -> PretrainResult:
         stage=STAGE,
         may_change=MAY_CHANGE,
         launched_at=launched_at,
+        start_ray=start_ray,
     )
 
 

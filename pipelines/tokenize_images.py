@@ -6,7 +6,7 @@ and the table is the same, byte for byte, as that of an undisturbed run.
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -17,7 +17,7 @@ from pipelines.config.checks import flatten
 from pipelines.config.tokenize_images import TokenizeConfig
 from pipelines.errors import InputError, StageFailed
 from pipelines.progress import Progress
-from pipelines.steps import say_step
+from pipelines.steps import ray_is_there, say_step
 from pipelines.tables.image_table import ImageParts
 from pipelines.tables.token_table import TokenTable, build_manifest
 from pipelines.tokenization import pool as token_pool
@@ -25,7 +25,7 @@ from pipelines.tokenization import report as token_report
 from pipelines.tokenization.gate import Gate
 from pipelines.tokenization.ledger import Ledger, Units, plan_units
 from pipelines.tokenization.report import TokenizeResult
-from pipelines.tokenization.task import TokenizeTask, finished_manifest, plan_task
+from pipelines.tokenization.task import TokenizeTask, finished_manifest, load_tokenizer, plan_task
 from pipelines.tokenization.work import Unit
 from pipelines.units import Outcome, counted_attempts, work_uri
 
@@ -34,8 +34,8 @@ SAVE_EVERY_SECONDS = 20.0
 ASIDE_IN_A_ROW = 16
 
 
-def run(config: TokenizeConfig) -> TokenizeResult:
-    """Makes the token table, or goes on with it. Ray must be running.
+def run(config: TokenizeConfig, *, start_ray: Callable[[], None] = ray_is_there) -> TokenizeResult:
+    """Makes the token table, or goes on with it.
 
     Raises:
         InputError: an input is missing or does not fit, or the output was begun with others.
@@ -47,7 +47,9 @@ def run(config: TokenizeConfig) -> TokenizeResult:
             raise InputError(f"{name} is empty: give a URI with --{name}")
     images = ImageParts.open(config.images)
     images.check_parts()
-    task, libraries = plan_task(config, images)
+    tokenizer = load_tokenizer(config)
+    start_ray()  # how it is computed follows from what the cluster has
+    task, libraries = plan_task(config, images, tokenizer)
     units = plan_units(
         [part.name for part in images.parts],
         [part.rows for part in images.parts],

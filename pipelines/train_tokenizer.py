@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 from pipelines import lease, storage
 from pipelines.config.train_tokenizer import TrainTokenizerConfig, require_uris
 from pipelines.reading.ingest import open_training_tables, train_batches
+from pipelines.steps import ray_is_there
 from pipelines.tables import tokenizer_store
 from pipelines.tables.image_table import ImageTable
 from pipelines.teachers.opening import absolute_uri
@@ -85,7 +87,9 @@ class TrainTokenizerResult:
         )
 
 
-def run(config: TrainTokenizerConfig) -> TrainTokenizerResult:
+def run(
+    config: TrainTokenizerConfig, *, start_ray: Callable[[], None] = ray_is_there
+) -> TrainTokenizerResult:
     """Trains the tokenizer, or goes on with it, or says that it is finished.
 
     Raises:
@@ -109,6 +113,7 @@ def run(config: TrainTokenizerConfig) -> TrainTokenizerResult:
     refuse_other(RunDir(config.output), config, plan)
     if (done := _finished(config, plan)) is not None:
         return done
+    start_ray()
     with lease.held(config.output, config.lease, stage=STAGE) as holder:
         result = _train(config, plan, images, RunDir(config.output, holder.fence), launched_at)
         holder.done()

@@ -46,13 +46,12 @@ class TokenizeTask:
         return 2 * self.rows_per_unit * identity.num_views * 3 * identity.image_size**2
 
 
-def plan_task(config: TokenizeConfig, images: ImageParts) -> tuple[TokenizeTask, dict[str, str]]:
-    """Everything the workers must know, decided once: what the user left open is filled in."""
-    if not ray.is_initialized():
-        raise RuntimeError("Ray is not running: call ray.init first (jobs/ does)")
-    gpus = ray.cluster_resources().get("GPU", 0)
-    encoders = config.encoders
-    num_gpus = (1.0 if gpus else 0.0) if encoders.num_gpus is None else encoders.num_gpus
+def load_tokenizer(config: TokenizeConfig) -> ImageTokenizer:
+    """The tokenizer, if it can do what is asked of it.
+
+    Raises:
+        InputError: it is not there, has too many codes, or not this precision.
+    """
     tokenizer_uri = storage.absolute(config.tokenizer)
     tokenizer = tokenizer_store.load(tokenizer_uri)
     if tokenizer.vocab_size > MAX_VOCAB_SIZE:
@@ -65,6 +64,18 @@ def plan_task(config: TokenizeConfig, images: ImageParts) -> tuple[TokenizeTask,
             f"precision = {config.precision}: the tokenizer {tokenizer_uri} has only "
             f"{' and '.join(tokenizer.precisions)}; choose auto"
         )
+    return tokenizer
+
+
+def plan_task(
+    config: TokenizeConfig, images: ImageParts, tokenizer: ImageTokenizer
+) -> tuple[TokenizeTask, dict[str, str]]:
+    """Everything the workers must know, decided once: what the user left open is filled in."""
+    if not ray.is_initialized():
+        raise RuntimeError("Ray is not running: call ray.init first (jobs/ does)")
+    gpus = ray.cluster_resources().get("GPU", 0)
+    encoders = config.encoders
+    num_gpus = (1.0 if gpus else 0.0) if encoders.num_gpus is None else encoders.num_gpus
     identity = Identity(
         image_fingerprint=images.fingerprint,
         num_rows=images.num_rows,
@@ -82,7 +93,7 @@ def plan_task(config: TokenizeConfig, images: ImageParts) -> tuple[TokenizeTask,
     )
     task = TokenizeTask(
         images_uri=images.uri,
-        tokenizer_uri=tokenizer_uri,
+        tokenizer_uri=storage.absolute(config.tokenizer),
         output=storage.absolute(config.output),
         identity=identity,
         num_gpus=num_gpus,

@@ -132,6 +132,7 @@ def train_to_weights(
     stage: str,
     may_change: Sequence[str],
     launched_at: float,
+    start_ray: Callable[[], None],
 ) -> Result_:
     """Trains in the run directory `uri` to the end, continuing what it holds.
 
@@ -147,6 +148,7 @@ def train_to_weights(
     done = run_dir.finished_report(plan.total_steps)
     if done is not None and driver.is_recorded(config, run_dir):
         return result_of(run=run_dir, report=done, resumed_from=plan.total_steps)
+    start_ray()
     with lease.held(run_dir.uri, config.lease, stage=stage) as holder:
         run_dir = RunDir(run_dir.uri, holder.fence)
         run_dir.begin(config, plan.fingerprints, may_change=may_change)

@@ -3,6 +3,7 @@
 import errno
 import importlib
 import os
+import signal
 import site
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from jobs import cli
+from jobs import cli, command
 from jobs.command import _start_ray, connect_to_ray, exit_code, import_root, parse
 from pipelines import storage
 from pipelines.errors import InputError, StageFailed
@@ -171,6 +172,30 @@ def test_workers_import_nothing_from_the_users_directory(
     assert import_root() == Path("/")
 
 
+@pytest.mark.parametrize("during", [True, False])
+def test_sigterm_ends_a_stage_as_ctrl_c_does_once_ray_has_started(
+    during: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ray.init` puts a handler of its own in place: `sys.exit(15)`, here as in Ray 2.60."""
+
+    def leave(number: int, _: object) -> None:
+        sys.exit(number)
+
+    def init(**_: object) -> None:
+        signal.signal(signal.SIGTERM, leave)
+        if during:
+            signal.raise_signal(signal.SIGTERM)
+
+    ray = SimpleNamespace(is_initialized=lambda: False, init=init, cluster_resources=dict)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    with command.terminated_as_interrupted(), pytest.raises(KeyboardInterrupt, match="SIGTERM"):
+        connect_to_ray()
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_programming_errors_keep_their_traceback() -> None:
     def action(_: object) -> None:
         raise KeyError("a bug")
@@ -221,3 +246,41 @@ def test_a_stage_is_a_module_too(module: str, stage: str) -> None:
 def test_no_other_name_is_a_module() -> None:
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("jobs.pretrian")
+
+
+DATA = Path(__file__).parents[1] / "data/v0.1.0"
+IMAGES, TOKENIZER = ["--images", str(DATA / "images")], ["--tokenizer", str(DATA / "tokenizer")]
+NOPE = "/not/there"
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags", "named"),
+    [
+        ("prepare", ["--source", NOPE], NOPE),
+        ("train-tokenizer", ["--images", NOPE], NOPE),
+        ("train-tokenizer", [*IMAGES, "--data.global_batch_size", "1000"], "global_batch_size"),
+        ("tokenize", ["--images", NOPE, *TOKENIZER], NOPE),
+        ("tokenize", [*IMAGES, "--tokenizer", NOPE], NOPE),
+        ("pretrain", ["--images", NOPE, "--tokens", NOPE], NOPE),
+        ("pretrain", [*IMAGES, "--tokens", NOPE], NOPE),
+        ("pretrain", [*IMAGES, "--tokens", str(DATA / "tokens")], "image_size"),
+        ("finetune", [*IMAGES, "--run", NOPE], NOPE),
+        ("pipeline", ["--config", "quickstart", "--prepare.source", NOPE], NOPE),
+    ],
+)
+def test_what_needs_no_ray_is_refused_before_ray_starts(
+    stage: str,
+    flags: list[str],
+    named: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def too_late() -> None:
+        raise AssertionError("Ray was started first")
+
+    monkeypatch.setattr(command, "connect_to_ray", too_late)
+    monkeypatch.setattr(command, "prepare_environment", lambda: None)
+    assert cli.main([stage, *flags, "--output", str(tmp_path / "out")]) == 2
+    assert named in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
