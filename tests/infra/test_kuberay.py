@@ -18,7 +18,9 @@ from ray.autoscaler._private.kuberay.autoscaling_config import (
 )
 from ray.autoscaler._private.util import validate_config
 
-from jobs.cli import parse_stage
+from jobs.cli import main, parse_stage
+from jobs.needs import needs_of
+from pipelines.preflight import capacity
 from tests.infra import api_server
 from tests.infra.kuberay_rules import findings
 
@@ -156,13 +158,42 @@ def test_rays_autoscaler_reads_what_is_meant(overlay):
         assert seen.get("GPU", 0) == int(limits.get("nvidia.com/gpu", 0))
 
 
-@pytest.mark.parametrize("overlay", ["tokenize", "pretrain", "pipeline"])
-def test_the_entrypoint_is_a_command_that_parses(overlay):
-    program, stage, *flags = shlex.split(ray_manifest(overlay)["spec"]["entrypoint"])
+def configured(overlay, folder):
+    """The stage and configuration of a RayJob, read as its driver does in the head's pod."""
+    manifests = rendered(overlay)
+    manifest = next(each for each in manifests if each["kind"] == "RayJob")
+    program, stage, *flags = shlex.split(manifest["spec"]["entrypoint"])
     assert program == "beit"
-    if stage == "pipeline":  # its recipe is mounted there: the one of `make run` stands in here
-        flags[flags.index("--config") + 1] = "quickstart"
-    assert parse_stage(stage, flags)
+    # Files are those that are mounted.
+    maps = {each["metadata"]["name"]: each for each in manifests if each["kind"] == "ConfigMap"}
+    pod = cluster_of(manifest)["headGroupSpec"]["template"]["spec"]
+    volumes = {each["name"]: each.get("configMap", {}).get("name") for each in pod["volumes"]}
+    for mount in pod["containers"][0]["volumeMounts"]:
+        for name, text in maps.get(volumes[mount["name"]], {}).get("data", {}).items():
+            (folder / name).write_text(text)
+            place = f"{mount['mountPath']}/{name}"
+            flags = [str(folder / name) if flag == place else flag for flag in flags]
+    return manifest, stage, flags
+
+
+@pytest.mark.parametrize("overlay", ["tokenize", "pretrain", "pipeline"])
+def test_the_entrypoint_parses_and_fits_its_own_groups(overlay, tmp_path, capsys):
+    manifest, stage, flags = configured(overlay, tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main([stage, *flags, "--print_config"])
+    assert ended.value.code == 0
+    assert "s3://beit" in capsys.readouterr().out
+    needs = needs_of(stage, parse_stage(stage, flags))
+    nodes = []
+    for group in cluster_of(manifest)["workerGroupSpecs"]:
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        node = {"CPU": int(limits["cpu"]), "GPU": int(limits.get("nvidia.com/gpu", 0))}
+        nodes += [node] * group["maxReplicas"]
+    assert [capacity.shortages(bundles, nodes) for bundles in needs.bundles if bundles] == [
+        [] for bundles in needs.bundles if bundles
+    ]
+    # The server of the pods' variables.
+    assert not any(place.field.startswith("tracking") for place in needs.places)
 
 
 def _faults():

@@ -20,7 +20,7 @@ from pipelines.steps import say_step
 command.connect_to_ray = lambda: None
 command.preflight = lambda stage, config: None
 module = ModuleType("pipelines.prepare")
-def run(config):
+def run(config, start_ray):
     print("on stdout", flush=True)
     say_step("on stderr, with https://anna:geheim@host in it")
     import os

@@ -212,13 +212,15 @@ def test_what_is_done_needs_no_nodes(table):
 
 @pytest.mark.long
 @pytest.mark.skipif(not CPU_TORCH, reason="this torch has CUDA")
-def test_a_cluster_with_gpus_that_are_none(ray_turn, tmp_path, table):
+def test_a_cluster_with_gpus_that_are_none(ray_turn, tmp_path):
     """The doctor and the stage itself, on a node that claims a GPU, exit with 2 and name it."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     cluster.add_node(num_cpus=2, num_gpus=1)
-    flags = ["--images", str(table), "--tokenizer", str(table), "--output", str(tmp_path / "out")]
+    data = Path(__file__).parents[1] / "data/v0.1.0"
+    flags = ["--images", f"{data}/images", "--tokenizer", f"{data}/tokenizer"]
+    flags += ["--output", str(tmp_path / "out")]
     environment = {"RAY_ADDRESS": cluster.address, "PATH": "/usr/bin:/bin"}
     environment |= {"RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path)}
     try:
