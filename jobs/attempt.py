@@ -17,7 +17,7 @@ from typing import Any
 from jobs.submission.access import JOB, RETRY
 from pipelines.config.checks import to_dict
 from pipelines.errors import InputError
-from pipelines.redaction import redacted
+from pipelines.redaction import redacted_text
 
 FLUSH_SECONDS = 60.0
 SEGMENT_BYTES = 4 * 2**20
@@ -170,7 +170,7 @@ class KeptLog:
             size = len(self.segment)
             if not self.place or size == self.kept:
                 return
-            text = redacted(self.segment.decode(errors="replace"))
+            text = redacted_text(self.segment.decode(errors="replace"))
             name = f"{self.name}.{self.number:03d}.log"
         try:
             storage.write_bytes(storage.join(self.place, name), text.encode())

@@ -30,7 +30,7 @@ from pipelines.config.lease import LeaseConfig
 from pipelines.config.pretrain import PretrainConfig, run_uri
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError, StageFailed, of_system, printable
-from pipelines.redaction import redacted
+from pipelines.redaction import redacted, redacted_text
 from pipelines.steps import say_step
 
 Config = TypeVar("Config")
@@ -228,14 +228,14 @@ def exit_code(action: Callable[[Attempt], None]) -> int:
         if not code and not attempt.job:
             raise
         if not code:
-            print(redacted(traceback.format_exc()), file=sys.stderr)
-            attempt.end(1, redacted(f"crashed: {type(error).__name__}: {error}"))
+            print(redacted_text(traceback.format_exc()), file=sys.stderr)
+            attempt.end(1, redacted_text(f"crashed: {type(error).__name__}: {error}"))
             return 1
     if cause:
-        print(printable(redacted(cause), keep="\n"), file=sys.stderr)
+        print(printable(redacted_text(cause), keep="\n"), file=sys.stderr)
     if code == 130:
         print("Run the same command again to go on from what is done.", file=sys.stderr)
-    attempt.end(code, redacted(cause))
+    attempt.end(code, redacted_text(cause))
     return code
 
 

@@ -6,6 +6,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from pipelines.errors import InputError
 from pipelines.redaction import hide
@@ -49,13 +50,14 @@ def prepare_environment() -> None:
 
 
 def hide_secrets() -> None:
-    """From now on nothing that is written shows the value of a variable that sounds secret."""
+    """From now on no error and no log shows the value of a variable that sounds secret."""
     hide(
         value
         for name, value in os.environ.items()
         if _SECRET.search(name.upper())
         and not name.upper().endswith(("_FILE", "_PATH", "_MODE", "_DIR"))
         and len(value) >= LEAST_SECRET
+        and not (value.startswith("/") and Path(value).exists())
     )
 
 

@@ -42,6 +42,7 @@ from pipelines.evaluation.record import record
 from pipelines.evaluation.result import PIXELS, PRETRAINED, RANDOM, TITLES, Report, Result, Score
 from pipelines.progress import Progress
 from pipelines.records import read_values, write_record
+from pipelines.redaction import redacted_values
 from pipelines.training.checkpoint import checkpoint_name
 from pipelines.training.run_dir import RunDir
 from pipelines.training.weights import is_unfinished, save_newest
@@ -141,7 +142,7 @@ def _run(
         # First, for the report says that everything is there.
         storage.write_json(storage.join(output, "hits.json"), hits)
         tracked.log_artifact_file("hits.json", storage.canonical_json(hits))
-        write_record(storage.join(output, "evaluation.json"), report)
+        write_record(storage.join(output, "evaluation.json"), redacted_values(report))
         result = _result(report, output, already_done=False)
         record(tracked, result, report, inputs[-1])
     return result

@@ -11,6 +11,7 @@ from dataclasses import MISSING, dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from pipelines.errors import InputError
+from pipelines.redaction import redacted_values
 
 
 @dataclass(frozen=True, repr=False)
@@ -136,9 +137,10 @@ def changed_fields(
 
     The record may be of another version: a field that it lacks had its default then, or what it
     declares as `Before`; one that this version lacks is named, with `NO_FIELD`. `may_change` names
-    fields and whole sections.
+    fields and whole sections. Secrets of URIs are no difference: records are without them.
     """
     before, after = flatten(_defaults_then(config)) | flatten(old), flatten(to_dict(config))
+    before, after = redacted_values(before), redacted_values(after)
     return {
         name: (value, after.get(name, NO_FIELD))
         for name, value in before.items()

@@ -28,7 +28,7 @@ from pipelines.preflight.node import (
     examine,
     existing_directory,
 )
-from pipelines.redaction import redacted
+from pipelines.redaction import redacted_text
 from pipelines.steps import say_step
 
 __all__ = ["Bundle", "Needs", "Place", "findings", "require"]
@@ -192,7 +192,7 @@ def _sentences(troubles: Mapping[_Node, Sequence[Trouble]]) -> list[str]:
     for node, found in troubles.items():
         for trouble in found:
             nodes.setdefault(trouble, []).append(node.name)
-    return [redacted(trouble.sentence(_named(names))) for trouble, names in nodes.items()]
+    return [redacted_text(trouble.sentence(_named(names))) for trouble, names in nodes.items()]
 
 
 def _named(names: Sequence[str]) -> str:

@@ -33,6 +33,7 @@ from pipelines.preparation.sources import (
 )
 from pipelines.preparation.walking import Entry
 from pipelines.records import encode_record, read_record
+from pipelines.redaction import redacted
 from pipelines.units import WORK, work_uri
 
 PLAN_VERSION = 3
@@ -153,7 +154,7 @@ def make_plan(config: PrepareConfig, output: str) -> SourcePlan:
     elif source.format in ("folder", "sample"):
         reader = _with_folder_labels(config, reader, folders - {_unlabelled(source)})
     plan = SourcePlan(
-        source={"uri": source.uri, "format": source.format},
+        source={"uri": redacted(source.uri), "format": source.format},
         options=identity(config),
         reader=reader,
         num_items=_num_items(source, parquet.num_items if parquet else counter.items),

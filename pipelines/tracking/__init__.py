@@ -27,7 +27,7 @@ from PIL import Image
 from pipelines import storage
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError, LeaseLost, printable
-from pipelines.redaction import redacted, redacted_values
+from pipelines.redaction import redacted, redacted_text, redacted_values
 from pipelines.tracking import store as tracking_store
 from pipelines.tracking.background import Background
 from pipelines.tracking.context import context_tags
@@ -334,7 +334,7 @@ def opened_run(
     except Exception as error:
         raise InputError(
             f"tracking.uri: no run could be made in {redacted(tracking_uri)!r} "
-            f"({redacted(str(error))}); or pass --tracking.enabled false"
+            f"({redacted_text(str(error))}); or pass --tracking.enabled false"
         ) from error
 
 

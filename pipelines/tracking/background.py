@@ -5,7 +5,7 @@ import logging
 import threading
 import time
 
-from pipelines.redaction import redacted
+from pipelines.redaction import redacted_text
 from pipelines.tracking.filler import Filler
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,9 @@ class Background:
         if self._away:
             return
         self._away = True
-        reason = redacted(str(error)).splitlines()[0][:200] if str(error) else type(error).__name__
+        reason = (
+            redacted_text(str(error)).splitlines()[0][:200] if str(error) else type(error).__name__
+        )
         log.warning("tracking: %s takes nothing (%s); the stage goes on", self.shown, reason)
 
     def _say_back(self) -> None:

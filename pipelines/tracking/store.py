@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 from pipelines import storage
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError
-from pipelines.redaction import redacted
+from pipelines.redaction import redacted, redacted_text
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -68,7 +68,7 @@ def connect(tracking_uri: str) -> "MlflowClient":
             client = MlflowClient(tracking_uri)
             client.search_experiments(max_results=1)
     except Exception as error:
-        reason = redacted(" ".join(str(error).split()))[:500]
+        reason = redacted_text(" ".join(str(error).split()))[:500]
         raise InputError(
             f"tracking.uri: {redacted(tracking_uri)!r} cannot be used ({reason}); name a running "
             "MLflow server or a writable sqlite:///file.db, or pass --tracking.enabled false"

@@ -21,6 +21,7 @@ from PIL import Image
 from pipelines import storage
 from pipelines.errors import InputError, LeaseLost
 from pipelines.progress import Progress
+from pipelines.redaction import redacted_text
 from pipelines.steps import say_step
 from pipelines.tracking.spool import LinesFile, Spool
 from pipelines.tracking.system_metrics import SystemMetrics
@@ -217,7 +218,7 @@ def tolerated() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        log.warning("the run directory cannot be written now: %s", error)
+        log.warning("the run directory cannot be written now: %s", redacted_text(str(error)))
 
 
 def clean(values: Any) -> Any:
@@ -277,7 +278,7 @@ class ProgressThread:
             events = [event for event in self.run.events() if event["time"] not in self.seen]
             attempts = self.run.attempts()[self.attempts :]
         except (OSError, InputError) as error:  # storage is away: training itself may still go on
-            log.warning("progress cannot be read: %s", error)
+            log.warning("progress cannot be read: %s", redacted_text(str(error)))
             return
         except LeaseLost:  # the workers find it, too
             return
@@ -286,7 +287,7 @@ class ProgressThread:
             if event["event"] == MEASURED:
                 continue
             text = event.get("message") or json.dumps(event)
-            self.progress.stream.write(f"\n{event['event']}: {text}\n")
+            self.progress.stream.write(f"\n{event['event']}: {redacted_text(text)}\n")
         for attempt in attempts[self.started :]:
             workers = "1 worker" if attempt.workers == 1 else f"{attempt.workers} workers"
             say_step(f"{workers} started, from step {attempt.start_step}; reading first batches")

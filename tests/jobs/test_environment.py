@@ -1,5 +1,6 @@
 """Variables: what workers of a cluster get, and that secrets stand in nothing that is written."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,7 +15,8 @@ from jobs import submit
 from jobs.environment import ENVIRONMENT, JOB_CONFIG, hide_secrets, worker_environment
 from jobs.submission import cluster
 from pipelines import redaction
-from pipelines.config.checks import to_dict
+from pipelines.config.checks import changed_fields, to_dict
+from pipelines.config.pretrain import PretrainConfig
 from pipelines.errors import InputError
 from tests.pipelines.pretrain_fixtures import make_tables, small_config
 
@@ -64,12 +66,39 @@ def test_values_of_secret_variables_are_taken_out_of_any_text(shell):
     shell.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", "/var/run/token")
     shell.setenv("SHORT_TOKEN", "abc")
     shell.setenv("AWS_PROFILE", "research")
+    shell.setenv("MY_TOKEN", str(REPOSITORY))
     shell.setenv("PWD", "/home/research")
     shell.setenv("TOKENIZER", "research")
     shell.setenv("BEIT_TOKENS", "research")
     hide_secrets()
-    text = redaction.redacted(" ".join([*SECRETS.values(), "/var/run/token abc research"]))
-    assert text == " ".join([redaction.HIDDEN] * len(SECRETS)) + " /var/run/token abc research"
+    plain = f"/var/run/token abc research {REPOSITORY}"
+    text = redaction.redacted_text(" ".join([*SECRETS.values(), plain]))
+    assert text == " ".join([redaction.HIDDEN] * len(SECRETS)) + f" {plain}"
+
+
+def test_records_lose_the_secrets_of_uris_and_nothing_else(shell):
+    """A value that a variable has, too, may be a directory: a resumed run must read it again."""
+    shell.setenv("TEAM_TOKEN", "research")
+    hide_secrets()
+    record = {
+        "images": "/data/research/images", "message": "refused: research",
+        "tracking": {"uri": "http://anna:geheim@mlflow:5000/research?api_key=geheim&a=b"},
+        "tokens": ["s3://b/t?secret=geheim&endpoint_override=http%3A%2F%2Fanna%3Ageheim%40s3"],
+        "source": "https://s3/x.tar?X-Amz-Credential=geheim&X-Amz-Signature=geheim&key=geheim",
+    }  # fmt: skip
+    assert redaction.redacted_values(record) == {
+        "images": "/data/research/images", "message": "refused: ***",
+        "tracking": {"uri": "http://***@mlflow:5000/research?api_key=***&a=b"},
+        "tokens": ["s3://b/t?secret=***&endpoint_override=http%3A%2F%2F***%40s3"],
+        "source": "https://s3/x.tar?X-Amz-Credential=***&X-Amz-Signature=***&key=***",
+    }  # fmt: skip
+    images = "memory://b/i?secret=geheim"
+    config = PretrainConfig(name="research", images=images, output="/o")
+    assert changed_fields(redaction.redacted_values(to_dict(config)), config) == {}
+    other = dataclasses.replace(config, name="other")
+    assert changed_fields(redaction.redacted_values(to_dict(config)), other) == {
+        "name": ("research", "other")
+    }
 
 
 def test_a_submission_hands_secrets_over_in_its_environment_alone(shell, tmp_path, capsys):
