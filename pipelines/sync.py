@@ -114,13 +114,14 @@ def _sync(spool: Spool, config: TrackingConfig) -> Synced:
     if record["status"] == "RUNNING":
         _judge(spool.uri)
     values = pictures = 0
-    # A driver at work writes the record meanwhile, and may end: then the rest is sent as well.
+    # A driver that ends meanwhile has last words. One that goes on sends the rest itself, or leaves
+    # it to the next call: what it writes while this one reads has no end.
     while True:
         filler = Filler(client, run_id, Spool(spool.uri))
         filler.fill(final=True)
         values, pictures = values + filler.sent["values"], pictures + filler.sent["pictures"]
         newest = Spool(spool.uri)
-        if newest.record() == filler.spool.record():
+        if newest.record()["status"] == filler.spool.record()["status"]:
             break
     status = newest.record()["status"]
     newest.update(complete=status != "RUNNING", stored_in=tracking_uri)

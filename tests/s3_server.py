@@ -12,7 +12,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -24,6 +23,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+
+from tests.servers import free_port
 
 ACCESS_KEY, SECRET_KEY, REGION = "testkey", "testsecret123", "us-east-1"
 os.environ |= {
@@ -131,13 +132,6 @@ def bucket(s3: S3Store) -> Iterator[str]:
 def start_s3(kind: str = KIND) -> S3Store:
     """Starts the server; it ends with this process."""
     return S3Store(kind=kind, port=_start_ceph() if kind == "ceph" else _start_moto())
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _start_moto() -> int:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from pipelines import storage
 from pipelines.errors import printable
-from pipelines.redaction import redacted
+from pipelines.redaction import redacted, redacted_text
 from pipelines.tracking.datasets import (
     INPUT_TAG,
     OUTPUT_TAG,
@@ -28,7 +28,7 @@ from pipelines.tracking.datasets import (
     dataset_name,
 )
 from pipelines.tracking.model_card import update_versions
-from pipelines.tracking.page import PARENT_TAG, update_page
+from pipelines.tracking.page import MODEL_MISSING_TAG, PARENT_TAG, update_page
 from pipelines.tracking.spool import LINES, OWN_WEIGHTS, Spool, Values
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ class Filler:
         except MlflowException as error:
             if error.error_code not in FINAL_CODES or not self._has_run(self.run_id):
                 raise
-            log.warning("tracking: values refused for good: %s", redacted(str(error))[:300])
+            log.warning("tracking: values refused for good: %s", redacted_text(str(error))[:300])
         for metric in metrics:
             self._known.setdefault(metric.key, set()).add(metric.step)
         self.sent["values"] += len(metrics)
@@ -238,25 +238,33 @@ class Filler:
     def _conclude(self) -> None:
         record = self.spool.record()
         self._send_files(self.spool.figures())
-        self._send_weights(record)
+        refusal = self._send_weights(record)
+        self._set_or_delete(MODEL_MISSING_TAG, redacted_text(str(refusal or "")))
         self._send_judged(record)
         update_page(self.client, self.run_id)
-        error = record.get("error", "")
-        if error:
-            self._set_tags({ERROR_TAG: error})
-        elif ERROR_TAG in self.client.get_run(self.run_id).data.tags:
-            # Of a failure that a later start has left behind, or that `beit sync` has supposed.
-            self.client.delete_tag(self.run_id, ERROR_TAG)
-            self._tags.pop(ERROR_TAG, None)
+        # One that is gone is of a failure that a later start has left behind, or that `beit sync`
+        # has supposed.
+        self._set_or_delete(ERROR_TAG, record.get("error", ""))
         status = record.get("status", "RUNNING")
         if status != "RUNNING":
             ended = int(1000 * record.get("ended", time.time()))
             self.client.set_terminated(self.run_id, status, end_time=ended)
+        if refusal:
+            raise refusal
 
-    def _send_weights(self, record: Mapping[str, Any]) -> None:
+    def _set_or_delete(self, tag: str, text: str) -> None:
+        if text:
+            self._set_tags({tag: text})
+        elif tag in self.client.get_run(self.run_id).data.tags:
+            self.client.delete_tag(self.run_id, tag)
+            self._tags.pop(tag, None)
+
+    def _send_weights(self, record: Mapping[str, Any]) -> Exception | None:
+        """Why the store has no model of them, if it has not: a run ends as it ended all the same,
+        for what one store refuses it may refuse for ever."""
         weights = record.get("weights")
         if not weights:
-            return
+            return None
         from pipelines.tracking import model_registry  # and torch, which few stages need here
 
         # A record of an earlier version has the place of a run's own weights, without its secrets.
@@ -271,14 +279,15 @@ class Filler:
                 uri,
                 registered_model_name=weights["registered_model"],
             )
-        except Exception:
+        except Exception as error:
             self._progress("weights are refused")  # and need no more time than other things
-            raise
+            return error
         told = (INPUT_TAG, OUTPUT_TAG, TOKENIZER_TAG)
         tags = {name: value for name, value in self._tags.items() if name.startswith(told)}
         self.client.set_logged_model_tags(model_id, tags)
         update_versions(self.client, self.run_id)
         self._progress("weights")
+        return None
 
     def _send_judged(self, record: Mapping[str, Any]) -> None:
         """What this run found of its parent's weights, to the parent and its logged model."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 NOTE_TAG, OWN_NOTE_TAG, PARENT_TAG = "mlflow.note.content", "beit.note", "mlflow.parentRunId"
+MODEL_MISSING_TAG = "beit.model_missing"
 FIGURES = "figures"
 
 
@@ -28,7 +29,9 @@ def page(client: "MlflowClient", run: "Run") -> str:
     """The description as Markdown."""
     judged = evaluations_of(client, run)
     own = run.data.tags.get(OWN_NOTE_TAG, "")
+    missing = run.data.tags.get(MODEL_MISSING_TAG, "")
     parts = [f"**{verdict(judged[0])}**" if judged else "", own]
+    parts += [f"No model is here: {missing}"] if missing else []
     made_from = [
         f"{kind.replace('_', ' ')} [{maker.info.run_name}]({link(maker)})"
         for kind, maker in makers(client, run)

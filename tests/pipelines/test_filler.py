@@ -1,9 +1,6 @@
 """MLflow is filled from files: everything once, whatever dies, against a real MLflow store."""
 
 import shutil
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -22,13 +19,12 @@ from pipelines.tracking.spool import LinesFile, Spool
 from pipelines.tracking.system_metrics import SystemMetrics
 from pipelines.training.run_dir import RunDir
 from tests.pipelines.tracking_fixtures import (  # noqa: F401 - fixtures
-    answers,
     config_fixture,
     dataset,
-    free_port,
     start,
     steps,
 )
+from tests.servers import mlflow_server, running
 
 PERIODS = 2500  # more than one request carries
 EVENT = {"event": "probe", "time": 1.5e9, "step": 9, "figures": {"knn accuracy?": 0.5}}
@@ -183,6 +179,14 @@ def test_a_server_that_refuses_one_thing_for_good_holds_nobody_up(config, tmp_pa
     complete, seconds = closed(client, run.run_id, spool)
     assert (complete, seconds < 15) == (False, True)
     assert len(steps(client, run, "loss")) == 3
+    stored = client.get_run(run.run_id)  # ended as it has, and says what is missing
+    assert (stored.info.status, stored.info.end_time) == ("FINISHED", 2e12)
+    assert stored.data.tags["beit.model_missing"] == "413"
+    assert "No model is here: 413" in stored.data.tags["mlflow.note.content"]
+    monkeypatch.setattr(model_registry, "log_weights", lambda *_, **__: "m-1")
+    monkeypatch.setattr(client, "set_logged_model_tags", lambda *_: None)
+    assert closed(client, run.run_id, spool)[0]
+    assert "beit.model_missing" not in client.get_run(run.run_id).data.tags
     # Nor does one that seems to make progress for ever.
     monkeypatch.setattr(background, "LONGEST_CLOSE", 1.0)
     endless = Background(Endless(10**9), every=60, shown="mlflow")
@@ -316,6 +320,24 @@ def test_a_driver_that_ends_while_sync_is_at_work_keeps_its_last_words(
     assert (stored.info.status, stored.data.tags["beit.output.weights"]) == ("FINISHED", "W")
 
 
+def test_a_driver_that_goes_on_writing_holds_sync_not_up(config, tmp_path, monkeypatch):
+    spool = written(tmp_path / "run", periods=3, status="RUNNING")
+    spool.update(started=time.time())
+    RunDir(spool.uri).begin(TrackingConfig(), {}, may_change=())
+    sent, calls = Filler._send_pictures, []
+
+    def writes(filler):
+        assert len(calls) < 5, "sync runs after a driver that never ends"
+        calls.append(1)
+        sent(filler)
+        spool.update(tags={"a": "b", "n": str(len(calls))})
+
+    monkeypatch.setattr(Filler, "_send_pictures", writes)
+    synced = sync.run(SyncConfig(runs=[spool.uri], tracking=config)).runs[0]
+    assert (synced.status, synced.values) == ("RUNNING", 5)
+    assert Spool(spool.uri).record()["tags"]["n"] == "1"
+
+
 def test_values_that_are_no_numbers_are_told_not_raised(config, caplog):
     with start(config) as run:
         run.log_metrics({"loss": "high"}, 1)
@@ -351,28 +373,9 @@ def test_a_real_server_may_go_and_come_back(empty_store, tmp_path, monkeypatch):
     for name in ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
         monkeypatch.setenv(name, ENVIRONMENT[name])  # as of every command: else minutes pass
     shutil.copy(empty_store, tmp_path / "mlflow.db")
-    port = free_port()
-    uri = f"http://127.0.0.1:{port}"
-
-    def serve():
-        server = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
-             "--workers", "1", "--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db",
-             "--artifacts-destination", str(tmp_path / "served")],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-        wait_until(lambda: answers(port))
-        return server
-
-    def kill(server):
-        import os
-
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-        wait_until(lambda: not answers(port))  # its workers hold the port a moment longer
-
-    server = serve()
-    try:
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    with running(mlflow_server(tmp_path, store, str(tmp_path / "served"))) as server:
+        uri = f"http://127.0.0.1:{server.port}"
         config = TrackingConfig(uri=uri)
         run = tracking.start_run(config, stage="pretrain", params={}, spool=str(tmp_path / "run"))
         assert run.url == f"{uri}/#/experiments/1/runs/{run.run_id}?workflowType=machine_learning"
@@ -381,24 +384,22 @@ def test_a_real_server_may_go_and_come_back(empty_store, tmp_path, monkeypatch):
         for step in range(10):
             run.log_metrics({"loss": float(step)}, step)
         wait_until(lambda: len(steps(client, run, "loss")) == 10)
-        kill(server)
+        server.kill()
         for step in range(10, 30):
             begin = time.monotonic()
             run.log_metrics({"loss": float(step)}, step)
             assert time.monotonic() - begin < 0.5
-        server = serve()
+        server.start()
         wait_until(lambda: len(steps(client, run, "loss")) == 30)
-        kill(server)
+        server.kill()
         run.log_image("picture", Image.new("RGB", (16, 16)), 30)
         begin = time.monotonic()
         run.finish()
         assert time.monotonic() - begin < 60
-        server = serve()
+        server.start()
         assert client.get_run(run.run_id).info.status == "RUNNING"
         synced = sync.run(SyncConfig(runs=[str(tmp_path / "run")])).runs[0]
         assert (synced.run_id, synced.pictures) == (run.run_id, 1)
         assert steps(client, run, "loss") == list(range(30))
         assert client.get_run(run.run_id).info.status == "FINISHED"
         assert known_pictures(client, run.run_id) == {("picture", 30)}
-    finally:
-        kill(server)

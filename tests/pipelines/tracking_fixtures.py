@@ -1,6 +1,5 @@
 """A real MLflow store for tests, and how to read it."""
 
-import socket
 from pathlib import Path
 
 import pytest
@@ -28,15 +27,3 @@ def dataset(name, digest, uri="/data/table"):
 
 def steps(client, run, name):
     return [metric.step for metric in client.get_metric_history(run.run_id, name)]
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def answers(port):
-    with socket.socket() as probe:
-        probe.settimeout(0.5)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
