@@ -28,7 +28,12 @@ class ReportResult:
 
     def summary(self) -> str:
         """One line for a person."""
-        return f"{self.output}: {self.runs} runs, {self.settings} settings; {self.where}"
+        counts = f"{_counted(self.runs, 'run')}, {_counted(self.settings, 'setting')}"
+        return f"{self.output}: {counts}; {self.where}"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def run(config: ReportConfig) -> ReportResult:
@@ -45,7 +50,8 @@ def run(config: ReportConfig) -> ReportResult:
     runs = chosen_runs(client, config.runs, config.tracking.experiment, config.max_runs)
     facts = [facts_of(client, run, config.metrics) for run in runs]
     settings = settings_of(facts)
-    text = page(f"{len(facts)} runs of {config.tracking.experiment}", facts, settings).encode()
+    title = f"{_counted(len(facts), 'run')} of {config.tracking.experiment}"
+    text = page(title, facts, settings).encode()
     output = storage.absolute(config.output)
     storage.write_bytes(output, text)
     with start_run(

@@ -86,10 +86,28 @@ def curve(
     return _drawn(figure)
 
 
-def curve_svg(series: Series, *, title: str, x_label: str = "step", y_label: str = "") -> str:
-    """The same as an SVG element, of any number of lines; a legend only where it can be read."""
+def curve_svg(
+    series: Series,
+    *,
+    title: str,
+    x_label: str = "step",
+    y_label: str = "",
+    kinds: Mapping[str, str] | None = None,
+) -> str:
+    """The same as an SVG element, of any number of lines; a legend only where it can be read.
+
+    `kinds` names what the lines of one colour have in common, by name of the series; each line has
+    a colour of its own without.
+    """
     figure, axes = _curves(series, title, x_label, y_label, "")
-    if len(series) <= MAX_LEGEND:
+    if kinds:
+        order = {kind: index for index, kind in enumerate(dict.fromkeys(kinds.values()))}
+        for line, name in zip(axes.lines, series, strict=True):
+            line.set(color=_hex(SERIES[order[kinds[name]] % len(SERIES)]), linewidth=0.8)
+            line.set_label("")
+        for kind, index in order.items():
+            axes.plot([], [], label=kind, color=_hex(SERIES[index % len(SERIES)]))
+    if len(axes.get_legend_handles_labels()[1]) <= MAX_LEGEND:
         _legend(figure, axes)
     return _svg(figure)
 

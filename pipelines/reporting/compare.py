@@ -39,12 +39,14 @@ def differing(runs: Sequence[Facts]) -> dict[str, list[Any]]:
 
 
 def settings_of(runs: Sequence[Facts]) -> list[Setting]:
-    """Runs grouped by what they were asked to do, in the order of their first."""
+    """Runs grouped by what they were asked to do: that of the first run, then the best first."""
     groups: dict[str, list[Facts]] = {}
     for run in runs:
         groups.setdefault(run.setting, []).append(run)
     first = next(iter(groups.values()))
-    return [_setting(group, first if group is not first else []) for group in groups.values()]
+    found = [_setting(group, first if group is not first else []) for group in groups.values()]
+    others = sorted(found[1:], key=lambda one: -1.0 if one.mean is None else one.mean, reverse=True)
+    return [found[0], *others]
 
 
 def _setting(runs: list[Facts], baseline: list[Facts]) -> Setting:

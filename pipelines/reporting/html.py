@@ -28,7 +28,7 @@ def page(title: str, runs: Sequence[Facts], settings: Sequence[Setting]) -> str:
         _section("Settings", _settings_table(settings), _forest(settings)),
         _section("Runs", _runs_table(runs)),
         _section("What differs", _differences_table(runs)),
-        _section("Curves", *_curves(runs)),
+        _section("Curves", *_curves(runs, settings)),
         _section("The same images", *_pictures(runs)),
         _section("Made from", _lineage_table(runs)),
         _section("Cost", _cost_table(runs)),
@@ -121,36 +121,51 @@ def _differences_table(runs: Sequence[Facts]) -> str:
     if not found:
         return ""
     rows = [
-        (name, *("" if v is None else str(v) for v in values)) for name, values in found.items()
+        (run.name, *("" if value is None else str(value) for value in values))
+        for run, *values in zip(runs, *found.values(), strict=True)
     ]
-    return _table(("parameter", *(run.name for run in runs)), rows, "differences")
+    return _table(("run", *found), rows, "differences")
 
 
 def _curve_names(runs: Sequence[Facts]) -> list[str]:
     return list(dict.fromkeys(name for run in runs for name in run.curves))
 
 
-def _curves(runs: Sequence[Facts]) -> list[str]:
+def _curves(runs: Sequence[Facts], settings: Sequence[Setting]) -> list[str]:
+    """Of more runs than a legend can name, those of one setting have one colour."""
+    kinds = {_line_name(run): one.label for one in settings for run in one.runs}
     drawn = []
     for name in _curve_names(runs):
-        series = {
-            f"{run.name} ({run.run_id[:6]})": run.curves[name] for run in runs if name in run.curves
-        }
-        drawn.append(plots.curve_svg(series, title=name, y_label=name))
+        series = {_line_name(run): run.curves[name] for run in runs if name in run.curves}
+        drawn.append(
+            plots.curve_svg(
+                series,
+                title=name,
+                y_label=name,
+                kinds=kinds if len(series) > plots.MAX_LEGEND else None,
+            )
+        )
     return drawn
+
+
+def _line_name(run: Facts) -> str:
+    return f"{run.name} ({run.run_id[:6]})"
 
 
 def _pictures(runs: Sequence[Facts]) -> list[str]:
     """One row a kind of picture; runs show the same images where seed and tables are the same."""
     rows = []
     for kind in dict.fromkeys(name for run in runs for name in run.pictures):
-        shown = [run for run in runs if kind in run.pictures][:MAX_PICTURES]
+        having = [run for run in runs if kind in run.pictures]
+        shown = having[:MAX_PICTURES]
         figures = "".join(
             f'<figure><img alt="{escape(kind)} of {escape(run.name)}" '
             f'src="data:image/png;base64,{base64.b64encode(run.pictures[kind]).decode()}">'
             f"<figcaption>{escape(run.name)}</figcaption></figure>"
             for run in shown
         )
+        if len(having) > len(shown):
+            rows.append(f"<p>{escape(kind)}: the first {len(shown)} of {len(having)} runs.</p>")
         rows.append(f'<div class="pictures">{figures}</div>')
     return rows
 

@@ -6,11 +6,14 @@ import json
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from mlflow import MlflowClient
+from mlflow.entities import Metric
 from PIL import Image
 
 from pipelines import report
@@ -126,8 +129,9 @@ def test_the_table_groups_seeds_and_compares_in_pairs(made):
 def test_it_says_what_differs_best_and_last_lineage_and_cost(made):
     _, _, _, output = made
     tables = Tables(output.read_text()).tables
-    assert [row[0] for row in tables["differences"][1:]] == ["model.dim", "seed"]
-    assert tables["differences"][1][1:] == ["192", "192", "384", "384"]
+    head, *rows = tables["differences"]
+    assert head == ["run", "model.dim", "seed"]
+    assert [row[1] for row in rows] == ["192", "192", "384", "384"]
     head, first, *_ = tables["runs"]
     assert head[3:] == ["loss, last", "loss, best"]
     assert first[3:] == [f"{5 / 40 + 1:.4g}", f"{5 / 39:.4g}"]
@@ -165,6 +169,14 @@ def test_runs_are_named_in_every_way(made, tmp_path):
             report.chosen_runs(client, [wrong], "beit", 10)
 
 
+def test_one_run_is_one_run(made, tmp_path):
+    config, runs, _, _ = made
+    output = tmp_path / "one.html"
+    result = report.run(ReportConfig(runs=[runs[0]], output=str(output), tracking=config))
+    assert "one.html: 1 run, 1 setting; " in result.summary()
+    assert "<h1>1 run of beit</h1>" in output.read_text()
+
+
 def test_of_other_images_there_is_no_paired_difference(made):
     config, runs, _, _ = made
     client = MlflowClient(config.uri)
@@ -178,14 +190,7 @@ def test_of_other_images_there_is_no_paired_difference(made):
 @pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
 def test_a_browser_draws_curves_intervals_and_pictures(made, tmp_path):
     _, _, _, output = made
-    shot = tmp_path / "page.png"
-    subprocess.run(
-        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-         "--disable-background-networking", f"--user-data-dir={tmp_path}/profile",
-         "--window-size=1300,3200", f"--screenshot={shot}", output.as_uri()],
-        check=True, capture_output=True, timeout=240,
-    )  # fmt: skip
-    drawn = np.asarray(Image.open(shot).convert("RGB")).astype(int)
+    drawn = drawn_by_a_browser(output, tmp_path)
 
     def count(colour):
         return int((abs(drawn - colour).max(-1) <= 3).sum())
@@ -194,3 +199,75 @@ def test_a_browser_draws_curves_intervals_and_pictures(made, tmp_path):
     assert count(np.array(SERIES[3])) > 100, "the last curve"
     assert count(np.array((10, 200, 90))) > 2 * 2000, "pictures of both seeds"
     assert count(np.array((10, 90, 90))) > 2 * 2000
+
+
+def drawn_by_a_browser(page, tmp_path, height=3200):
+    """int (H, 1300, 3): the page as it is seen."""
+    shot = tmp_path / "page.png"
+    subprocess.run(
+        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+         "--disable-background-networking", f"--user-data-dir={tmp_path}/profile",
+         f"--window-size=1300,{height}", f"--screenshot={shot}", page.as_uri()],
+        check=True, capture_output=True, timeout=240,
+    )  # fmt: skip
+    return np.asarray(Image.open(shot).convert("RGB")).astype(int)
+
+
+MANY_SEEDS, MANY_SETTINGS, MANY_POINTS = 5, 20, 1000
+MANY_IMAGES = 1000
+
+
+def quickly_trained(client, number, sheet):
+    """A run with its evaluation as a training leaves them, written without waiting."""
+    setting, seed = divmod(number, MANY_SEEDS)
+    name = f"beit · tiny/16 · lr {1 + setting}e-4 · seed {seed}"
+    tags = {"beit.stage": "pretrain", "beit.output.weights": f"w{number}", "mlflow.runName": name}
+    run_id = client.create_run("1", tags=tags).info.run_id
+    values = 5 / (1 + np.arange(MANY_POINTS)) + setting / 10
+    metrics = [Metric("loss", float(v), 1000 + i, i) for i, v in enumerate(values)]
+    client.log_batch(run_id, metrics)
+    written = {"optim": {"lr": (1 + setting) * 1e-4}, "seed": seed, "model": {"dim": 192}}
+    client.log_text(run_id, yaml.safe_dump(written), "config.yaml")
+    client.log_image(run_id, sheet, artifact_file="figures/reconstruction.png")
+    drawn = np.random.default_rng(7).random(MANY_IMAGES)
+    own = np.random.default_rng(number).random(MANY_IMAGES)
+    hits = 0.8 * drawn + 0.2 * own < 0.3 + setting / 100
+    told = {"beit.stage": "evaluate", "mlflow.parentRunId": run_id}
+    judge = client.create_run("1", tags=told).info.run_id
+    figures = {"": hits.mean(), "_low": hits.mean() - 0.03, "_high": hits.mean() + 0.03}
+    client.log_batch(
+        judge, [Metric(f"linear_accuracy{end}", float(v), 1, 0) for end, v in figures.items()]
+    )
+    kept = {"linear": "".join(map(str, hits.astype(int))), "groups": list(range(MANY_IMAGES))}
+    client.log_text(judge, json.dumps(kept), "hits.json")
+    client.log_text(judge, json.dumps({"identity": {"image_table": "I"}}), "evaluation.json")
+    client.set_terminated(judge)
+    client.set_terminated(run_id)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
+def test_a_report_of_a_hundred_runs_can_be_read(mlflow_uri, tmp_path):
+    """Twenty settings of five seeds: a file to mail, best setting on the first screen."""
+    client, config = MlflowClient(mlflow_uri), TrackingConfig(uri=mlflow_uri)
+    client.create_experiment("beit", artifact_location=str(tmp_path / "files"))
+    noise = np.random.default_rng(0).integers(0, 255, (150, 400, 3), dtype=np.uint8)
+    for number in range(MANY_SETTINGS * MANY_SEEDS):
+        quickly_trained(client, number, Image.fromarray(noise))
+    output, begin = tmp_path / "report.html", time.monotonic()
+    result = report.run(ReportConfig(runs=["experiment:beit"], output=str(output), tracking=config))
+    seconds = time.monotonic() - begin
+    print(f"100 runs: {seconds:.1f} s, {output.stat().st_size / 1e6:.1f} MB")
+    assert (result.runs, result.settings) == (100, 20)
+    assert output.stat().st_size < 8e6
+    assert seconds < 180
+    tables = Tables(output.read_text()).tables
+    assert [len(tables[name]) for name in ("settings", "runs", "differences")] == [21, 101, 101]
+    assert len(tables["differences"][0]) == 3  # run, learning rate, seed: no column a run
+    # After the first, which the others are compared with, the best setting comes first.
+    means = [float(row[2]) for row in tables["settings"][2:]]
+    assert means == sorted(means, reverse=True)
+    assert "the first 12 of 100 runs" in output.read_text()
+    drawn = drawn_by_a_browser(output, tmp_path, height=1600)
+    assert drawn.shape == (1600, 1300, 3)
+    assert (abs(drawn - np.array(SERIES[0])).max(-1) <= 3).sum() > 500, "intervals of settings"
