@@ -38,10 +38,10 @@ from tests.pipelines.tracking_fixtures import (  # noqa: F401 - fixtures
     REPOSITORY,
     config_fixture,
     dataset,
-    free_port,
     start,
     steps,
 )
+from tests.servers import free_port
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
