@@ -106,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
 def _submit(options: argparse.Namespace, flags: Sequence[str]) -> int:
     from jobs.submission.package import write_package
 
+    token_place = use_token()  # before the checks below import Ray
     job = describe(options.what, flags)
     environment = job_environment(options.env)
     require_shared_tracking(job.config_text, options.env)
@@ -115,7 +116,7 @@ def _submit(options: argparse.Namespace, flags: Sequence[str]) -> int:
             Path(folder), config_text=job.config_text, with_code=options.code == "checkout",
             include=options.include,
         )  # fmt: skip
-        address, token_place = find_address(options.address), use_token()
+        address = find_address(options.address)
         from jobs.submission import cluster
 
         client = cluster.connect(address, token_place)

@@ -4,6 +4,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -138,6 +140,20 @@ def test_no_secret_is_in_metadata():
     job = submit.describe("prepare", flags)
     assert "geheim" not in json.dumps(dict(job.metadata))
     assert HIDDEN in job.metadata["beit.tracking"]
+
+
+def test_the_token_is_looked_for_before_anything_imports_ray():
+    """Ray asks once, when it is imported, whether it is to send one."""
+    code = (
+        "import sys; from jobs import submit\n"
+        "submit.use_token = lambda: sys.exit(3 if 'ray' in sys.modules else 4)\n"
+        "submit.main(['prepare', '--address', 'http://127.0.0.1:9', '--', *sys.argv[1:]])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *PREPARE, "--tracking.enabled", "false"],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 4, done.stderr
 
 
 def test_variables_go_by_name(monkeypatch):
