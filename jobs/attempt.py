@@ -9,7 +9,9 @@ so what an attempt says and how it ended also stand beside the output, as `OUTPU
 import contextlib
 import os
 import platform
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from typing import Any
@@ -21,6 +23,19 @@ from pipelines.redaction import redacted_text
 
 FLUSH_SECONDS = 60.0
 SEGMENT_BYTES = 4 * 2**20
+# Ends with the last who may write. A target that fails (a full disk, a reader that is gone) holds
+# up nobody, and whoever ends all processes of a job is to be told of its end.
+PUMP = """
+import os, signal, sys
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+while data := os.read(0, 65536):
+    for target in sys.argv[1:]:
+        try:
+            os.write(int(target), data)
+        except OSError:
+            pass
+"""
 
 
 class Attempt:
@@ -99,16 +114,17 @@ class KeptLog:
     """What this process prints, also in files beside its output.
 
     Copied where all of it passes, at the descriptors, so that what libraries print in C is there,
-    too. A new file begins every few megabytes, because object stores know no appending.
+    too; by processes of their own, because such a library may hold the GIL while it prints more
+    than a pipe takes. A new file begins every few megabytes: object stores know no appending.
     """
 
     def __init__(self) -> None:
         self.place = self.name = ""
-        self.number, self.segment, self.kept = 0, bytearray(), 0
-        self.lock = threading.Lock()
+        self.number, self.begin, self.kept = 0, 0, 0
         self.stop = threading.Event()
         sys.stdout.flush()
         sys.stderr.flush()
+        self.spool = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - until the process ends
         self.real = os.dup(1), os.dup(2)
         # Where both go to one file, as in Ray's log of a job, they stay in their order.
         one = os.path.sameopenfile(1, 2)
@@ -125,7 +141,7 @@ class KeptLog:
         sys.stderr.flush()
         if len(self.pumps) > 1:
             os.dup2(self.real[1], 2)
-            self.pumps[1].join(timeout=5)  # a child may hold the other end
+            _ended(self.pumps[1])
 
     def close(self) -> None:
         """Stores the rest; the descriptors are what they were."""
@@ -134,50 +150,56 @@ class KeptLog:
         for number, descriptor in enumerate(self.real, start=1):
             os.dup2(descriptor, number)
         for pump in self.pumps:
-            pump.join(timeout=5)
+            _ended(pump)
         self.stop.set()
         self.flusher.join(timeout=30)
         self._flush()
 
-    def _copied(self, *numbers: int) -> threading.Thread:
+    def _copied(self, *numbers: int) -> subprocess.Popen:
+        """A process through which all goes that is written to these descriptors."""
         source, target = os.pipe()
         for number in numbers:
             os.dup2(target, number)
         os.close(target)
-        pump = threading.Thread(
-            target=self._pump, args=(source, self.real[numbers[0] - 1]), name="log", daemon=True
-        )
-        pump.start()
-        return pump
-
-    def _pump(self, source: int, real: int) -> None:
-        while data := os.read(source, 65536):
-            with contextlib.suppress(OSError):  # a full disk, a reader that is gone: never wait
-                os.write(real, data)
-            with self.lock:
-                if self.place or len(self.segment) < SEGMENT_BYTES:
-                    self.segment += data
+        targets = self.real[numbers[0] - 1], self.spool.fileno()
+        pump = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", PUMP, *map(str, targets)],
+            stdin=source, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            pass_fds=targets, start_new_session=True,
+        )  # fmt: skip
         os.close(source)
+        return pump
 
     def _flush_often(self) -> None:
         while not self.stop.wait(FLUSH_SECONDS):
             self._flush()
 
     def _flush(self) -> None:
+        """Stores what is not there yet; what cannot be stored is tried again later."""
         from pipelines import storage
 
-        with self.lock:
-            size = len(self.segment)
-            if not self.place or size == self.kept:
-                return
-            text = redacted_text(self.segment.decode(errors="replace"))
+        while self.place and (data := self._piece()):
             name = f"{self.name}.{self.number:03d}.log"
-        try:
-            storage.write_bytes(storage.join(self.place, name), text.encode())
-        except (OSError, InputError):
-            return  # tried again with the next piece; the cluster has it, too
-        with self.lock:
-            self.kept = size
-            if size > SEGMENT_BYTES:
-                self.number, self.kept = self.number + 1, 0
-                del self.segment[:size]
+            text = redacted_text(data.decode(errors="replace"))
+            try:
+                storage.write_bytes(storage.join(self.place, name), text.encode())
+            except (OSError, InputError):
+                return  # the cluster has it, too
+            self.kept = len(data)
+            if len(data) > SEGMENT_BYTES:
+                self.number, self.begin, self.kept = self.number + 1, self.begin + len(data), 0
+
+    def _piece(self) -> bytes:
+        """The file that grows; empty if all of it is stored."""
+        size = os.fstat(self.spool.fileno()).st_size - self.begin
+        if size == self.kept:
+            return b""
+        return os.pread(self.spool.fileno(), min(size, 2 * SEGMENT_BYTES), self.begin)
+
+
+def _ended(pump: subprocess.Popen) -> None:
+    """Waits until all is copied; a child of this process may still hold the other end."""
+    try:
+        pump.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        pump.kill()

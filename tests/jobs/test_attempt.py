@@ -33,14 +33,16 @@ sys.exit(cli.main(["prepare", *sys.argv[1:]]))
 REFUSED = "raise InputError('source: no such folder')"
 
 
-def attempt(output, body, *flags, job="beit-job", errors=subprocess.PIPE, **environment):
+def attempt(
+    output, body, *flags, job="beit-job", errors=subprocess.PIPE, timeout=None, **environment
+):
     environment = {name: value for name, value in environment.items() if value}
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("BEIT_", "RAY_ADDRESS"))}
     return subprocess.run(
         [sys.executable, "-c", DRIVER.replace("{body}", textwrap.indent(body, "    ").strip()),
          "--source", "/photos", "--output", str(output), *flags],
         cwd=REPOSITORY, env={**inherited, "BEIT_JOB": job, **environment},
-        text=True, stdout=subprocess.PIPE, stderr=errors, check=False,
+        text=True, stdout=subprocess.PIPE, stderr=errors, check=False, timeout=timeout,
     )  # fmt: skip
 
 
@@ -179,6 +181,31 @@ def test_nobody_who_reads_stops_no_job(tmp_path):
         os.close(writing)
     assert done.returncode == 0
     assert result(tmp_path / "images")["exit_code"] == 0
+
+
+def test_a_library_may_print_much_while_it_holds_the_gil(tmp_path):
+    """As C does: no other thread of Python runs until all of it has gone through the pipe."""
+    size = 300_000
+    body = f"import ctypes\nctypes.PyDLL(None).write(1, b'x' * {size}, {size})"
+    done = attempt(tmp_path / "images", body, timeout=60)
+    assert done.returncode == 0
+    assert done.stdout.count("x" * size) == 1
+    assert kept(tmp_path / "images")[0].count("x" * size) == 1
+
+
+def test_an_end_of_all_processes_of_a_job_is_told(tmp_path):
+    """As `scancel` does it: the processes that copy the log get the signal, too."""
+    body = (
+        "import os, signal, subprocess\n"
+        "pids = subprocess.check_output(['pgrep', '-P', str(os.getpid())], text=True).split()\n"
+        "assert len(pids) == 2, pids\n"
+        "[os.kill(int(pid), signal.SIGTERM) for pid in pids]\n"
+        "raise KeyboardInterrupt('Asked to end (SIGTERM).')"
+    )
+    done = attempt(tmp_path / "images", body)
+    assert done.returncode == 130
+    assert "beit: exit code 130" in done.stdout
+    assert "beit: exit code 130" in kept(tmp_path / "images")[0]
 
 
 def test_ray_is_imported_by_nothing_before_its_settings_stand(tmp_path):
