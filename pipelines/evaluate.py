@@ -138,11 +138,11 @@ def _run(
         report = _evaluate(config, weights, data, layers, splits)
         hits = report.pop("hits")
         report["identity"] = identity
-        fence.check()
         # First, for the report says that everything is there.
-        storage.write_json(storage.join(output, "hits.json"), hits)
+        storage.write_json(storage.join(output, "hits.json"), hits, check=fence.check)
         tracked.log_artifact_file("hits.json", storage.canonical_json(hits))
-        write_record(storage.join(output, "evaluation.json"), redacted_values(report))
+        place = storage.join(output, "evaluation.json")
+        write_record(place, redacted_values(report), check=fence.check)
         result = _result(report, output, already_done=False)
         record(tracked, result, report, inputs[-1])
     return result

@@ -1,95 +1,50 @@
-"""One driver at a time on an output: a lease in generations, and a fence for what is written.
+"""One driver at a time on an output: claims, of which one holds, and a fence for what is written.
 
-    _lease/000003.json          who holds generation 3; created only if absent, never changed
+    _lease/000003-8f1c….json    who claims, and which claims he found over; never changed
     _lease/000003-8f1c….beat    a number that its holder raises every few seconds
     _lease/000003-8f1c….end     its holder has let go
 
-The newest generation holds. Who finds it ended, expired or its process dead creates the next one,
-and then reads back whose it is: so a lost reply looks like a lost race, and is none. Expired means
-that the heartbeat did not change for so long on the clock of the one who waits; clocks are never
-compared. A holder that stood still and wakes finds a newer generation: it looks for one before
-each commit (`Fence.check`) and stops.
+Who wants to write looks until every claim that stands is over (ended, expired, or its process
+dead), sets up his own, naming those, and then looks again. If none stands but his own and those
+that he found over, he holds the lease; else he takes his claim back and waits. Of two that claim in
+one moment, at least one sees the other in his second look: so never two hold, on any store whose
+listings show what was written before. A lost answer is no trouble: the second look tells. No name
+is used twice, so a request that arrives late, deletions among them, meets nobody else's claim.
 
-What remains is the moment between a check and the write behind it. Manifests are created only if
-absent, parts and files of tokens are equal whoever writes them, checkpoints carry hashes, and
-metrics.jsonl is a file of its own for each holder: see docs/operating.md.
+Expired means that the heartbeat did not change for so long on the clock of the one who waits;
+clocks are never compared. A holder that stood still and wakes finds its claim gone, or named by
+another one: it looks before each commit (`Fence.check`) and stops.
+
+What remains is the moment between a check and the write behind it: see docs/operating.md.
 """
 
 import contextlib
-import json
-import re
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import dataclass
 
 from pipelines import storage
 from pipelines.config.lease import LeaseConfig
 from pipelines.errors import InputError, LeaseLost, StageFailed
 from pipelines.lease_owner import Owner
+from pipelines.lease_store import (
+    BEAT,
+    CLAIM,
+    END,
+    Claim,
+    Folder,
+    Store,
+    names_of_claims,
+    read_claim,
+    read_claims,
+)
 
 FOLDER = "_lease"
-GENERATION = re.compile(r"(\d{6,})\.json")
 # Tries in a row that a store may refuse before that is told.
 MAX_REFUSALS = 8
-
-
-class Store(Protocol):
-    """What a lease needs of a folder; every call may raise OSError."""
-
-    def list(self) -> list[str]: ...
-    def read(self, name: str) -> bytes: ...
-    def create(self, name: str, data: bytes) -> bool: ...
-    def write(self, name: str, data: bytes) -> None: ...
-    def delete(self, name: str) -> None: ...
-
-
-@dataclass(frozen=True)
-class Folder:
-    """The `Store` at a URI."""
-
-    uri: str
-
-    def list(self) -> list[str]:
-        return [file.path for file in storage.list_files(self.uri, recursive=False)]
-
-    def read(self, name: str) -> bytes:
-        return storage.read_bytes(storage.join(self.uri, name))
-
-    def create(self, name: str, data: bytes) -> bool:
-        return storage.create(storage.join(self.uri, name), data)
-
-    def write(self, name: str, data: bytes) -> None:
-        storage.write_bytes(storage.join(self.uri, name), data)
-
-    def delete(self, name: str) -> None:
-        storage.delete(storage.join(self.uri, name))
-
-    def remove_if_empty(self) -> None:
-        """Takes a local directory away that nobody else uses, with what killed ones half wrote."""
-        if storage.is_local(self.uri):
-            path = Path(storage.absolute(self.uri))
-            with contextlib.suppress(OSError):
-                for left in path.glob(".*.tmp"):  # a living waiter's: it tries again
-                    left.unlink(missing_ok=True)
-                path.rmdir()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Generation:
-    number: int
-    nonce: str
-    """Name of one lease among all that ever were."""
-    follows: str
-    """Nonce of the generation that was found ended."""
-    expires: float
-    owner: Owner
-    ended: bool
-    beat: bytes
 
 
 @dataclass(frozen=True)
@@ -97,8 +52,7 @@ class Fence:
     """What the holder's workers are given; travels between machines."""
 
     store: Store
-    number: int
-    nonce: str
+    claim: str
 
     def check(self) -> None:
         """To be called before each commit.
@@ -107,17 +61,22 @@ class Fence:
             LeaseLost: somebody else has taken over; nothing may be written any more.
             OSError: the store does not answer; nothing is known.
         """
-        newest = max(_numbers(self.store.list()), default=0)
+        names = names_of_claims(self.store.list())
         try:
-            record = _parsed(self.store.read(_name(newest)))
-        except FileNotFoundError:
+            others = [read_claim(self.store, name) for name in names if name != self.claim]
+        except FileNotFoundError:  # one has gone in this moment, perhaps with ours
+            self.check()
+            return
+        if self.claim in names:
+            others = [other for other in others if self.claim in other.over]
+        elif not others:
             raise LeaseLost(
                 "another driver has taken this output over, because nothing was heard from here, "
                 "and has finished it"
-            ) from None
-        if newest != self.number or record["nonce"] != self.nonce:
+            )
+        if others:
             raise LeaseLost(
-                f"this output was taken over by {_owner(record)}, because nothing was heard from "
+                f"this output was taken over by {others[-1].owner}, because nothing was heard from "
                 "here; that one goes on, this one stops"
             )
 
@@ -134,16 +93,22 @@ class Lease:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
         is_gone: Callable[[Owner], bool] = Owner.is_gone,
+        nonce: Callable[[], str] = lambda: uuid.uuid4().hex,
     ) -> None:
         self.store, self.owner, self.expires = store, owner, expires
-        self.clock, self.sleep, self.is_gone = clock, sleep, is_gone
-        self.nonce = uuid.uuid4().hex
-        self.number = 0
-        self._beats = 0
-        self._seen: tuple[int, str, bytes] | None = None
-        self._since = 0.0
-        self._is_alive = False
-        self._refusals = 0
+        self.clock, self.sleep, self.is_gone, self.nonce = clock, sleep, is_gone, nonce
+        self.claim: Claim | None = None
+        self._holds = False
+        self._beats = self._refusals = 0
+        self._given_up: set[str] = set()
+        self._seen: dict[str, tuple[bytes, float]] = {}
+        self._alive: set[str] = set()
+
+    @property
+    def fence(self) -> Fence:
+        """Of the claim that was set up."""
+        assert self.claim
+        return Fence(self.store, self.claim.name)
 
     # -- in --------------------------------------------------------------------------------
 
@@ -162,172 +127,136 @@ class Lease:
         """
         told = ""
         while True:
+            in_the_way = None
             try:
                 in_the_way = self._try()
+                if in_the_way:
+                    self._refusals = 0
             except InputError:  # among them what a store refuses for good
                 raise
-            except OSError as error:
+            except OSError:
                 # What did not change while nobody could write is no sign of death.
-                self._seen = None
-                self._refused(error)
-                in_the_way = None
-            else:
-                self._refusals = 0
-                if in_the_way is None:
-                    return Fence(self.store, self.number, self.nonce)
-            if in_the_way is not None and in_the_way.nonce != told:
-                told = in_the_way.nonce
+                self._seen.clear()
+                self._refusals += 1
+                if self._refusals >= MAX_REFUSALS:
+                    raise
+            if self._holds:
+                return self.fence
+            if in_the_way and in_the_way.name != told:
+                told = in_the_way.name
                 waiting(in_the_way.owner)
-            elif in_the_way is not None and self._is_alive:
+            elif in_the_way and told in self._alive:
                 alive(in_the_way.owner)
-            self.sleep(poll)
+            # Unequal pauses: two that claim in the same moment do not do so again and again.
+            self.sleep(poll * (0.5 + int(self.nonce()[:4], 16) / 0x10000))
 
-    def _try(self) -> _Generation | None:
-        """Takes the lease, or says who holds it."""
-        while True:
-            looked = self.clock()
-            newest = self.newest()
-            if newest is not None and newest.nonce == self.nonce:
-                if self._is_next(newest):
-                    self._begin(newest.number)
-                    return None
-                self.store.delete(_name(newest.number))
-            elif newest is None or newest.ended or self._is_over(newest, looked):
-                self._create_after(newest)
-            else:
-                return newest
+    def _try(self) -> Claim | None:
+        """Takes the lease, or says who is in the way, if not only one that claims with us."""
+        looked, claims = self.clock(), read_claims(self.store)
+        if self.claim is None:
+            living = [claim for claim in claims if not self._is_over(claim, looked)]
+            if living:
+                return living[-1]
+            self._set_up(claims)
+            claims = read_claims(self.store)
+        assert self.claim
+        mine = self.claim.name
+        others = [claim for claim in claims if claim.name != mine]
+        known = all(other.name in self.claim.over for other in others)
+        if known and len(others) < len(claims) and not any(mine in other.over for other in others):
+            self._begin()
+        else:
+            self._take_back()
+        return None
 
-    def newest(self) -> _Generation | None:
-        """Who held last, as the store says now."""
-        names = self.store.list()
-        number = max(_numbers(names), default=0)
-        if not number:
-            return None
-        try:
-            record = _parsed(self.store.read(_name(number)))
-        except FileNotFoundError:  # it was removed in this moment
-            return self.newest()
-        base = f"{number:06d}-{record['nonce']}"
-        beat = b""
-        if f"{base}.beat" in names:
-            with contextlib.suppress(FileNotFoundError):
-                beat = self.store.read(f"{base}.beat")
-        return _Generation(
-            number=number,
-            nonce=record["nonce"],
-            follows=record["follows"],
-            expires=record["expires"],
-            owner=_owner(record),
-            ended=f"{base}.end" in names,
-            beat=beat,
-        )
-
-    def _is_over(self, found: _Generation, looked: float) -> bool:
-        """Whether its process is dead, or its heartbeat stood still while we watched.
+    def _is_over(self, found: Claim, looked: float) -> bool:
+        """Whether it has ended, its process is dead, or its heartbeat stood still while we watched.
 
         Between two looks it did so for as long as from the end of the first one to the beginning
         of the second (`looked`): where we stood still within a look says nothing of the holder.
         """
-        if self.is_gone(found.owner):
+        if found.ended or found.name in self._given_up or self.is_gone(found.owner):
             return True
-        sign = (found.number, found.nonce, found.beat)
-        if sign != self._seen:
-            self._is_alive = self._seen is not None and self._seen[:2] == sign[:2]
-            self._seen, self._since = sign, self.clock()
-        return looked - self._since >= (found.expires or self.expires)
+        beat, since = self._seen.get(found.name, (None, 0.0))
+        if beat != found.beat:
+            if beat is not None:
+                self._alive.add(found.name)
+            self._seen[found.name] = found.beat, self.clock()
+            return False
+        return looked - since >= (found.expires or self.expires)
 
-    def _create_after(self, newest: _Generation | None) -> None:
-        number, follows = (newest.number, newest.nonce) if newest else (0, "")
-        record = {
-            "nonce": self.nonce,
-            "follows": follows,
-            "expires": self.expires,
-            "owner": asdict(self.owner),
-        }
-        try:
-            # What it answers is not looked at: whose the generation is will be read.
-            self.store.create(_name(number + 1), storage.canonical_json(record))
-        except InputError:
-            raise
-        except OSError as error:
-            self._refused(error)
+    def _set_up(self, over: list[Claim]) -> None:
+        number = 1 + max((claim.number for claim in over), default=0)
+        self.claim = Claim(
+            name=f"{number:06d}-{self.nonce()}",
+            over=tuple(claim.name for claim in over),
+            expires=self.expires,
+            owner=self.owner,
+        )
+        self.store.create(self.claim.name + CLAIM, self.claim.record())
 
-    def _refused(self, error: OSError) -> None:
-        self._refusals += 1
-        if self._refusals >= MAX_REFUSALS:
-            raise error
+    def _take_back(self) -> None:
+        """For good: it may arrive yet, so another one has another name."""
+        assert self.claim
+        name, self.claim = self.claim.name, None
+        self._given_up.add(name)
+        self.store.delete(name + CLAIM)
 
-    def _is_next(self, mine: _Generation) -> bool:
-        """Whether what stands below is what we found ended: else the folder was cleared and begun
-        anew between our look and our creation, and that one holds."""
-        below = [number for number in _numbers(self.store.list()) if number < mine.number]
-        if not below:
-            return True
-        try:
-            record = _parsed(self.store.read(_name(max(below))))
-        except FileNotFoundError:
-            return self._is_next(mine)
-        return bool(record["nonce"] == mine.follows)
-
-    def _begin(self, number: int) -> None:
-        self.number = number
+    def _begin(self) -> None:
+        self._holds = True
         self.beat()
         with contextlib.suppress(OSError):
-            for name in self.store.list():
-                if int(re.split(r"\D", name)[0] or number) < number:
-                    self.store.delete(name)
+            self._delete_others()
+
+    def _delete_others(self) -> None:
+        """Claims that were found over, and what is left of such; those of living ones stay."""
+        assert self.claim
+        files = self.store.list()
+        kept = {self.claim.name, *names_of_claims(files)} - {*self.claim.over, *self._given_up}
+        for file in files:
+            if file.rpartition(".")[0] not in kept:
+                self.store.delete(file)
+
+    def is_lost(self) -> bool:
+        """Whether our claim counts no more, as far as the store says."""
+        try:
+            self.fence.check()
+        except (OSError, LeaseLost) as error:
+            return isinstance(error, LeaseLost)
+        return False
 
     # -- inside and out --------------------------------------------------------------------
 
     def beat(self) -> None:
         """Shows others that we are alive; a store that is away is tried again next time."""
         self._beats += 1
-        with contextlib.suppress(OSError, LeaseLost):
-            Fence(self.store, self.number, self.nonce).check()
-            self.store.write(self._own("beat"), str(self._beats).encode())
+        self._mark(BEAT, str(self._beats).encode())
 
     def end(self) -> None:
         """Lets go; where that cannot be told, the lease expires."""
-        with contextlib.suppress(OSError, LeaseLost):
-            Fence(self.store, self.number, self.nonce).check()
-            self.store.write(self._own("end"), b"")
+        self._mark(END, b"")
 
     def remove(self) -> None:
         """Lets go, and takes the traces away; those of others stay."""
+        assert self.claim
+        self.end()
         with contextlib.suppress(OSError, LeaseLost):
-            Fence(self.store, self.number, self.nonce).check()
-            names = [n for n in self.store.list() if int(re.split(r"\D", n)[0] or 0) <= self.number]
-            # Our generation goes last: while it stands, nobody begins anew.
-            for name in sorted(names, key=lambda name: (name == _name(self.number), name)):
-                self.store.delete(name)
+            self.fence.check()
+            # Ours goes last: while it stands, none that it is over for counts again.
+            self._delete_others()
+            for kind in (CLAIM, BEAT, END):
+                self.store.delete(self.claim.name + kind)
 
-    def _own(self, kind: str) -> str:
-        return f"{self.number:06d}-{self.nonce}.{kind}"
-
-
-def _name(number: int) -> str:
-    return f"{number:06d}.json"
-
-
-def _numbers(names: list[str]) -> list[int]:
-    return [int(match[1]) for match in map(GENERATION.fullmatch, names) if match]
-
-
-def _parsed(data: bytes) -> dict[str, Any]:
-    """A record; one that cannot be read is of an unknown owner and expires like any other."""
-    unknown = {"nonce": "", "follows": "", "expires": 0.0, "owner": {}}
-    try:
-        record = unknown | json.loads(data)
-        return record if isinstance(record["expires"], float | int) else unknown
-    except (ValueError, TypeError):
-        return unknown
-
-
-def _owner(record: dict[str, Any]) -> Owner:
-    try:
-        return Owner(**record["owner"])
-    except TypeError:
-        return Owner(stage="another driver", host="an unknown machine", process=0)
+    def _mark(self, kind: str, data: bytes) -> None:
+        assert self.claim
+        file = self.claim.name + kind
+        with contextlib.suppress(OSError):
+            try:
+                self.fence.check()
+                self.store.write(file, data)
+                self.fence.check()
+            except LeaseLost:  # between the two, the folder may have been cleared
+                self.store.delete(file)
 
 
 # For stages
@@ -377,15 +306,18 @@ def held(output: str, config: LeaseConfig, *, stage: str) -> Iterator[Held]:
     beats = threading.Thread(target=_beat, args=(lease, ended), name="lease", daemon=True)
     beats.start()
     try:
+        # What our predecessors had in flight when they stood still or died does not arrive.
+        storage.remove_half_written(output, below=FOLDER)
         yield holder
     finally:
         ended.set()
         beats.join()
         if holder.is_done:
             lease.remove()
-            folder.remove_if_empty()
         else:
             lease.end()
+        if lease.is_lost():  # its claim is gone: at its end, or since another one took over
+            folder.remove_if_empty()
 
 
 def _beat(lease: Lease, ended: threading.Event) -> None:

@@ -6,7 +6,7 @@ people edit files, so whatever stands in one may be anything; it is either as st
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import Annotated, Any, TypeVar
 
@@ -30,9 +30,14 @@ SEALED = "_sealed"
 """Says at the other end of the file that there is a seal, for damage that takes one of them."""
 
 
-def write_record(uri: str, values: Mapping[str, Any]) -> None:
-    """Writes a record atomically, sealed by the hash of what it says."""
-    storage.write_bytes(uri, encode_record(values))
+def write_record(
+    uri: str, values: Mapping[str, Any], *, check: Callable[[], None] = storage.unchecked
+) -> None:
+    """Writes a record atomically, sealed by the hash of what it says.
+
+    `check` as in `storage.write_bytes`.
+    """
+    storage.write_bytes(uri, encode_record(values), check=check)
 
 
 def encode_record(values: Mapping[str, Any]) -> bytes:

@@ -5,13 +5,10 @@ and rename; on object stores by one upload that becomes visible when it complete
 """
 
 import contextlib
-import errno
 import hashlib
 import json
-import os
 import re
-import uuid
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +18,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from pipelines import store_writes, stores
+from pipelines import disk_writes, store_writes, stores
 from pipelines.errors import DamagedFileError, InputError
 
 LOCAL = pafs.LocalFileSystem()
@@ -135,56 +132,40 @@ def read_bytes(uri: str) -> bytes:
         return data
 
 
-def write_bytes(uri: str, data: bytes | pa.Buffer) -> None:
-    """Writes the file atomically: readers see the old content or all of the new one."""
-    if is_local(uri):
-        with _temporary_file(Path(absolute(uri)), data) as temporary:
-            temporary.replace(absolute(uri))
+def unchecked() -> None:
+    """The check of who writes alone."""
+
+
+def write_bytes(
+    uri: str, data: bytes | pa.Buffer, *, check: Callable[[], None] = unchecked
+) -> None:
+    """Writes the file atomically: readers see the old content or all of the new one.
+
+    `check` is asked before anything is written, and on a disk once more before it is seen; it
+    raises where another driver has taken over.
+    """
+    check()
+    if not is_local(uri):
+        store_writes.upload(uri, bytes(data))
         return
-    store_writes.upload(uri, bytes(data))
+    disk_writes.write(Path(absolute(uri)), data, check)
 
 
-@contextlib.contextmanager
-def _temporary_file(target: Path, data: bytes | pa.Buffer) -> Iterator[Path]:
-    """A file beside `target` with `data` on disk; what is left of it goes."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(memoryview(data))
-            file.flush()
-            os.fsync(file.fileno())
-        yield temporary
-    except OSError as error:
-        # A full disk is told by `write`, which knows no names.
-        error.filename = str(target)
-        raise
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+def remove_half_written(uri: str, *, below: str = "") -> None:
+    """See `disk_writes.remove_half_written`; object stores show nothing before it is whole."""
+    if is_local(uri):
+        disk_writes.remove_half_written(Path(absolute(uri)), below=below)
 
 
-def create(uri: str, data: bytes) -> bool:
+def create(uri: str, data: bytes, *, check: Callable[[], None] = unchecked) -> bool:
     """Writes the file only if nothing is there; of several writers exactly one is told True.
 
     A store that does not keep this promise is named once, in a warning; there the file is written
-    if none is seen.
+    if none is seen. `check` as in `write_bytes`.
     """
+    check()
     if is_local(uri):
-        with _temporary_file(Path(absolute(uri)), data) as temporary:
-            try:
-                os.link(temporary, absolute(uri))
-            except FileExistsError:
-                return False
-            except OSError as error:
-                # Many network and USB file systems have no hard links.
-                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
-                    raise
-                if Path(absolute(uri)).exists():
-                    return False
-                store_writes.warn_of(str(Path(absolute(uri)).parent))
-                temporary.replace(absolute(uri))
-            return True
+        return disk_writes.create(Path(absolute(uri)), data, check)
     if store_writes.keeps_creations(uri):
         return store_writes.create(uri, data)
     if exists(uri):
@@ -193,12 +174,12 @@ def create(uri: str, data: bytes) -> bool:
     return True
 
 
-def created_or_equal(uri: str, data: bytes) -> bool:
+def created_or_equal(uri: str, data: bytes, *, check: Callable[[], None] = unchecked) -> bool:
     """Creates the file; False if one is there that holds something else.
 
     So two writers of one artefact do no harm, and none takes the place of another artefact.
     """
-    return create(uri, data) or read_bytes(uri) == data
+    return create(uri, data, check=check) or read_bytes(uri) == data
 
 
 def exists(uri: str) -> bool:
@@ -286,12 +267,21 @@ def fetch_dir(uri: str, local_dir: str | Path, *, num_threads: int = 8) -> None:
         list(pool.map(fetch, files))
 
 
-def store_dir(local_dir: str | Path, uri: str, *, last: str | None = None) -> None:
-    """Copies a local directory to `uri`; the file named `last` goes up after all others."""
+def store_dir(
+    local_dir: str | Path,
+    uri: str,
+    *,
+    last: str | None = None,
+    check: Callable[[], None] = unchecked,
+) -> None:
+    """Copies a local directory to `uri`; the file named `last` goes up after all others.
+
+    `check` as in `write_bytes`.
+    """
     root = Path(local_dir)
     names = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
     for name in sorted(names, key=lambda name: name == last):
-        write_bytes(join(uri, name), (root / name).read_bytes())
+        write_bytes(join(uri, name), (root / name).read_bytes(), check=check)
 
 
 def canonical_json(value: Any) -> bytes:
@@ -310,9 +300,9 @@ def read_json(uri: str) -> Any:
         ) from error
 
 
-def write_json(uri: str, value: Any) -> None:
-    """Writes canonical JSON atomically."""
-    write_bytes(uri, canonical_json(value))
+def write_json(uri: str, value: Any, *, check: Callable[[], None] = unchecked) -> None:
+    """Writes canonical JSON atomically; `check` as in `write_bytes`."""
+    write_bytes(uri, canonical_json(value), check=check)
 
 
 def digest(data: bytes | memoryview | pa.Buffer) -> str:

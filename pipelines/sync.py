@@ -11,11 +11,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipelines import lease, storage
+from pipelines import lease, lease_store, storage
 from pipelines.config.sync import SyncConfig
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError, StageFailed
-from pipelines.lease_owner import Owner
 from pipelines.redaction import HIDDEN
 from pipelines.tracking import opened_run, store
 from pipelines.tracking.context import context_tags
@@ -149,16 +148,17 @@ def _judge(uri: str) -> None:
 
 def _is_at_work(uri: str, pause: Callable[[float], None] = time.sleep) -> bool:
     """Whether somebody holds this output: watches for a heartbeat, for half a lease."""
-    place = lease.Folder(storage.join(uri, lease.FOLDER))
-    looking = lease.Lease(place, Owner.here("sync", ""), expires=0)
-    first = looking.newest()
-    if first is None or first.ended or looking.is_gone(first.owner):
-        return False
+    place = lease_store.Folder(storage.join(uri, lease.FOLDER))
+
+    def living() -> list[lease_store.Claim]:
+        claims = lease_store.read_claims(place)
+        return [claim for claim in claims if not claim.ended and not claim.owner.is_gone()]
+
+    first = living()
     for _ in range(30):
-        pause(first.expires / 60)
-        now = looking.newest()
-        if now is None or now.ended:
+        if not first:
             return False
-        if (now.number, now.beat) != (first.number, first.beat):
-            return True
+        pause(first[-1].expires / 60)
+        if (now := living()) != first:
+            return bool(now)
     return False

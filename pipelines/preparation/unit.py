@@ -52,6 +52,11 @@ class PrepareTask:
     rehearsal: str = REHEARSAL
     """`module:function` that reads entries without keeping them."""
 
+    def check(self) -> None:
+        """Raises LeaseLost when another driver has taken over."""
+        if self.fence is not None:
+            self.fence.check()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
@@ -155,9 +160,7 @@ def process_unit(task: PrepareTask, unit: int, listing: str, *, deaths: int = 0)
         labels=dict(build.labels),
         lost_bytes=sum(size for key, _, size in build.rejected if key in containers),
     )
-    if task.fence is not None:
-        task.fence.check()
-    write_record(receipt_uri(task.output, unit), receipt.to_dict())
+    write_record(receipt_uri(task.output, unit), receipt.to_dict(), check=task.check)
     return receipt.summary(unit)
 
 

@@ -167,8 +167,7 @@ class Ledger:
             return b""
 
     def _write_note(self, name: str, data: bytes) -> None:
-        self._check()
-        storage.write_bytes(work_uri(self.uri, name), data)
+        storage.write_bytes(work_uri(self.uri, name), data, check=self._check)
 
     def _list(self) -> NDArray[np.int64]:
         """Bytes of the file of every unit, -1 where there is none."""
@@ -314,11 +313,10 @@ class Ledger:
         Raises:
             InputError: another driver has finished another table there.
         """
-        self._check()
         path, data = storage.join(self.uri, MANIFEST), encode_manifest(manifest)
         if self.finished:
-            storage.write_bytes(path, data)
-        elif not storage.created_or_equal(path, data):
+            storage.write_bytes(path, data, check=self._check)
+        elif not storage.created_or_equal(path, data, check=self._check):
             raise InputError(
                 f"{self.uri}: another run has just finished a table there that differs from this "
                 "one; give another output"

@@ -169,7 +169,11 @@ class LinesFile:
     """
 
     def __init__(
-        self, uri: str, *, start_step: int | None = None, check: Callable[[], None] = lambda: None
+        self,
+        uri: str,
+        *,
+        start_step: int | None = None,
+        check: Callable[[], None] = storage.unchecked,
     ) -> None:
         self.uri, self.check = uri, check
         try:
@@ -193,8 +197,8 @@ class LinesFile:
             self.check()  # it is ours that was opened
 
     def _write_all(self) -> None:
-        self.check()
-        storage.write_bytes(self.uri, "".join(line + "\n" for line in self.lines).encode())
+        data = "".join(line + "\n" for line in self.lines).encode()
+        storage.write_bytes(self.uri, data, check=self.check)
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds a line; on object stores it becomes visible with the next flush."""

@@ -70,7 +70,9 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def save(root: str, checkpoint: Checkpoint, *, check: Callable[[], None] = lambda: None) -> str:
+def save(
+    root: str, checkpoint: Checkpoint, *, check: Callable[[], None] = storage.unchecked
+) -> str:
     """Writes a checkpoint below `root`, its marker last, and returns its URI.
 
     `check` is called before each file, and ends it by an error of its own.
@@ -92,12 +94,10 @@ def save(root: str, checkpoint: Checkpoint, *, check: Callable[[], None] = lambd
         (OPTIMIZER, save_tensors(dict(checkpoint.moments))),
         (STATE, storage.canonical_json({**checkpoint.state, "step": checkpoint.step})),
     ):
-        check()
-        storage.write_bytes(storage.join(uri, name), data)
+        storage.write_bytes(storage.join(uri, name), data, check=check)
         record[name] = {"bytes": len(data), "hash": storage.digest(data)}
     marker = {"schema_version": SCHEMA_VERSION, "step": checkpoint.step, "files": record}
-    check()
-    storage.write_json(storage.join(uri, MARKER), marker)
+    storage.write_json(storage.join(uri, MARKER), marker, check=check)
     return uri
 
 
@@ -233,7 +233,7 @@ class Saver:
         keep: int,
         asynchronous: bool,
         failed: Callable[[int, str], None],
-        check: Callable[[], None] = lambda: None,
+        check: Callable[[], None] = storage.unchecked,
     ) -> None:
         self.root, self.keep, self.failed, self.check = root, keep, failed, check
         self.asynchronous = asynchronous

@@ -89,8 +89,8 @@ class Pulse:
         while not self.ended.wait(self.every):
             beat = self.beat()
             try:
-                self.run.check()
-                write_record(self.run.at(DIRECTORY, f"{self.rank}.json"), asdict(beat))
+                place = self.run.at(DIRECTORY, f"{self.rank}.json")
+                write_record(place, asdict(beat), check=self.run.check)
             except (OSError, InputError):
                 continue  # the store is away
             except LeaseLost:

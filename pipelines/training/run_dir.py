@@ -99,8 +99,7 @@ class RunDir:
             self.fence.check()
 
     def _write(self, values: Mapping[str, Any], *parts: str) -> None:
-        self.check()
-        write_record(self.at(*parts), values)
+        write_record(self.at(*parts), values, check=self.check)
 
     def begin(
         self,
@@ -122,8 +121,7 @@ class RunDir:
             return
         text = yaml.safe_dump(redacted_values(to_dict(config)), sort_keys=False, allow_unicode=True)
         record = {"fingerprints": dict(fingerprints), "mlflow_run_id": mlflow_run_id}
-        self.check()
-        storage.write_bytes(self.at("config.yaml"), text.encode())
+        storage.write_bytes(self.at("config.yaml"), text.encode(), check=self.check)
         self._write(record, "run.json")
 
     def holds(
@@ -206,8 +204,8 @@ class RunDir:
 
     def request_end(self) -> None:
         """Asks the workers to save and end."""
-        self.check()
-        storage.write_json(self.at("end_requested.json"), {"time": time.time()})
+        now = {"time": time.time()}
+        storage.write_json(self.at("end_requested.json"), now, check=self.check)
 
     def end_requested(self) -> bool:
         """Whether they were asked to."""
@@ -239,8 +237,7 @@ class RunDir:
         """A local directory: what is in it afterwards becomes the final model."""
         with tempfile.TemporaryDirectory() as directory:
             yield directory
-            self.check()
-            storage.store_dir(directory, self.weights, last=CONFIG_FILE)
+            storage.store_dir(directory, self.weights, last=CONFIG_FILE, check=self.check)
 
     def write_report(self, report: Mapping[str, Any]) -> None:
         """Writes report.json."""

@@ -6,7 +6,6 @@ request arrives after all, and who stands still or dies. Threads, of which one r
 the real code take part as it is.
 """
 
-import json
 import random
 import threading
 from dataclasses import dataclass, field
@@ -31,6 +30,8 @@ class World:
     """Chance of each kind of loss, a call."""
     pauses: float = 0.02
     deaths: float = 0.0
+    faulty: tuple[str, ...] = ("list", "read", "create", "write", "delete")
+    """Calls of the store that can be lost."""
     most_delay: float = 0.5
     exclusive: bool = True
     """Whether the store creates only if absent."""
@@ -97,13 +98,9 @@ class World:
     def put(self, name, data):
         self.files[name] = data
         if name.endswith(".json"):
-            record = json.loads(data)
-            which = (int(name[:-5]), record["nonce"])
-            self.log.append(("created", "", which, self.now, record["follows"]))
+            self.log.append(("created", "", name.removesuffix(".json"), self.now))
         else:
-            self.log.append(
-                (name.rpartition(".")[2], "", name.rpartition(".")[0].partition("-")[2], self.now)
-            )
+            self.log.append((name.rpartition(".")[2], "", name.rpartition(".")[0], self.now))
 
     def remove(self, name):
         if self.files.pop(name, None) is not None:
@@ -126,21 +123,22 @@ class View:
     world: World
     name: str
 
-    def _call(self, action, late=None):
+    def _call(self, kind, action, late=None):
         world = self.world
+        faults = world.faults if kind in world.faulty else 0.0
         world.pass_time(self.name, world.random.random() * world.most_delay)
-        if world.random.random() < world.faults:
+        if world.random.random() < faults:
             if late is not None and world.random.random() < 0.5:
                 world.late.append((world.now + world.random.random() * 30, *late))
             raise TimeoutError("the request was lost")
         answer = action()
         world.pass_time(self.name, world.random.random() * world.most_delay)
-        if world.random.random() < world.faults:
+        if world.random.random() < faults:
             raise TimeoutError("the answer was lost")
         return answer
 
     def list(self):
-        return self._call(lambda: sorted(self.world.files))
+        return self._call("list", lambda: sorted(self.world.files))
 
     def read(self, name):
         def action():
@@ -148,7 +146,7 @@ class View:
                 raise FileNotFoundError(name)
             return self.world.files[name]
 
-        return self._call(action)
+        return self._call("read", action)
 
     def create(self, name, data):
         def action():
@@ -157,13 +155,13 @@ class View:
             self.world.put(name, data)
             return True
 
-        return self._call(action, late=(name, data))
+        return self._call("create", action, late=(name, data))
 
     def write(self, name, data):
-        self._call(lambda: self.world.put(name, data), late=(name, data))
+        self._call("write", lambda: self.world.put(name, data), late=(name, data))
 
     def delete(self, name):
-        self._call(lambda: self.world.remove(name), late=(name, None))
+        self._call("delete", lambda: self.world.remove(name), late=(name, None))
 
 
 def drive(world, name, *, commits, rounds=1, removes=True):
@@ -178,12 +176,13 @@ def drive(world, name, *, commits, rounds=1, removes=True):
                 clock=lambda: world.now,
                 sleep=lambda seconds: world.pass_time(name, seconds),
                 is_gone=lambda owner: owner.host in world.dead,
+                nonce=lambda: f"{world.random.getrandbits(128):032x}",
             )
             try:
                 fence = lease.take(poll=1.0, waiting=lambda _: None)
             except OSError:
                 continue
-            which = (lease.number, lease.nonce)
+            which = fence.claim
             world.log.append(("took", name, which))
             try:
                 for _ in range(commits):

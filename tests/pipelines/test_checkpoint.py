@@ -158,10 +158,10 @@ def test_a_full_disk_keeps_the_previous_checkpoint_and_is_told(
     assert saver.wait() == 4
     write = storage.write_bytes
 
-    def full(uri, data):
+    def full(uri, data, **check):
         if uri.endswith(full_at):
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(uri, data)
+        write(uri, data, **check)
 
     with monkeypatch.context() as patch:
         patch.setattr(storage, "write_bytes", full)
@@ -210,12 +210,12 @@ def test_a_write_that_stops_anywhere_leaves_no_checkpoint_that_looks_whole(root,
     save(root, make(8))
     write, count = storage.write_bytes, 0
 
-    def stops(uri, data):
+    def stops(uri, data, **check):
         nonlocal count
         if count == when:
             raise KeyboardInterrupt
         count += 1
-        write(uri, data)
+        write(uri, data, **check)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(storage, "write_bytes", stops)

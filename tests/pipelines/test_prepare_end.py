@@ -8,6 +8,8 @@ import pytest
 from pipelines import prepare, storage
 from pipelines.config.prepare import PrepareConfig
 from pipelines.errors import InputError, LeaseLost
+from pipelines.lease_owner import Owner
+from pipelines.lease_store import Claim
 from pipelines.preparation.source_plan import make_plan, read_plan
 from tests.pipelines.image_sources import write_folder
 from tests.pipelines.prepare_fixtures import config_of, work_off
@@ -50,11 +52,14 @@ def test_a_driver_that_was_taken_over_from_commits_nothing(config, monkeypatch, 
 
     def overtaken(*args):
         done = real(*args)
-        assert storage.create(f"{config.output}/_lease/000002.json", b"{}")
+        (ours,) = Path(config.output, "_lease").glob("*.json")
+        owner = Owner(stage="test", host="b", process=1)
+        other = Claim(name="000002-other", over=(ours.stem,), owner=owner)
+        assert storage.create(f"{config.output}/_lease/{other.name}.json", other.record())
         return done
 
     monkeypatch.setattr(prepare, step, overtaken)
-    with pytest.raises(LeaseLost, match="was taken over by another driver"):
+    with pytest.raises(LeaseLost, match="was taken over by test on b"):
         prepare.run(config)
     assert "manifest.json" not in names(config)
 

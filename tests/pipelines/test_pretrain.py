@@ -172,10 +172,10 @@ class TestResume:
     ):
         write = storage.write_bytes
 
-        def full(uri, data):
+        def full(uri, data, **check):
             if "step_00000008" in uri:
                 raise OSError(28, "No space left on device")
-            write(uri, data)
+            write(uri, data, **check)
 
         monkeypatch.setattr(storage, "write_bytes", full)
         result = pretrain.run(small_config(tables, tmp_path / "run"))

@@ -15,7 +15,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from pipelines import storage, store_writes, stores
-from pipelines.errors import InputError, StoreError
+from pipelines.errors import InputError, LeaseLost, StoreError
 from pipelines.preparation.sources import open_source
 
 NAMES = ["a b.jpg", "what?.jpg", "img.jpg?w=300", "100%.jpg", "50%25.jpg", "a#b.jpg", "ü.jpg"]
@@ -178,6 +178,44 @@ def test_a_remote_disk_never_shows_half_a_file(monkeypatch):
     assert all(name.endswith(".tmp") for files in seen for name in files)
     assert list(RemoteDisk.files.values()) == [b"12345678"]
     assert next(iter(RemoteDisk.files)).endswith("dir/file")
+
+
+@pytest.mark.parametrize("put", [storage.write_bytes, storage.create])
+def test_what_stood_still_before_its_rename_does_not_arrive(tmp_path, monkeypatch, put):
+    """Another driver began meanwhile; who was not taken over from tries again."""
+    target, begun = tmp_path / "metrics.jsonl", []
+
+    def begins(_):
+        if not begun:
+            begun.append(True)
+            storage.remove_half_written(str(tmp_path), below="_lease")
+
+    def overtaken():
+        if begun:
+            raise LeaseLost
+
+    for name in ("replace", "link"):
+        owner = Path if name == "replace" else os
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *two, real=real: (begins(two), real(*two))[1])
+    with pytest.raises(LeaseLost):
+        put(str(target), b"old", check=overtaken)
+    assert not list(tmp_path.iterdir())
+    begun.clear()
+    put(str(target), b"ours")
+    assert begun
+    assert target.read_bytes() == b"ours"
+
+
+def test_half_written_files_of_others_stay(tmp_path):
+    names = (".a.json.0a1b2c3d.tmp", "in/.b.0a1b2c3d.tmp", "_lease/.c.0a1b2c3d.tmp", "in/d.tmp")
+    names += ("other/_lease/e.json", "other/.f.0a1b2c3d.tmp")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"half")
+    storage.remove_half_written(str(tmp_path), below="_lease")
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == set(names[2:])
 
 
 def test_a_disk_without_links_is_named(tmp_path, monkeypatch):
