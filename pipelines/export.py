@@ -69,7 +69,6 @@ def run(config: ExportConfig) -> ExportResult:
         StageFailed: what was written does not compute the same.
     """
     output = storage.absolute(config.output)
-    _require_empty(output, config)
     with tempfile.TemporaryDirectory(prefix="beit-export-") as scratch:
         network, told = _open(config)
         extra = _with_pixels(config, told)
@@ -80,8 +79,8 @@ def run(config: ExportConfig) -> ExportResult:
             raise InputError(f"run = {config.run}: {error}") from error
         difference = _difference(config, network, folder)
         with lease.held(output, config.lease, stage="export") as holder:
-            _require_empty(output, config)
-            storage.store_dir(folder, output, last="config.json")
+            _refuse_others(folder, output, config)
+            storage.store_dir(folder, output, last="config.json", check=holder.fence.check)
             holder.done()
     return ExportResult(
         output=output,
@@ -106,12 +105,19 @@ def _open(config: ExportConfig) -> tuple[Whole, dict[str, Any]]:
     return network.eval(), stored.extra
 
 
-def _require_empty(output: str, config: ExportConfig) -> None:
-    files = [file for file in storage.list_files(output) if not lease.is_of_lease(file.path)]
-    if files:
+def _refuse_others(folder: Path, output: str, config: ExportConfig) -> None:
+    """Raises InputError if anything is there but these files, as a killed export leaves them."""
+    for file in storage.list_files(output):
+        ours = folder / file.path
+        if lease.is_of_lease(file.path) or (
+            ours.is_file()
+            and ours.stat().st_size == file.size
+            and ours.read_bytes() == storage.read_bytes(storage.join(output, file.path))
+        ):
+            continue
         raise InputError(
-            f"output = {config.output}: holds files already, the first is {files[0].path!r}; give "
-            "an empty folder"
+            f"output = {config.output}: holds files already, the first is {file.path!r}; give an "
+            "empty folder"
         )
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -85,6 +86,18 @@ def test_hugging_face_loads_the_export_and_normalises_as_in_training(run_uri, tm
     assert prepared.shape == (1, 3, 32, 32)
     expected = (0.2 - np.array(EXTRA["pixel_mean"])) / np.array(EXTRA["pixel_std"])
     assert np.allclose(prepared.mean((0, 2, 3)), expected, atol=1e-4)
+
+
+def test_an_export_that_was_killed_goes_on_and_another_one_is_refused(run_uri, tmp_path):
+    """Of what it would write, an output may hold whatever is whole."""
+    _, output = export(run_uri, tmp_path, format="hf")
+    whole = {path.name: path.read_bytes() for path in Path(output).iterdir()}
+    Path(output, "config.json").unlink()
+    export(run_uri, tmp_path, format="hf")
+    assert {path.name: path.read_bytes() for path in Path(output).iterdir()} == whole
+    Path(output, "model.safetensors").write_bytes(b"another")
+    with pytest.raises(InputError, match=r"holds files already, the first is 'model.safetensors'"):
+        export(run_uri, tmp_path, format="hf")
 
 
 def test_hugging_face_encoder_only(run_uri, tmp_path, model):

@@ -349,13 +349,20 @@ class TestOwner:
         assert not dataclasses.replace(here, process=2**22 + 1, machine="").is_gone()
 
 
+STAGES = ("prepare", "train-tokenizer", "tokenize", "pretrain", "finetune", "evaluate", "export")
+MANY = [pytest.mark.long, pytest.mark.timeout(3600)]
+
+
 @pytest.mark.parametrize(
-    "rounds", [3, pytest.param(50, marks=[pytest.mark.long, pytest.mark.timeout(1800)])]
+    ("stage", "rounds"),
+    [("pretrain", 4), *(pytest.param(stage, 50, marks=MANY) for stage in STAGES)],
 )
-def test_two_drivers_of_a_run_make_what_one_makes(rounds, tmp_path):
+def test_two_drivers_make_what_one_makes(stage, rounds, tmp_path):
     """Processes: started at random moments, one of them killed or stopped and continued."""
     command = [sys.executable, "-m", "tests.pipelines.two_drivers", str(tmp_path), str(rounds), "0"]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    output = subprocess.run(
+        [*command, stage], capture_output=True, text=True, check=True, cwd=REPOSITORY
+    )
     played = [json.loads(line) for line in output.stdout.splitlines()]
     assert len(played) == rounds
     assert [one for one in played if one["wrong"]] == []

@@ -1,12 +1,13 @@
-"""Two drivers on one run, again and again: `python -m tests.pipelines.two_drivers DIR ROUNDS SEED`.
+"""Two drivers on one output: `python -m tests.pipelines.two_drivers DIR ROUNDS SEED [STAGE…]`.
 
-Each round starts the same pretraining twice, the second one at a random moment of the first. In
-turn nothing else happens, the first is killed, or it stands still for longer than its lease and
-then goes on. One line of JSON a round says what is different from the run that was alone; nothing
-should be. The drivers are forked, so that a round costs a run and no imports.
+Each round starts the same stage twice. In turn the second one is started at a random moment of the
+first and nothing else happens; the first is killed then; it stands still for longer than its lease
+and then goes on; or it stands still between a check and the rename of the file behind it, until
+the second one has ended. One line of JSON a round says what is different from the output of one
+that was alone; nothing should be. Drivers are forked, so that a round costs no imports, and units
+are worked off in the driver, without Ray.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -15,38 +16,150 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
-from pipelines import pretrain
+from pipelines import (
+    evaluate,
+    export,
+    finetune,
+    prepare,
+    pretrain,
+    tokenize_images,
+    train_tokenizer,
+)
+from pipelines.config.evaluate import EvaluateConfig
+from pipelines.config.export import ExportConfig
 from pipelines.config.lease import LeaseConfig
+from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import StageFailed
-from tests.pipelines.pretrain_fixtures import make_tables, metrics_of, small_config, weight_bytes
+from pipelines.tables import tokenizer_store
+from pipelines.tokenization import pool, task, work
+from pipelines.units import Outcome
+from tests.chaos import world
+from tests.pipelines.finetune_fixtures import make_inputs, small_finetune
+from tests.pipelines.image_sources import write_folder
+from tests.pipelines.prepare_fixtures import config_of as prepare_config
+from tests.pipelines.pretrain_fixtures import make_tables, metrics_of, small_config
+from tests.pipelines.test_train_tokenizer import settings
 
 EXPIRES = 1.0
-STEPS = 16
+KINDS = ("nothing", "killed", "still", "before a rename")
+# Of trainings, what tells of times and starts.
+OF_STARTS = ("_lease", "attempts", "events", "metrics.jsonl", "report.json", "run.json")
 
 
-def config_of(root, name):
-    config = small_config(
-        (str(root / "images"), str(root / "tokens")),
-        root / name,
-        optim={"steps": STEPS, "warmup_steps": 2},
-        log_every=1,
+def prepare_units(task, plan, todo, num_tasks):
+    return (prepare._outcome(task, None, unit, plan.listings[unit]) for unit in todo)
+
+
+def tokenize_units(task, units, todo, images):
+    """Outcomes of units, as workers of the pool give them."""
+    tokenizer = tokenizer_store.load(task.tokenizer_uri)
+    for number in todo:
+        unit, began = tokenize_images._unit(units, images, number), time.time()
+        rendered = work.render_unit(task.images_uri, unit, task.identity)
+        ids = work.encode_rendered(tokenizer, rendered.pixels, task.identity)
+        size, digest = work.write_unit(task.output, unit.name, rendered.keys, ids, task.identity)
+        seconds = dict.fromkeys(("queued", "read", "render", "idle", "encode", "write"), 0.0)
+        facts = {"size": size, "hash": digest, "seconds": seconds, "ended_at": began}
+        yield Outcome(unit=int(number), facts=facts)
+
+
+def verify_here(names, task):
+    return (result[:3] for result in pool._verify(names, task))
+
+
+def without_ray():
+    """What Ray would do, here."""
+    prepare._outcomes = prepare_units
+    tokenize_images._outcomes = tokenize_units
+    pool.verify_files = verify_here
+    node = {"Alive": True, "Resources": {"memory": 1e12}}
+    task.ray = SimpleNamespace(
+        is_initialized=lambda: True, cluster_resources=lambda: {"CPU": 2}, nodes=lambda: [node]
     )
-    return dataclasses.replace(config, lease=LeaseConfig(expires_seconds=EXPIRES))
 
 
-def start(config, log):
+def stages(root):
+    """Name -> what a driver runs, given its output, by stage."""
+    off = TrackingConfig(enabled=False)
+    write_folder(root / "pictures", per_class=12)
+    tables = make_tables(root / "tables")
+    labelled = make_inputs(root / "labelled")
+    tokenizer = world.make_tokenizer(str(root / "tokenizer"))
+    images = SimpleNamespace(uri=tables[0])
+    configs = {
+        "prepare": (
+            prepare.run,
+            lambda out: prepare_config(root / "pictures", out, part_mb=0.004, unit_items=4),
+        ),
+        "train-tokenizer": (
+            train_tokenizer.run,
+            lambda out: settings(images, out),
+        ),
+        "tokenize": (
+            tokenize_images.run,
+            lambda out: world.make_config(tables[0], tokenizer, out, rows_per_unit=8),
+        ),
+        "pretrain": (
+            pretrain.run,
+            lambda out: small_config(
+                tables, out, optim={"steps": 16, "warmup_steps": 2}, log_every=1
+            ),
+        ),
+        "finetune": (finetune.run, lambda out: small_finetune(labelled, out, log_every=1)),
+        "evaluate": (
+            evaluate.run,
+            lambda out: EvaluateConfig(
+                run=labelled["run"],
+                images=labelled["images"],
+                output=str(out),
+                baselines=False,
+                num_folds=2,
+                tracking=off,
+            ),
+        ),
+        "export": (export.run, lambda out: ExportConfig(run=labelled["run"], output=str(out))),
+    }
+    lease = LeaseConfig(expires_seconds=EXPIRES)
+    return {
+        name: lambda out, run=run, of=of: run(dataclasses.replace(of(out), lease=lease))
+        for name, (run, of) in configs.items()
+    }
+
+
+def stand_still_at(rename):
+    """Stops this process before it gives a file its name for the nth time."""
+    counted = 0
+    for owner, name in ((Path, "replace"), (os, "link")):
+        real = getattr(owner, name)
+
+        def renamed(*paths, real=real):
+            nonlocal counted
+            counted += 1
+            if counted == rename:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return real(*paths)
+
+        setattr(owner, name, renamed)
+
+
+def start(stage, output, *, rename=0):
     """A driver of its own: exits 0 done, 1 with a sentence, 3 with a traceback."""
     child = os.fork()
     if child:
         return child
     code = 3
     try:
+        log = output.with_name(f"{output.name}.log")
         os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), 2)
         torch.set_num_threads(1)
-        pretrain.run(config)
+        without_ray()
+        if rename:
+            stand_still_at(rename)
+        stage(output)
         code = 0
     except StageFailed as error:
         print(f"failed: {error}", file=sys.stderr)
@@ -61,78 +174,104 @@ def ended(child):
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def steps_of(run):
-    """What may not depend on who ran: no seconds, no rates."""
-    return [
-        (line["step"], line["first_step"], line["losses"], line["samples"], line["grad_norm"])
-        for line in metrics_of(str(run))
-    ]
+def made_of(output):
+    """What may not depend on who made it: names of files, and bytes where no time is told."""
+    files = [path.relative_to(output) for path in output.rglob("*") if not path.is_dir()]
+    run = (output / "run.json").exists()
+    made = {
+        str(path): (output / path).read_bytes()
+        for path in files
+        if not run or path.parts[0] not in OF_STARTS
+    }
+    if run:
+        made["metrics"] = [
+            (line["step"], line["first_step"], line["losses"], line["samples"])
+            for line in metrics_of(str(output))
+        ]
+    made["lease"] = (output / "_lease").exists()
+    return made
 
 
-def await_moment(run, child, draw):
-    """Before the run begins, or after a number of its steps."""
-    steps = draw.randrange(-4, STEPS - 1)
-    time.sleep(draw.random() * 0.2)
-    while steps > 0 and not ended(child):
-        with contextlib.suppress(FileNotFoundError):
-            if len(metrics_of(str(run))) >= steps:
-                return
-        time.sleep(0.005)
-
-
-def play(root, number, seed, alone):
-    """One round; returns what is wrong."""
-    draw, name = random.Random(f"{seed} {number}"), f"run-{number}"
-    kind = ("nothing", "killed", "still")[number % 3]
-    config, log = config_of(root, name), root / f"{name}.log"
+def play(root, number, seed, name, stage, alone):
+    """One round; prints what is wrong."""
+    made, seconds, renames = alone
+    draw, kind = random.Random(f"{seed} {name} {number}"), KINDS[number % len(KINDS)]
+    output, log = root / f"{name}-{number}", root / f"{name}-{number}.log"
+    log.touch()
     begin = time.monotonic()
-    first = start(config, log)
-    await_moment(root / name, first, draw)
+    at = draw.randrange(1, renames + 1) if kind == "before a rename" else 0
+    first = start(stage, output, rename=at)
+    if at:
+        os.waitpid(first, os.WUNTRACED)  # it may also have ended before: then it stays so
+    else:
+        time.sleep(seconds * draw.random())
     if kind == "killed":
         os.kill(first, signal.SIGKILL)
     elif kind == "still":
         os.kill(first, signal.SIGSTOP)
-    second = start(config, log)
+    second = start(stage, output)
+    codes = {}
     if kind == "still":
         while "waiting until" not in log.read_text() and not ended(second):
             time.sleep(0.05)
         time.sleep(EXPIRES * 4 * draw.random())  # taken over meanwhile, or not
-        os.kill(first, signal.SIGCONT)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in (first, second)]
+    elif at:
+        codes[second] = os.waitstatus_to_exitcode(os.waitpid(second, 0)[1])
+    os.kill(first, signal.SIGCONT)
+    for child in {first, second} - codes.keys():
+        codes[child] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    codes = [codes[first], codes[second]]
+    allowed = {"nothing": ((0,), (0,)), "killed": ((-9, 0), (0,))}
     wrong = []
-    allowed = {"nothing": ((0,), (0,)), "killed": ((-9, 0), (0,)), "still": ((0, 1), (0, 1))}[kind]
-    if 0 not in codes or any(code not in ok for code, ok in zip(codes, allowed, strict=True)):
+    if 0 not in codes or any(
+        code not in ok for code, ok in zip(codes, allowed.get(kind, ((0, 1),) * 2), strict=True)
+    ):
         wrong.append(f"exit codes {codes}: {log.read_text()[-2000:]}")
-    elif steps_of(root / name) != alone[0]:
-        wrong.append("metrics.jsonl differs")
-    elif weight_bytes(str(root / name)) != alone[1]:
-        wrong.append("weights differ")
-    elif (root / name / "_lease").exists():
-        wrong.append("the lease is left")
-    taken = "taken over" in log.read_text()
-    print(
-        json.dumps(
-            {
-                "round": number,
-                "kind": kind,
-                "codes": codes,
-                "taken_over": taken,
-                "seconds": round(time.monotonic() - begin, 1),
-                "wrong": wrong,
-            }
-        ),
-        flush=True,
-    )
+    found = made_of(output)
+    wrong += [key for key in made.keys() | found.keys() if made.get(key) != found.get(key)]
+    line = {
+        "stage": name,
+        "round": number,
+        "kind": kind,
+        "rename": at,
+        "codes": codes,
+        "taken_over": "taken over" in log.read_text(),
+        "seconds": round(time.monotonic() - begin, 1),
+        "wrong": wrong,
+    }
+    print(json.dumps(line), flush=True)
 
 
-def main(folder, rounds, seed):
+def play_alone(root, name, stage):
+    """What one driver makes, in how many seconds, with how many renames."""
+    counted = root / f"{name}-alone.renames"
+
+    def counting(output):
+        for owner, call in ((Path, "replace"), (os, "link")):
+            real = getattr(owner, call)
+
+            def renamed(*paths, real=real):
+                with counted.open("a") as file:
+                    file.write(".")
+                return real(*paths)
+
+            setattr(owner, call, renamed)
+        return stage(output)
+
+    output, begin = root / f"{name}-alone", time.monotonic()
+    child = start(counting, output)
+    assert os.waitpid(child, 0)[1] == 0, (root / f"{name}-alone.log").read_text()
+    return made_of(output), time.monotonic() - begin, len(counted.read_text())
+
+
+def main(folder, rounds, seed, *names):
     root = Path(folder)
-    make_tables(root)
-    child = start(config_of(root, "alone"), root / "alone.log")
-    assert os.waitpid(child, 0)[1] == 0, (root / "alone.log").read_text()
-    alone = steps_of(root / "alone"), weight_bytes(str(root / "alone"))
-    for number in range(int(rounds)):
-        play(root, number, seed, alone)
+    for name, stage in stages(root).items():
+        if names and name not in names:
+            continue
+        alone = play_alone(root, name, stage)
+        for number in range(int(rounds)):
+            play(root, number, seed, name, stage, alone)
 
 
 if __name__ == "__main__":
