@@ -123,6 +123,8 @@ def _found(output: str, source: dict[str, Any]) -> dict[str, Any] | None:
             f"output = {output}: holds another tokenizer ({manifest['source']}); give another "
             "directory"
         )
+    if manifest is not None:
+        tokenizer_store.check_files(output, manifest)
     return manifest
 
 

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, NonNegativeInt, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from pipelines import storage
 from pipelines.errors import DamagedFileError, InputError, parsing, printable
@@ -24,10 +25,19 @@ FileName = Annotated[str, Field(pattern=r"^[^/\\\x00]+$")]
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 """As `storage.digest` writes it."""
 MAX_SHOWN = 100
+
+
 SEAL = "seal"
 """The field of a record that holds the hash of the others."""
 SEALED = "_sealed"
 """Says at the other end of the file that there is a seal, for damage that takes one of them."""
+
+
+class FileRecord(TypedDict):
+    """What a manifest or marker says of a file."""
+
+    bytes: Count
+    hash: Hash
 
 
 def write_record(

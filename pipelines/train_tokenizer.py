@@ -125,6 +125,7 @@ def _finished(config: TrainTokenizerConfig, plan: TokenizerPlan) -> TrainTokeniz
     if manifest is None:
         return None
     require_same(manifest["source"], config, plan)
+    tokenizer_store.check_files(config.output, manifest)
     if storage.exists(RunDir(config.output).at("run.json")):
         return None  # killed between the tokenizer and its record: that is to be made up for
     return _result(config.output, manifest, already_done=True)

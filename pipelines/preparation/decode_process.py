@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from beit.images import UnusableImage, decode_array, image_digest
+from beit.png_pixels import has_damaged_pixels
 from pipelines.preparation.child import start_child
 
 DECODER = f"{decode_array.__module__}:{decode_array.__name__}"
@@ -68,6 +69,8 @@ def examine(
     """Decodes an image fully and applies the rules; never raises."""
     try:
         pixels = decode(data, max_pixels=rules.max_pixels)
+        if has_damaged_pixels(data):
+            return Refused(reason="corrupt", detail="the checksum of its pixels is another")
         height, width = int(pixels.shape[0]), int(pixels.shape[1])
         stored = _stored_size(height, width, rules.max_side)
         if min(stored) < rules.min_side:

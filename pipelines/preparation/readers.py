@@ -36,6 +36,8 @@ from pipelines.preparation.walking import HIDDEN, Entry
 
 READ_THREADS = 8
 HEAD_BYTES = 64
+# The text of a label, or the JSON that it stands in.
+MAX_LABEL_BYTES = 16 * 2**20
 NO_PICTURE, OTHER_IMAGE = "not_an_image", "other_image"
 
 
@@ -246,7 +248,8 @@ class Reader:
     def _tar_label(self, file: BinaryIO, image: "_Candidate") -> int | None:
         members = labels_of(image.member, image.sample, self._label_extension)
         name = (self.label_field or "cls").partition(":")[2]
-        labels = {self._class(member_value(member_bytes(file, one), name)) for one in members}
+        texts = [member_bytes(file, one, at_most=MAX_LABEL_BYTES) for one in members]
+        labels = {self._class(member_value(text, name)) for text in texts}
         if len(labels) > 1:
             raise UnclearSample("unclear_label", members)
         if not labels and self.label_required:

@@ -41,8 +41,14 @@ def tar_members(file: BinaryIO) -> tuple[list[tarfile.TarInfo], int | None]:
     return members, None if whole else end
 
 
-def member_bytes(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
-    """A member's content; short if the archive is."""
+def member_bytes(file: BinaryIO, member: tarfile.TarInfo, *, at_most: int | None = None) -> bytes:
+    """A member's content; short if the archive is.
+
+    Raises:
+        ValueError: its header claims more than `at_most` bytes.
+    """
+    if at_most is not None and member.size > at_most:
+        raise ValueError(f"{member.name}: {member.size} bytes")
     file.seek(member.offset_data)
     return file.read(member.size)
 

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
@@ -28,7 +28,7 @@ from beit.tokenizers import (
 )
 from pipelines import storage
 from pipelines.errors import InputError
-from pipelines.records import Count, Pair, check_values, read_values, refuse_other_kinds
+from pipelines.records import Count, FileRecord, Pair, check_values, read_values, refuse_other_kinds
 
 KIND = "tokenizer"
 SCHEMA_VERSION = 1
@@ -49,6 +49,7 @@ class Manifest(TypedDict):
     image_size: Count
     source: dict[str, Any]
     scorecard: dict[str, Any] | None
+    files: NotRequired[dict[str, FileRecord]]
 
 
 class Description(TypedDict):
@@ -96,6 +97,23 @@ def read_manifest(uri: str) -> dict[str, Any] | None:
     refuse_other_kinds(manifest, path, kind=KIND, version=SCHEMA_VERSION)
     check_values(manifest, Manifest, path, REMEDY)
     return dict(manifest)
+
+
+def check_files(uri: str, manifest: Mapping[str, Any]) -> None:
+    """Looks whether every file of the manifest is there in its size; nothing is read.
+
+    Raises:
+        InputError: one is missing or cut short.
+    """
+    sizes = {file.path: file.size for file in storage.list_files(uri, recursive=False)}
+    for name, said in (manifest.get("files") or {}).items():  # 0.1.0 named none
+        found = sizes.get(name)
+        if found != said["bytes"]:
+            what = "is missing" if found is None else f"has {found:,} of {said['bytes']:,} bytes"
+            raise InputError(
+                f"{uri}: {name} {what}: bring it back, or delete {MANIFEST} there and run the same "
+                "command again"
+            )
 
 
 def describe(uri: str) -> TokenizerInfo:

@@ -131,7 +131,10 @@ def _extra(local: Path) -> dict[str, Any]:
     """What is known beside the tensors: above all how pixels were normalised."""
     config = _config(local)
     if is_ours(config):
-        return dict(config.get("extra") or {})
+        extra = config.get("extra") or {}
+        if not isinstance(extra, dict):
+            raise ValueError(f"{local / CONFIG_FILE}: `extra` is {extra!r:.40}, and no object")
+        return dict(extra)
     told, names = pixel_statistics(local), class_names(local)
     pixels = {} if told is None else {"pixel_mean": list(told[0]), "pixel_std": list(told[1])}
     return {**pixels, "class_names": names} if names else pixels

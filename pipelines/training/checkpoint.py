@@ -25,20 +25,13 @@ from typing_extensions import TypedDict
 
 from pipelines import storage
 from pipelines.errors import InputError
-from pipelines.records import Count, Hash, read_values
+from pipelines.records import Count, FileRecord, read_values
 from pipelines.training.distributed import World
 
 MARKER = "COMPLETE"
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 NAME = re.compile(r"step_(\d{8,})")
 SCHEMA_VERSION = 1
-
-
-class FileRecord(TypedDict):
-    """What a marker says of a file."""
-
-    bytes: Count
-    hash: Hash
 
 
 class Marker(TypedDict):

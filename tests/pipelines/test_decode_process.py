@@ -139,6 +139,19 @@ def test_a_rotated_image_is_shrunk_upright() -> None:
         assert image.getexif().get(0x0112) is None
 
 
+def test_pixels_of_a_png_have_their_checksum() -> None:
+    """Pillow reads them all the same."""
+    data, rules = encoded(15, "PNG"), Rules(max_pixels=10**6)
+    assert isinstance(examine(data, rules), Decoded)
+    at = data.index(b"IDAT") + 4 + int.from_bytes(data[data.index(b"IDAT") - 4 :][:4], "big")
+    damaged = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+    with Image.open(io.BytesIO(damaged)) as image:
+        image.load()
+    refused = examine(damaged, rules)
+    assert isinstance(refused, Refused) and refused.reason == "corrupt"
+    assert isinstance(examine(data + damaged, rules), Decoded)  # what follows the end is no image
+
+
 def test_a_lower_bound_on_the_sides() -> None:
     data = encoded(14, height=20, width=90)
     assert isinstance(examine(data, Rules(max_pixels=10**6, min_side=20)), Decoded)

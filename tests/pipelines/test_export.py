@@ -267,6 +267,10 @@ def test_nothing_in_a_file_is_executed(tmp_path):
 
 
 def test_bad_inputs_are_named(run_uri, tmp_path, model):
+    save_weights(model, tmp_path / "odd", extra={})
+    written = json.loads((tmp_path / "odd" / "config.json").read_text())
+    written = {key: value for key, value in written.items() if "seal" not in key}
+    (tmp_path / "odd" / "config.json").write_text(json.dumps(written | {"extra": 5}))
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "run.json").write_text("{}")
     (tmp_path / "other").mkdir()
@@ -280,6 +284,7 @@ def test_bad_inputs_are_named(run_uri, tmp_path, model):
         (str(tmp_path / "unfinished"), empty, "no finished weights yet"),
         (str(tmp_path / "other"), empty, "describes no BEiT"),
         (run_uri, str(tmp_path / "used"), "holds files already"),
+        (str(tmp_path / "odd"), empty, r"config\.json: `extra` is 5, and no object"),
     ]:
         with pytest.raises(InputError, match=message):
             run(ExportConfig(run=source, output=output, format="hf"))

@@ -1,6 +1,7 @@
 """A label is right or it is refused: tars, Parquet files and folders that could be read wrongly."""
 
 import json
+import tarfile
 import tempfile
 from decimal import Decimal
 from pathlib import Path
@@ -91,6 +92,16 @@ def tar_of(tmp_path: Path, names: dict[str, bytes | str]) -> Path:
 def test_samples_of_tars(tmp_path: Path, members, fields, expected) -> None:
     found = named(tar_of(tmp_path, members), **fields)
     assert found == {f"a.tar/{name}": label for name, label in expected.items()}
+
+
+def test_a_label_that_claims_more_than_there_is_memory_is_none(tmp_path: Path) -> None:
+    source = tar_of(tmp_path, {"7.png": PNG})
+    header = tarfile.TarInfo("7.cls")
+    header.size = 2**45
+    whole = (source / "a.tar").read_bytes()
+    end = 512 * (1 + -(-len(PNG) // 512))
+    (source / "a.tar").write_bytes(whole[:end] + header.tobuf() + b"1".ljust(512, b"\0"))
+    assert named(source, labels="field")["a.tar/7.png"] == "bad_label"
 
 
 @pytest.mark.parametrize(

@@ -61,12 +61,18 @@ def test_what_is_wrong_is_named(tokenizer, uri):
     weights = storage.join(uri, "tokenizer.safetensors")
     data = storage.read_bytes(weights)
 
+    manifest = tokenizer_store.read_manifest(uri)
+    tokenizer_store.check_files(uri, manifest)
     storage.write_bytes(weights, data[:-4])
+    with pytest.raises(InputError, match=r"tokenizer\.safetensors has .* of .* bytes"):
+        tokenizer_store.check_files(uri, manifest)
     with pytest.raises(InputError, match=r"tokenizer\.safetensors") as caught:
         tokenizer_store.load(uri)
     assert uri in str(caught.value)
 
     storage.delete(weights)
+    with pytest.raises(InputError, match=r"tokenizer\.safetensors is missing: bring it back"):
+        tokenizer_store.check_files(uri, manifest)
     with pytest.raises(InputError, match=r"tokenizer\.safetensors is missing"):
         tokenizer_store.load(uri)
 

@@ -44,10 +44,12 @@ from tests.pipelines.prepare_fixtures import config_of as prepare_config
 from tests.pipelines.pretrain_fixtures import make_tables, metrics_of, small_config
 from tests.pipelines.test_train_tokenizer import settings
 
-EXPIRES = 1.0
+EXPIRES = 2.0
 KINDS = ("nothing", "killed", "still", "before a rename")
 # Of trainings, what tells of times and starts.
-OF_STARTS = ("_lease", "attempts", "events", "metrics.jsonl", "report.json", "run.json")
+OF_STARTS = (
+    "_lease", "attempts", "events", "metrics.jsonl", "report.json", "run.json", "tracking.json",
+)  # fmt: skip
 
 
 def prepare_units(task, plan, todo, num_tasks):
@@ -196,8 +198,8 @@ def play(root, number, seed, name, stage, alone):
     """One round; prints what is wrong."""
     made, seconds, renames = alone
     draw, kind = random.Random(f"{seed} {name} {number}"), KINDS[number % len(KINDS)]
-    output, log = root / f"{name}-{number}", root / f"{name}-{number}.log"
-    log.touch()
+    output, log = root / name, root / f"{name}.log"
+    log.write_text("")
     begin = time.monotonic()
     at = draw.randrange(1, renames + 1) if kind == "before a rename" else 0
     first = start(stage, output, rename=at)
@@ -221,21 +223,22 @@ def play(root, number, seed, name, stage, alone):
     for child in {first, second} - codes.keys():
         codes[child] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     codes = [codes[first], codes[second]]
-    allowed = {"nothing": ((0,), (0,)), "killed": ((-9, 0), (0,))}
+    taken_over = "was taken over by" in log.read_text() or "has taken this" in log.read_text()
+    # Who is slow for longer than its lease, as on a busy machine, ends with a sentence.
+    allowed = {0, *((-9,) if kind == "killed" else ()), *((1,) if taken_over else ())}
     wrong = []
-    if 0 not in codes or any(
-        code not in ok for code, ok in zip(codes, allowed.get(kind, ((0, 1),) * 2), strict=True)
-    ):
+    if 0 not in codes or not allowed.issuperset(codes):
         wrong.append(f"exit codes {codes}: {log.read_text()[-2000:]}")
     found = made_of(output)
     wrong += [key for key in made.keys() | found.keys() if made.get(key) != found.get(key)]
+    output.rename(root / f"{name}-{number}")
     line = {
         "stage": name,
         "round": number,
         "kind": kind,
         "rename": at,
         "codes": codes,
-        "taken_over": "taken over" in log.read_text(),
+        "taken_over": taken_over,
         "seconds": round(time.monotonic() - begin, 1),
         "wrong": wrong,
     }
@@ -258,10 +261,12 @@ def play_alone(root, name, stage):
             setattr(owner, call, renamed)
         return stage(output)
 
-    output, begin = root / f"{name}-alone", time.monotonic()
+    output, begin = root / name, time.monotonic()
     child = start(counting, output)
-    assert os.waitpid(child, 0)[1] == 0, (root / f"{name}-alone.log").read_text()
-    return made_of(output), time.monotonic() - begin, len(counted.read_text())
+    assert os.waitpid(child, 0)[1] == 0, (root / f"{name}.log").read_text()
+    made, seconds = made_of(output), time.monotonic() - begin
+    output.rename(root / f"{name}-alone")
+    return made, seconds, len(counted.read_text())
 
 
 def main(folder, rounds, seed, *names):
