@@ -21,7 +21,8 @@ import fsspec
 from fsspec.asyn import sync
 from pyarrow import fs as pafs
 
-from pipelines.errors import InputError, StoreError
+from pipelines.errors import InputError, StoreError, printable
+from pipelines.steps import say_step
 
 # With the tries of s3fs around them a store may be away for about a minute. One that takes
 # connections and says nothing is waited for much longer.
@@ -33,6 +34,7 @@ S3_CONFIG = {
 }
 # Tries of s3fs around those of botocore: of answers that break off, and of storms of 503.
 S3_TRIES = 10
+SLOW_SECONDS = 30.0
 S3_OPTIONS = {"endpoint_override": "endpoint_url", "endpoint_url": "endpoint_url"}
 REMEDIES = {
     "NoSuchBucket": "there is no such bucket: create it, or check its name and the endpoint",
@@ -201,6 +203,27 @@ def code_of(error: BaseException | None) -> str:
 
 
 @contextlib.contextmanager
+def _said_if_slow(place: str) -> Iterator[None]:
+    """Says what is waited for, as often as `SLOW_SECONDS` pass.
+
+    Drivers give up on a store that says nothing, and never on one that sends a byte a second.
+    """
+    ended = threading.Event()
+
+    def watch() -> None:
+        seconds = 0.0
+        while not ended.wait(SLOW_SECONDS):
+            seconds += SLOW_SECONDS
+            say_step(f"still waiting for {printable(place)} after {seconds:.0f} s")
+
+    threading.Thread(target=watch, name="slow store", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+@contextlib.contextmanager
 def told(uri: str) -> Iterator[None]:
     """Failures of a store as OSErrors that name the URI and have a number.
 
@@ -210,12 +233,14 @@ def told(uri: str) -> Iterator[None]:
         StoreError: bucket or credentials are wrong; nothing there can be touched.
         OSError: anything else, which the driver tried again in vain.
     """
+    place = uri.partition("?")[0]
     try:
-        yield
+        with _said_if_slow(place):
+            yield
     except (InputError, FileExistsError):
         raise
     except Exception as error:
-        code, place = code_of(error), uri.partition("?")[0]
+        code = code_of(error)
         if code in REMEDIES:
             bucket = "/".join(place.split("/")[:3])
             raise StoreError(f"{bucket}: {REMEDIES[code]}") from error

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -267,6 +268,23 @@ def test_a_failure_while_parquet_reads_stays_what_it_is(monkeypatch):
     with pytest.raises(OSError, match="no answer") as raised:
         pq.ParquetFile(storage.open_input("memory://parquet/x"))
     assert raised.value.errno == errno.EIO
+
+
+def test_a_store_that_sends_a_byte_a_second_is_told(monkeypatch, capsys):
+    storage.write_bytes("memory://slow/x", b"x")
+    read = MemoryFileSystem.cat_file
+
+    def slowly(*args, **options):
+        time.sleep(0.25)
+        return read(*args, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", slowly)
+    monkeypatch.setattr(stores, "SLOW_SECONDS", 0.1)
+    assert storage.read_bytes("memory://slow/x") == b"x"
+    time.sleep(0.2)
+    told = [line for line in capsys.readouterr().err.splitlines() if "still waiting" in line]
+    assert len(told) == 2
+    assert "still waiting for memory://slow/x after" in told[0]
 
 
 def test_options_of_uris_and_of_fsspec_meet(monkeypatch):
