@@ -30,6 +30,7 @@ ACTIONS = ("status", "logs", "stop", "list")
 STOP_SECONDS = 60
 SECOND_INTERRUPT_SECONDS = 3.0
 USAGE = """beit submit STAGE [--address http://head:8265] [options] -- STAGE FLAGS
+       beit submit doctor [--address http://head:8265] [-- STAGE STAGE FLAGS]
        beit submit status|logs|stop ID    beit submit list"""
 
 
@@ -38,7 +39,7 @@ class Submission:
     """A stage as it is sent."""
 
     command: str
-    """The stage, or `doctor` and the stage."""
+    """Of `beit` on the cluster, with its flags."""
     prefix: str
     """Of the submission id; the attempt's number follows."""
     config_text: str
@@ -78,7 +79,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="beit submit", usage=USAGE, description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("what", help="a stage, as in `beit STAGE`, or status, logs, stop, list")
+    parser.add_argument(
+        "what", help="a stage, as in `beit STAGE`, doctor, or status, logs, stop, list"
+    )
     parser.add_argument("id", nargs="?", default="", help="submission id, of status, logs, stop")
     parser.add_argument("--address", default="", help="dashboard; else RAY_API_SERVER_ADDRESS")
     parser.add_argument(
@@ -124,7 +127,7 @@ def _submit(options: argparse.Namespace, flags: Sequence[str]) -> int:
         if options.dry_run:
             _say(options, f"would submit {job.prefix}-{ended + 1} ({size / 1024:.0f} kB)")
             _say(options, json.dumps(dict(job.metadata), indent=1))
-            job = _rehearsal(job)
+            job = job if options.what == "doctor" else _rehearsal(job)
             ended, alive = cluster.newest_attempt(client, job.prefix)
         if alive is not None:
             submission_id = str(alive.submission_id)
@@ -141,7 +144,7 @@ def _submit(options: argparse.Namespace, flags: Sequence[str]) -> int:
             submission_id = f"{job.prefix}-{ended + 1}"
             cluster.submit(
                 client,
-                entrypoint=f"python -m jobs {job.command} --config job.yaml",
+                entrypoint=f"python -m jobs {job.command}",
                 submission_id=submission_id,
                 runtime_env={
                     "working_dir": folder,
@@ -160,7 +163,7 @@ def _submit(options: argparse.Namespace, flags: Sequence[str]) -> int:
 
 
 def describe(stage: str, flags: Sequence[str]) -> Submission:
-    """The stage with these flags, checked, as it would be sent.
+    """The stage with these flags, or `doctor` alone or with a stage, checked, as it would be sent.
 
     Raises:
         InputError: no such stage, a value that does not fit, or an output that the nodes of a
@@ -173,6 +176,8 @@ def describe(stage: str, flags: Sequence[str]) -> Submission:
     from jobs.cli import parse_stage
     from jobs.needs import READ, named
 
+    if stage == "doctor":
+        return _rehearsal(describe(flags[0], flags[1:])) if flags else NODES_ALONE
     config = parse_stage(stage, flags)
     values = dataclasses.asdict(config)
     for name, value in named(values, (*READ, "output")):
@@ -184,7 +189,7 @@ def describe(stage: str, flags: Sequence[str]) -> Submission:
             )
     place = place_of(config)
     return Submission(
-        command=stage,
+        command=f"{stage} --config job.yaml",
         prefix=f"beit-{stage}-{storage.fingerprint([stage, place])[:8]}",
         config_text=yaml.safe_dump(_plain(values), sort_keys=False, allow_unicode=True),
         metadata={
@@ -205,6 +210,15 @@ def _rehearsal(job: Submission) -> Submission:
         config_text=job.config_text,
         metadata={**job.metadata, "beit.stage": "doctor"},
     )
+
+
+# `beit doctor` without a stage: versions and GPUs of every node.
+NODES_ALONE = Submission(
+    command="doctor",
+    prefix="beit-doctor-nodes",
+    config_text="{}",
+    metadata={"beit.stage": "doctor", "beit.output": "", "beit.config": ""},
+)
 
 
 def place_of(config: Any) -> str:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,7 +34,9 @@ def test_the_code_is_sent_by_allow_list(tmp_path, monkeypatch):
     monkeypatch.setattr(package, "checkout", lambda: tmp_path)
     target = tmp_path / "target"
     target.mkdir()
+    began = time.monotonic()
     size = package.write_package(target, config_text="a: 1\n", with_code=True, include=[])
+    assert time.monotonic() - began < 1
     sent = sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file())
     code = ["beit/a.py", "jobs/a.py", "pipelines/a.py"]
     assert sent == sorted([*code, "job.yaml", "pipelines/code_version.json"])
@@ -48,9 +51,11 @@ def test_too_much_is_refused_by_name_and_nothing_is_copied(tmp_path):
     target.mkdir()
     for number in range(7):
         with (big / f"{number}.bin").open("wb") as file:
-            file.truncate((20 + number) * 2**20)
-    with pytest.raises(InputError, match=r"6\.bin 26\.0 MiB.*2\.bin 22\.0 MiB") as refused:
+            file.truncate((300 + number) * 2**20)  # 2 GB in all
+    began = time.monotonic()
+    with pytest.raises(InputError, match=r"6\.bin 306\.0 MiB.*2\.bin 302\.0 MiB") as refused:
         package.write_package(target, config_text="", with_code=False, include=[str(big)])
+    assert time.monotonic() - began < 1
     assert "1.bin" not in str(refused.value)
     assert list(target.iterdir()) == []
 
@@ -127,6 +132,17 @@ def test_the_id_follows_from_stage_and_output():
     assert submit.describe("prepare", [*PREPARE, "--min_side", "8"]).prefix == first.prefix
     other = submit.describe("prepare", [*PREPARE[:-1], "s3://beit/others"])
     assert other.prefix != first.prefix
+
+
+def test_the_doctor_is_a_job_too():
+    alone = submit.describe("doctor", [])
+    assert alone.command == "doctor"
+    submit.require_shared_tracking(alone.config_text, [])
+    asked = submit.describe("doctor", ["prepare", *PREPARE])
+    stage = submit.describe("prepare", PREPARE)
+    assert asked == submit._rehearsal(stage)
+    assert asked.command == "doctor prepare --config job.yaml"
+    assert asked.prefix != stage.prefix
 
 
 @pytest.mark.parametrize("flag", ["--source", "--output"])
