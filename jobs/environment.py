@@ -1,5 +1,6 @@
 """Variables of the processes of a command: what all get, what workers get, what is hidden."""
 
+import contextlib
 import json
 import os
 import re
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.errors import InputError
-from pipelines.redaction import hide
+from pipelines.redaction import hide, redacted
 
 # Ray and MLflow read these when they are imported; what the user has set stays.
 ENVIRONMENT = {
@@ -38,6 +39,9 @@ JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _SECRET = re.compile(
     r"SECRET|TOKEN(?![A-Z])|PASSW|PASSPHRASE|CREDENTIAL|ACCESS_?KEY|ACCOUNT_?KEY|API_?KEY|PRIVATE_?KEY"
 )
+SECRETS_FILE = "secrets.json"
+"""Of a job's working directory."""
+TAKE_SECRETS = "jobs.environment.take_secrets"
 LEAST_SECRET = 6  # characters; shorter values stand in too many words
 
 
@@ -54,11 +58,28 @@ def hide_secrets() -> None:
     hide(
         value
         for name, value in os.environ.items()
-        if _SECRET.search(name.upper())
-        and not name.upper().endswith(("_FILE", "_PATH", "_MODE", "_DIR"))
+        if _sounds_secret(name)
         and len(value) >= LEAST_SECRET
         and not (value.startswith("/") and Path(value).exists())
     )
+
+
+def _sounds_secret(name: str) -> bool:
+    no_value = name.upper().endswith(("_FILE", "_PATH", "_MODE", "_DIR"))
+    return bool(_SECRET.search(name.upper())) and not no_value
+
+
+def is_secret(name: str, value: str) -> bool:
+    """Whether a variable is one that nobody may read in a log: by its name, or a URI's password."""
+    return _sounds_secret(name) or redacted(value) != value
+
+
+def take_secrets() -> None:
+    """Variables that came as a file of the job's working directory. In the driver, and by Ray in
+    each worker of the job before anything else: Ray logs and shows what a job's `env_vars` say.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        os.environ.update(json.loads(Path(SECRETS_FILE).read_text()))
 
 
 def named_variables(names: Sequence[str], source: str) -> dict[str, str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.command import exit_code, output_of
-from jobs.environment import ENVIRONMENT, named_variables
+from jobs.environment import ENVIRONMENT, TAKE_SECRETS, is_secret, named_variables
 from jobs.submission.access import JOB, ClusterAwayError, find_address, use_token
 from pipelines import storage
 from pipelines.errors import InputError, StageFailed
@@ -111,13 +111,13 @@ def _submit(options: argparse.Namespace, flags: Sequence[str]) -> int:
 
     token_place = use_token()  # before the checks below import Ray
     job = describe(options.what, flags)
-    environment = job_environment(options.env)
+    environment, secrets = job_environment(options.env)
     require_shared_tracking(job.config_text, options.env)
     # Where flags read the terminal's log: the packing is refused before anything is sent.
     with tempfile.TemporaryDirectory(prefix="beit-submit-") as folder:
         size = write_package(
             Path(folder), config_text=job.config_text, with_code=options.code == "checkout",
-            include=options.include,
+            include=options.include, secrets=secrets,
         )  # fmt: skip
         address = find_address(options.address)
         from jobs.submission import cluster
@@ -149,6 +149,7 @@ def _submit(options: argparse.Namespace, flags: Sequence[str]) -> int:
                 runtime_env={
                     "working_dir": folder,
                     "env_vars": {**environment, JOB: submission_id},
+                    **({"worker_process_setup_hook": TAKE_SECRETS} if secrets else {}),
                 },
                 metadata=dict(job.metadata),
             )
@@ -258,15 +259,18 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def job_environment(names: Sequence[str]) -> dict[str, str]:
-    """Variables of the job's processes: what every command sets here, and those that are named.
+def job_environment(names: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Variables of the job's processes: what every command sets here, and those that are named;
+    apart from them the secret ones among these.
 
     Raises:
         InputError: a named variable is not set in this shell.
     """
     environment = {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
     environment["RAY_JOB_STOP_WAIT_TIME_S"] = str(STOP_SECONDS)
-    return environment | named_variables(names, "--env")
+    given = named_variables(names, "--env")
+    secrets = {name: value for name, value in given.items() if is_secret(name, value)}
+    return environment | {n: v for n, v in given.items() if n not in secrets}, secrets
 
 
 def code_version() -> str:

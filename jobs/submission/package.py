@@ -5,9 +5,10 @@ Sent by allow-list, so that results, caches and data that lie beside the code st
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from jobs.environment import SECRETS_FILE
 from pipelines.errors import InputError
 from pipelines.tracking.context import CODE_VERSION_FILE, code_version
 
@@ -52,7 +53,12 @@ def included_files(include: Sequence[str]) -> list[tuple[Path, Path]]:
 
 
 def write_package(
-    target: Path, *, config_text: str, with_code: bool, include: Sequence[str]
+    target: Path,
+    *,
+    config_text: str,
+    with_code: bool,
+    include: Sequence[str],
+    secrets: Mapping[str, str] | None = None,
 ) -> int:
     """Fills the empty directory `target` with what the job needs; returns the bytes.
 
@@ -70,6 +76,8 @@ def write_package(
     if version:  # the copy has no repository that would tell
         (target / "pipelines" / CODE_VERSION_FILE).write_text(json.dumps(version))
     (target / CONFIG_FILE).write_text(config_text)
+    if secrets:
+        (target / SECRETS_FILE).write_text(json.dumps(dict(secrets)))
     return total + len(config_text.encode())
 
 

@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import signal
 import sqlite3
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -70,6 +72,61 @@ def ray_processes(slurm):
     """Lines of processes of Ray on all nodes."""
     script = "ps -e -o comm= | grep -cE 'raylet|gcs_server' || true"
     return slurm.run("srun", "--nodes=2", "sh", "-c", script).split()
+
+
+# In place of Slurm's and Ray's programs: what they do with their arguments, and no more.
+PROGRAMS = {
+    "srun": 'shift; SLURM_NODEID=0 exec "$@"',
+    "ray": 'while [ "$1" != -- ]; do shift; done; shift; "$@"; code=$?\n'
+    'echo "2026 INFO scripts.py:1421 -- Send"; exit $code',
+    "scontrol": '[ "$1" = show ] && echo node1 || echo "$@" >requeued',
+    "beit": "trap 'echo saved; exit 130' TERM; echo \"$RAY_ADDRESS $*\"; touch begun\n"
+    '[ "$1" = wait ] || exit "$1"; while :; do sleep 0.05; done',
+}
+
+
+@pytest.mark.parametrize(
+    ("flags", "sent", "code", "requeued"),
+    [
+        (["0"], None, 0, False),
+        (["2"], None, 2, False),
+        (["wait"], signal.SIGTERM, 130, False),  # scancel
+        (["wait"], signal.SIGUSR1, 0, True),  # the time limit comes near
+        (["0"], signal.SIGUSR1, 0, True),  # before the stage has begun
+        ([], None, 2, False),
+    ],
+)
+def test_the_script_asks_the_stage_alone_to_end(flags, sent, code, requeued, tmp_path):
+    early = sent is not None and flags == ["0"]
+    for name, body in PROGRAMS.items():
+        slow = "until [ -e go ]; do sleep 0.05; done\n" if early and name == "ray" else ""
+        (tmp_path / name).write_text(f"#!/bin/bash\n{slow}{body}\n")
+        (tmp_path / name).chmod(0o755)
+    job = str(os.getpid())
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": job}
+    environment |= {"SLURM_JOB_NODELIST": "node1", "SLURM_JOB_NUM_NODES": "1"}
+    process = subprocess.Popen(
+        ["bash", SCRIPT, *flags], cwd=tmp_path, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    if sent is not None:
+        give_up = time.monotonic() + 20
+        while not (tmp_path / "begun").exists() and time.monotonic() < give_up and not early:
+            time.sleep(0.02)
+        time.sleep(0.5 if early else 0)
+        process.send_signal(sent)
+        time.sleep(0.2)
+        (tmp_path / "go").touch()
+    told, _ = process.communicate(timeout=20)
+    assert process.returncode == code, told
+    assert (tmp_path / "requeued").exists() == requeued
+    assert "scripts.py" not in told  # what Ray says of its own end
+    if early:
+        assert not (tmp_path / "begun").exists()
+    elif flags:
+        assert f"node1:{20000 + int(job) % 20000} {flags[0]}" in told
+        assert ("saved" in told) == (sent is not None)
+    assert not list(Path("/tmp").glob(f"beit-{job}.pid*"))
 
 
 @pytest.mark.long

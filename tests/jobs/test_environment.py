@@ -1,6 +1,7 @@
 """Variables: what workers of a cluster get, and that secrets stand in nothing that is written."""
 
 import dataclasses
+import importlib
 import json
 import os
 import subprocess
@@ -12,7 +13,14 @@ import pytest
 import yaml
 
 from jobs import submit
-from jobs.environment import ENVIRONMENT, JOB_CONFIG, hide_secrets, worker_environment
+from jobs.environment import (
+    ENVIRONMENT,
+    JOB_CONFIG,
+    TAKE_SECRETS,
+    hide_secrets,
+    take_secrets,
+    worker_environment,
+)
 from jobs.submission import cluster
 from pipelines import redaction
 from pipelines.config.checks import changed_fields, to_dict
@@ -101,25 +109,35 @@ def test_records_lose_the_secrets_of_uris_and_nothing_else(shell):
     }
 
 
-def test_a_submission_hands_secrets_over_in_its_environment_alone(shell, tmp_path, capsys):
+def test_a_submission_hands_secrets_over_in_one_file_alone(shell, tmp_path, capsys):
     sent = {}
 
     def take(client, **job):
         folder = Path(job["runtime_env"]["working_dir"])
-        sent.update(job, files=[path.read_text() for path in folder.rglob("*") if path.is_file()])
+        files = {path.name: path.read_text() for path in folder.rglob("*") if path.is_file()}
+        sent.update(job, secrets=files.pop("secrets.json"), files=files.values())
 
     shell.setattr(cluster, "connect", lambda *_: None)
     shell.setattr(cluster, "newest_attempt", lambda *_: (0, None))
     shell.setattr(cluster, "submit", take)
     flags = ["--source", "s3://raw/x", "--output", "s3://beit/y?secret_key=planted-11-geheim",
              "--tracking.uri", "http://anna:planted-12-geheim@mlflow:5000"]  # fmt: skip
-    names = [word for name in SECRETS for word in ("--env", name)]
+    shell.setenv("MLFLOW_TRACKING_URI", "http://anna:planted-13-geheim@mlflow:5000")
+    shell.setenv("AWS_PROFILE", "research")
+    given = [*SECRETS, "MLFLOW_TRACKING_URI", "AWS_PROFILE"]
+    names = [word for name in given for word in ("--env", name)]
     shell.setattr(submit, "_report", lambda *_, **__: 0)
     line = ["prepare", "--address", "http://h:8265", "--detach", "--code", "image", *names, "--"]
     assert submit.main([*line, *flags]) == 0
-    assert SECRETS.items() <= sent["runtime_env"]["env_vars"].items()
+    by_uri = {"MLFLOW_TRACKING_URI": "http://anna:planted-13-geheim@mlflow:5000"}
+    assert json.loads(sent["secrets"]) == SECRETS | by_uri
+    # Ray writes a job's runtime environment into logs, and shows it.
+    environment = sent["runtime_env"]
+    assert environment["env_vars"]["AWS_PROFILE"] == "research"
+    assert environment["worker_process_setup_hook"] == TAKE_SECRETS
     told = capsys.readouterr()
-    for place in (sent["entrypoint"], sent["submission_id"], str(sent["metadata"]), *told):
+    for place in (sent["entrypoint"], sent["submission_id"], str(sent["metadata"]),
+                  str(environment), *told):  # fmt: skip
         assert "geheim" not in place
     # The configuration is what the job connects by: it holds what the user put into URIs, no more.
     assert not any(secret in text for secret in SECRETS.values() for text in sent["files"])
@@ -129,6 +147,17 @@ def test_a_submission_hands_secrets_over_in_its_environment_alone(shell, tmp_pat
         "runtime_env": sent["runtime_env"],
     }))  # fmt: skip
     assert "geheim" not in json.dumps(record)
+
+
+def test_secrets_are_taken_from_the_file_of_the_job(shell, tmp_path):
+    shell.chdir(tmp_path)
+    shell.delenv("HF_TOKEN")
+    take_secrets()  # none came
+    assert "HF_TOKEN" not in os.environ
+    Path("secrets.json").write_text(json.dumps({"HF_TOKEN": "geheim"}))
+    module, _, name = TAKE_SECRETS.rpartition(".")
+    getattr(importlib.import_module(module), name)()
+    assert os.environ["HF_TOKEN"] == "geheim"
 
 
 CRASH = """

@@ -174,8 +174,9 @@ def test_the_token_is_looked_for_before_anything_imports_ray():
 
 def test_variables_go_by_name(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "geheim")
-    environment = submit.job_environment(["MLFLOW_TRACKING_PASSWORD"])
-    assert environment["MLFLOW_TRACKING_PASSWORD"] == "geheim"
+    environment, secrets = submit.job_environment(["MLFLOW_TRACKING_PASSWORD"])
+    assert secrets == {"MLFLOW_TRACKING_PASSWORD": "geheim"}
+    assert "MLFLOW_TRACKING_PASSWORD" not in environment
     assert environment["RAY_JOB_STOP_WAIT_TIME_S"] == "60"
     with pytest.raises(InputError, match="--env NOT_SET_ANYWHERE"):
         submit.job_environment(["NOT_SET_ANYWHERE"])
