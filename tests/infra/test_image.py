@@ -91,6 +91,9 @@ def test_a_stage_runs_in_the_image(buildah, container, tmp_path):
     manifest = json.loads((data / "images/manifest.json").read_text())
     assert manifest["num_rows"] == len(list((data / "source").rglob("*.png"))) - 1  # one is damaged
     assert inside("beit", "prepare", "--source", "/nope", "--output", "/data/x").returncode == 2
+    # What KubeRay and Ray's launcher call, in login shells or not; how the launcher copies.
+    found = inside("bash", "--login", "-c", "which ray beit rsync ssh").stdout.split()
+    assert [Path(path).name for path in found] == ["ray", "beit", "rsync", "ssh"]
     # What compose starts: MLflow with users, PostgreSQL and S3.
     assert inside("python", "-c", "import psycopg, boto3, flask_wtf").returncode == 0
     # By allow-list: no tests, no results; and nothing that only tests need.
