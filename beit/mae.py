@@ -237,9 +237,6 @@ class Mae(Objective):
         patches = patches.masked_scatter(mask[..., None], painted)
         return from_patches(patches, self.network.grid_size)
 
-    def features(self, pixels: Tensor, *, layer: int) -> Tensor:
-        return self.network.features(pixels, layer=layer)
-
     def export(self, weights: Mapping[str, Tensor]) -> BeitMIM:
         """The encoder, without a head; its mask token is zero, for it has never seen one."""
         return self.network.plain(weights)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from beit import flops
 from beit.mim import BeitMIM, BeitV2MIM
+from beit.vit import BeitEncoder
 
 
 class Outcome(NamedTuple):
@@ -34,8 +35,8 @@ class Objective(nn.Module):
 
     #: Names of the sums, "loss" first. Divided by the masked patches they are what is reported.
     metrics: ClassVar[tuple[str, ...]]
-    #: What is optimised and checkpointed, whole.
-    network: nn.Module
+    #: What is optimised and checkpointed, whole; an encoder, which probes look into.
+    network: BeitEncoder
 
     @property
     def num_branches(self) -> int:
@@ -65,10 +66,6 @@ class Objective(nn.Module):
         Where nothing predicts tokens: the images with masked patches painted, float32
         (B, 3, H, W), normalised as `pixels`.
         """
-        raise NotImplementedError
-
-    def features(self, pixels: Tensor, *, layer: int) -> Tensor:
-        """Tokens (B, 1+N, dim) of whole images after block `layer` (from 1), cls first."""
         raise NotImplementedError
 
     def export(self, weights: Mapping[str, Tensor]) -> BeitMIM:
@@ -114,9 +111,6 @@ class Beit(Objective):
     def predict(self, pixels: Tensor, mask: Tensor) -> Tensor:
         logits: Tensor = self.network(pixels, mask, all_tokens=True)
         return logits.argmax(dim=-1)
-
-    def features(self, pixels: Tensor, *, layer: int) -> Tensor:
-        return self.network.features(pixels, layer=layer)
 
     def export(self, weights: Mapping[str, Tensor]) -> BeitMIM:
         plain = BeitMIM(**self.network.config())
@@ -171,9 +165,6 @@ class BeitV2(Objective):
     def predict(self, pixels: Tensor, mask: Tensor) -> Tensor:
         logits: Tensor = self.network(pixels, mask, all_tokens=True)
         return logits[0].argmax(dim=-1)
-
-    def features(self, pixels: Tensor, *, layer: int) -> Tensor:
-        return self.network.features(pixels, layer=layer)
 
     def export(self, weights: Mapping[str, Tensor]) -> BeitMIM:
         return self.network.plain(weights)

@@ -10,7 +10,7 @@ Provenance: arXiv 2106.08254; microsoft/unilm at 768a3c8, `beit/modeling_pretrai
 buffers are not saved; drop-path takes its randomness as an argument.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
@@ -315,6 +315,22 @@ class BeitEncoder(nn.Module):
             last_rows=last_rows,
             recompute=self.recomputes,
         )
+
+    def pooled_blocks(
+        self, pixels: Tensor, layers: Sequence[int], pool: Callable[[Tensor], Tensor]
+    ) -> list[Tensor]:
+        """What `pool` makes of the tokens (B, 1+N, dim) after each of `layers` (from 1), cls first.
+
+        Of whole, normalised images, in one pass; tokens are not kept.
+        """
+        x = self.embed(pixels, None, None)
+        bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
+        found = {}
+        for number, block in enumerate(self.blocks[: max(layers)], start=1):
+            x = block(x, bias)
+            if number in layers:
+                found[number] = pool(x)
+        return [found[layer] for layer in layers]
 
     def branch_noise(self, noise: Tensor | None, x: Tensor, num_branches: int) -> Tensor | None:
         """Drop-path draws (B, num_branches, 2) for B = len(x), or None where none are needed.

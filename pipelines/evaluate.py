@@ -6,9 +6,10 @@ divided between fitting and testing; the block, the weight decay and everything 
 chosen is chosen on rows that no test counts.
 """
 
+import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -20,26 +21,32 @@ from pipelines import lease, storage, tracking
 from pipelines.config.checks import changed_fields
 from pipelines.config.evaluate import MAY_CHANGE, EvaluateConfig
 from pipelines.errors import InputError
+from pipelines.evaluation.attentive import attentive_predict
 from pipelines.evaluation.features import (
-    LabelledImages,
+    Reader,
     Weights,
-    block_features,
+    block_reader,
+    head_classes,
     head_hits,
-    joined,
+    head_reader,
     open_weights,
-    pixel_features,
-    read_labelled,
+    patch_reader,
+    pixel_reader,
+    read_features,
 )
-from pipelines.evaluation.probes import (
-    accuracy_interval,
-    chosen_linear,
-    grouped_folds,
-    knn_accuracy,
-    knn_predict,
-    linear_accuracy,
+from pipelines.evaluation.labelled_images import LabelledImages, joined, read_labelled
+from pipelines.evaluation.probes import accuracy_interval, rankme
+from pipelines.evaluation.protocol import (
+    PROBES,
+    Found,
+    Split,
+    candidate_layers,
+    probe,
+    score,
+    splits_of,
 )
 from pipelines.evaluation.record import record
-from pipelines.evaluation.result import PIXELS, PRETRAINED, RANDOM, TITLES, Report, Result, Score
+from pipelines.evaluation.result import HEAD, PIXELS, PRETRAINED, RANDOM, Report, Result, Score
 from pipelines.progress import Progress
 from pipelines.records import read_values, write_record
 from pipelines.redaction import redacted_values
@@ -47,9 +54,10 @@ from pipelines.training.checkpoint import checkpoint_name
 from pipelines.training.run_dir import RunDir
 from pipelines.training.weights import is_unfinished, save_newest
 
-__all__ = ["Result", "knn_accuracy", "linear_accuracy", "run"]
+__all__ = ["Result", "run"]
 
-VALIDATION_FOLDS = 5
+PROTOCOL = 2
+"""Raised when the same weights, images and options would give other figures."""
 
 
 def run(config: EvaluateConfig) -> Result:
@@ -65,11 +73,12 @@ def run(config: EvaluateConfig) -> Result:
             raise InputError(f"{name} = '': give its directory or URI")
     weights = _weights(config.run)
     output = config.output or storage.join(storage.absolute(config.run), "evaluation")
-    layers = config.layers or list(range(1, weights.model.depth + 1))
+    layers = candidate_layers(config, weights.model.depth)
     if max(layers) > weights.model.depth:
         raise InputError(f"layers = {layers}: this network has {weights.model.depth} blocks")
     data, test = _read(config, weights.model)
     identity = {
+        "protocol": PROTOCOL,
         "weights": weights.fingerprint,
         "image_table": data.fingerprint,
         "test_table": test.fingerprint if test else "",
@@ -116,7 +125,7 @@ def _run(
             uri=data.uri,
             digest=data.fingerprint,
             context="evaluation",
-            rows=len(data.labels),
+            rows=len(data),
         ),
     ]
     params = {
@@ -134,7 +143,7 @@ def _run(
         parent_run_id=weights.run_id,
         output=output,
     ) as tracked:
-        splits = _splits(config, data, len(test.labels) if test else 0)
+        splits = splits_of(config, data.groups, len(test) if test else 0)
         report = _evaluate(config, weights, data, layers, splits)
         hits = report.pop("hits")
         report["identity"] = identity
@@ -162,41 +171,96 @@ def _weights(uri: str) -> Weights:
         )
 
 
-Split = tuple[np.ndarray, np.ndarray, np.ndarray]
-
-
 def _read(config: EvaluateConfig, model: Network) -> tuple[LabelledImages, LabelledImages | None]:
     # All rows, and those of the test table (if there is one), which are the last of them.
     if model.image_size[0] != model.image_size[1]:
         raise InputError(f"run: image_size {model.image_size} is not square")
-    options: dict[str, Any] = {
-        "size": model.image_size[0],
-        "max_images": config.max_images,
-        "crop_fraction": config.crop_fraction,
-    }
-    data = read_labelled(config.images, one_per_group=config.one_per_group, **options)
+    data = read_labelled(config.images, config)
     if not config.test_images:
         return data, None
-    test = read_labelled(config.test_images, one_per_group=False, least_classes=1, **options)
+    test = read_labelled(config.test_images, config, field="test_images", test=True)
     return joined(data, test), test
 
 
-def _splits(config: EvaluateConfig, data: LabelledImages, test_rows: int) -> list[Split]:
-    # Rows to fit on, to choose by, to test on.
-    rows = np.arange(len(data.labels))
-    if test_rows:
-        train = rows[:-test_rows]
-        groups = data.groups[:-test_rows]
-        validation = grouped_folds(groups, VALIDATION_FOLDS, seed=config.seed + 1) == 0
-        return [(train[~validation], train[validation], rows[-test_rows:])]
-    fold = grouped_folds(data.groups, config.num_folds, seed=config.seed)
-    splits = []
-    for number in range(config.num_folds):
-        rest = rows[fold != number]
-        groups = [data.groups[row] for row in rest]
-        validation = grouped_folds(groups, VALIDATION_FOLDS, seed=config.seed + 1) == 0
-        splits.append((rest[~validation], rest[validation], rows[fold == number]))
-    return splits
+def _networks(config: EvaluateConfig, weights: Weights, device: str) -> dict[str, Network]:
+    """The pretrained network, and with baselines the same at random initialisation."""
+    networks = {PRETRAINED: weights.model.to(device)}
+    if config.baselines:
+        untrained = type(weights.model)(**weights.model.config()).eval()
+        untrained.init_weights(torch.Generator().manual_seed(config.seed))
+        networks[RANDOM] = untrained.to(device)
+    return networks
+
+
+def _batches(
+    config: EvaluateConfig, weights: Weights, data: LabelledImages
+) -> Iterator[np.ndarray]:
+    return data.pixels(
+        weights.model.image_size[0],
+        crop_fraction=config.crop_fraction,
+        batch_size=config.batch_size,
+        num_threads=config.num_threads or os.cpu_count() or 1,
+    )
+
+
+def _features(
+    config: EvaluateConfig,
+    weights: Weights,
+    networks: dict[str, Network],
+    data: LabelledImages,
+    layers: list[int],
+    device: str,
+) -> dict[str, np.ndarray]:
+    """Features (L, n, d) by name, and the logits of a head that knows all classes, as HEAD."""
+    readers: dict[str, Reader] = {
+        name: block_reader(
+            network, layers=layers, pooling=config.pooling, mean=weights.mean, std=weights.std
+        )
+        for name, network in networks.items()
+    }
+    if config.baselines:
+        readers[PIXELS] = pixel_reader(len(data))
+    if head_classes(weights, data) is not None:
+        readers[HEAD] = head_reader(weights)
+    batches = _batches(config, weights, data)
+    return read_features(readers, batches, len(data), device=device, label="features")
+
+
+def _attentive(
+    config: EvaluateConfig,
+    weights: Weights,
+    networks: dict[str, Network],
+    data: LabelledImages,
+    splits: list[Split],
+    chosen: dict[str, list[int]],
+    device: str,
+) -> dict[str, Found]:
+    """Attentive probes of the patches after the block that the linear probe chose in each split."""
+    layers = {name: sorted(set(chosen[name])) for name in networks}
+    readers = {
+        name: patch_reader(network, layers=layers[name], mean=weights.mean, std=weights.std)
+        for name, network in networks.items()
+    }
+    batches = _batches(config, weights, data)
+    patches = read_features(readers, batches, len(data), device=device, label="patches")
+    found = {}
+    for name, network in networks.items():
+        predicted = [
+            attentive_predict(
+                patches[name][layers[name].index(layer)], data.labels,
+                split.train, split.validation, split.test,
+                num_heads=network.num_heads, num_classes=len(data.class_names),
+                seed=config.seed, device=device,
+            )
+            for split, layer in zip(splits, chosen[name], strict=True)
+        ]  # fmt: skip
+        positions = [layers[name].index(layer) for layer in chosen[name]]
+        found[name] = Found(
+            predicted=np.concatenate(predicted),
+            layers=positions,
+            by_layer=np.zeros((len(splits), 0)),
+        )
+    return found
 
 
 def _evaluate(
@@ -209,124 +273,68 @@ def _evaluate(
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    networks: dict[str, Network] = {PRETRAINED: weights.model}
-    if config.baselines:
-        untrained = type(weights.model)(**weights.model.config())
-        untrained.init_weights(torch.Generator().manual_seed(config.seed))
-        networks[RANDOM] = untrained
-    features: dict[str, Sequence[np.ndarray]] = {
-        name: block_features(
-            network,
-            data.pixels,
-            layers=layers,
-            mean=weights.mean,
-            std=weights.std,
-            pooling=config.pooling,
-            batch_size=config.batch_size,
-            device=device,
-            label=f"features, {TITLES[name]}",
-        )
-        for name, network in networks.items()
-    }
-    if config.baselines:
-        features[PIXELS] = [pixel_features(data.pixels)]
-    tested = np.concatenate([test for _, _, test in splits])
+    networks = _networks(config, weights, device)
+    features = _features(config, weights, networks, data, layers, device)
+    logits = features.pop(HEAD, None)
+    tested = np.concatenate([split.test for split in splits])
     truth, groups = data.labels[tested], [data.groups[row] for row in tested]
-    num_classes = len(data.class_names)
-    progress = Progress(2 * len(features) * len(splits), "probes", "fits")
     scores: dict[str, dict[str, Any]] = {}
-    correct: dict[str, np.ndarray] = {}
-    hits_by_probe: dict[str, str] = {}
-    matrix = np.zeros((num_classes, num_classes), np.int64)
-    for name, arrays in features.items():
-        scores[name] = {}
-        for probe in ("linear", "knn"):
-            found, chosen, by_layer = [], [], []
-            for train, validation, test in splits:
-                fold = _probe(probe, config, arrays, data.labels, (train, validation, test))
-                found.append(fold[0])
-                chosen.append(0 if name == PIXELS else layers[fold[1]])
-                by_layer.append(fold[2])
-                progress.update(progress.done + 1)
-            predicted = np.concatenate(found)
-            hits = predicted == truth
-            low, high = accuracy_interval(hits, groups, seed=config.seed)
-            if name == PRETRAINED:
-                hits_by_probe[probe] = "".join(map(str, hits.astype(int)))
-            scores[name][probe] = asdict(
-                Score(
-                    accuracy=float(hits.mean()),
-                    low=low,
-                    high=high,
-                    class_accuracy=[
-                        float(hits[truth == c].mean()) if (truth == c).any() else None
-                        for c in range(num_classes)
-                    ],
-                    layers=chosen,
-                    layer_accuracy=np.mean(by_layer, axis=0).tolist(),
-                    layer_errors=(np.std(by_layer, axis=0, ddof=1) / len(splits) ** 0.5).tolist()
-                    if len(splits) > 1
-                    else [],
-                )
+    hits: dict[str, dict[str, np.ndarray]] = {}
+    matrix = np.zeros((len(data.class_names),) * 2, np.int64)
+    progress = Progress(len(PROBES) * len(features), "probes", "probes")
+    for name, blocks in features.items():
+        scores[name], hits[name] = {}, {}
+        for kind in PROBES:
+            found = probe(kind, config, blocks, data.labels, splits, device=device)
+            known = [0] if name == PIXELS else layers
+            judged, hits[name][kind] = score(
+                found, data.labels, data.groups, splits, layers=known, seed=config.seed
             )
-            if probe == "linear":
-                correct[name] = hits
-                if name == PRETRAINED:
-                    np.add.at(matrix, (truth, predicted), 1)
+            scores[name][kind] = asdict(judged)
+            if (name, kind) == (PRETRAINED, "linear"):
+                np.add.at(matrix, (truth, found.predicted), 1)
+            progress.update(progress.done + 1)
     progress.close()
+    if config.attentive:
+        chosen = {name: scores[name]["linear"]["layers"] for name in networks}
+        found_by = _attentive(config, weights, networks, data, splits, chosen, device)
+        for name, found in found_by.items():
+            known = sorted(set(chosen[name]))
+            judged, hits[name]["attentive"] = score(
+                found, data.labels, data.groups, splits, layers=known, seed=config.seed
+            )
+            scores[name]["attentive"] = asdict(judged)
     gains = {}
-    for name in correct.keys() - {PRETRAINED}:
-        difference = correct[PRETRAINED].astype(float) - correct[name]
+    for name in hits.keys() - {PRETRAINED}:
+        difference = hits[PRETRAINED]["linear"].astype(float) - hits[name]["linear"]
         low, high = accuracy_interval(difference, groups, seed=config.seed)
         gains[name] = [float(difference.mean()), low, high]
-    own = head_hits(weights, data, tested, batch_size=config.batch_size, device=device)
     head = None
-    if own is not None:
+    if logits is not None:
+        own = head_hits(weights, data, logits[0])[tested]
         head = [float(own.mean()), *accuracy_interval(own, groups, seed=config.seed)]
-    counts = np.bincount(data.labels[np.concatenate([splits[0][0], splits[0][1]])])
+    counts = np.bincount(data.labels[splits[0].known])
     return {
         "kind": "evaluation",
         "scores": scores,
         "gains": gains,
         "head": head,
         "majority": float((truth == counts.argmax()).mean()),
+        "rankme": {name: rankme(features[name][-1], device=device) for name in features},
         "num_images": len(truth),
         "num_groups": len(set(groups)),
         "class_names": data.class_names,
-        "class_counts": np.bincount(truth, minlength=num_classes).tolist(),
+        "class_counts": np.bincount(truth, minlength=len(data.class_names)).tolist(),
         "confusion": matrix.tolist(),
         "layers": layers,
         # Image by image, so that two evaluations of the same images can be compared in pairs.
-        "hits": {**hits_by_probe, "groups": np.unique(groups, return_inverse=True)[1].tolist()},
+        "hits": {
+            **{
+                kind: "".join(map(str, each.astype(int))) for kind, each in hits[PRETRAINED].items()
+            },
+            "groups": np.unique(groups, return_inverse=True)[1].tolist(),
+        },
     }
-
-
-def _probe(
-    probe: str,
-    config: EvaluateConfig,
-    arrays: Sequence[np.ndarray],
-    labels: np.ndarray,
-    split: Split,
-) -> tuple[np.ndarray, int, list[float]]:
-    # Predicted classes of the test rows, position of the chosen layer, validation accuracies.
-    train, validation, test = split
-    num_classes = int(labels.max()) + 1
-    if probe == "linear":
-        fitted, layer, _, by_layer = chosen_linear(
-            arrays, labels, train, validation, num_classes=num_classes
-        )
-        return fitted.predict(arrays[layer][test]), layer, by_layer
-    by_layer = []
-    for x in arrays:
-        found = knn_predict(
-            x[train], labels[train], x[validation], num_classes=num_classes, k=config.knn_k
-        )
-        by_layer.append(float((found == labels[validation]).mean()))
-    layer = int(np.argmax(by_layer))
-    known = np.concatenate([train, validation])
-    x = arrays[layer]
-    found = knn_predict(x[known], labels[known], x[test], num_classes=num_classes, k=config.knn_k)
-    return found, layer, by_layer
 
 
 def _same(found: dict[str, Any] | None, wanted: dict[str, Any], config: EvaluateConfig) -> bool:

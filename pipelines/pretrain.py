@@ -17,6 +17,7 @@ from pipelines.steps import ray_is_there
 from pipelines.tracking import Dataset
 from pipelines.training.data import WorkerData
 from pipelines.training.distributed import World, check_device, without_sync, wrap_model
+from pipelines.training.fixed_images import FixedImages
 from pipelines.training.health import HealthMonitor
 from pipelines.training.log import TrainLog
 from pipelines.training.loop import LoopState
@@ -28,7 +29,7 @@ from pipelines.training.pretraining import (
     plan_run,
     with_absolute_uris,
 )
-from pipelines.training.probing import log_pictures, run_probe
+from pipelines.training.probing import Prober
 from pipelines.training.step_metrics import StepMetrics
 from pipelines.training.update import adamw, set_rates, update
 from pipelines.training.weights import save_encoder
@@ -114,6 +115,8 @@ def train_loop(  # noqa: PLR0915
         monitor=monitor,
         metrics=metrics,
     ) as state:
+        fixed = FixedImages(config, data, world)
+        prober = Prober(config, data, world, fixed, first_step=state.step)
         batches = data.batches(state.segments())
 
         # --- The steps.
@@ -152,7 +155,7 @@ def train_loop(  # noqa: PLR0915
             state.step += 1
 
             # Log, at the end of a period.
-            at_probe = bool(config.probe.images) and state.due(config.probe.every_steps)
+            at_probe = config.probe.every_steps > 0 and state.due(config.probe.every_steps)
             at_pictures = state.due(config.pictures_every)
             if not (state.at_log or at_probe or at_pictures):
                 continue
@@ -174,9 +177,9 @@ def train_loop(  # noqa: PLR0915
             # Probe and pictures.
             with books.spend("evaluation"):
                 if at_probe:
-                    run_probe(config, objective, data, world, log, state.step)
+                    prober.run(objective, log, state.step)
                 if at_pictures:
-                    log_pictures(config, objective, data, batch, world, log, state.step)
+                    fixed.log_pictures(objective, log, state.step)
 
         # --- The end: the encoder as later stages load it, and nothing left in flight.
         with books.spend("checkpoint"):

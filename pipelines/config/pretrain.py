@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 
 from beit.view_policy import ViewPolicy
 from pipelines.config import common
-from pipelines.config.checks import Ge, Gt, Lt, check, require
+from pipelines.config.checks import Ge, Gt, Le, Lt, check, require
 from pipelines.config.common import Action
 from pipelines.config.lease import LeaseConfig
+from pipelines.config.protocol import ProtocolConfig
 from pipelines.config.tracking import TrackingConfig
 
 # What a resumed run may change: how it is computed, watched and reported. Everything else decides
@@ -244,20 +245,27 @@ class HealthConfig(common.HealthConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
-    """Looks at the features while training goes on; the order of samples is not touched."""
+class ProbeConfig(ProtocolConfig):
+    """Looks at the features while training goes on; the order of samples is not touched.
+
+    With the values that `beit evaluate` has by default, figures are those that it gives.
+    """
 
     images: str = ""
-    """A labelled image table; empty: no probes."""
-    every_steps: Annotated[int, Ge(1)] = 10_000
-    """Steps between probes; one is also made at the end."""
-    max_images: Annotated[int, Ge(2)] = 10_000
-    """Images used, spread evenly over the table; a fifth of the table's groups is held out."""
-    layer: Annotated[int | None, Ge(1)] = None
-    """Block whose features are probed, 1-based; null: three quarters of the depth."""
+    """An image table, with labels for kNN and linear probe; empty: the one that is trained on."""
+    tokens: list[str] = field(default_factory=list)
+    """Token tables of `probe.images`, for the loss on images that are not trained on; empty: the
+    fixed images whose loss is told are some that are trained on."""
+    every_steps: Annotated[int, Ge(0)] = 500
+    """Steps between probes, where time allows; at the end, too. 0: no probes."""
+    max_share: Annotated[float, Gt(0), Le(1)] = 0.02
+    """Of the time, which probes may take: one that would take more is left out."""
 
     def __post_init__(self) -> None:
         check(self, "probe.")
+        require(
+            bool(self.images) or not self.tokens, "probe.tokens", self.tokens, "name probe.images"
+        )
 
 
 # The views of MAE's paper: crops and flips.

@@ -1,12 +1,15 @@
 """Frozen features of images, block by block, and what they are computed from."""
 
-import dataclasses
+import contextlib
+import math
+import shutil
 import tempfile
-import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -15,17 +18,18 @@ from typing_extensions import TypedDict
 
 from beit.classifier import BeitClassifier
 from beit.convert import Network
+from beit.vit import BeitEncoder
 from beit.weights import CONFIG_FILE, load_weights, read_weights_config
 from pipelines import storage
 from pipelines.errors import InputError
+from pipelines.evaluation.labelled_images import LabelledImages, comparable
 from pipelines.progress import Progress
-from pipelines.reading.pixels import central, read_pixels
 from pipelines.records import check_values, read_values
-from pipelines.tables.image_table import ImageTable
 from pipelines.tables.weights_store import weights_fingerprint
 
 Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
 MAX_PIXEL_SIDE = 64
+MANY_IMAGES = 20_000
 GRID_REGIONS = 4
 
 
@@ -111,175 +115,146 @@ def open_weights(uri: str, *, field: str = "run") -> Weights:
     )
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class LabelledImages:
-    """Labelled images at the size of a network."""
-
-    pixels: np.ndarray
-    """uint8 (n, 3, size, size)."""
-    labels: np.ndarray
-    """int64 (n,), positions in class_names."""
-    groups: list[str]
-    class_names: list[str]
-    known: list[str]
-    """Classes of all labelled images of the table, also of those that were not chosen."""
-    fingerprint: str
-    """Of the image table."""
-    uri: str
+Reader = Callable[[Tensor], Sequence[Tensor]]
+"""uint8 pixels (B, 3, H, W) on the device to one or several features (B, ...) of each image."""
 
 
-def read_labelled(
-    uri: str,
+def block_reader(
+    network: BeitEncoder,
     *,
-    size: int,
-    one_per_group: bool,
-    max_images: int,
-    crop_fraction: float,
-    least_classes: int = 2,
-) -> LabelledImages:
-    """Decodes the labelled images of a table, or a part spread evenly over it.
+    layers: Sequence[int],
+    pooling: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Reader:
+    """Pooled tokens after each of `layers` (from 1) of a network in evaluation mode, see `pooled`.
 
-    Classes without an image are left out.
-
-    Raises:
-        InputError: the table has labelled images of fewer than `least_classes` classes.
+    `mean` and `std` are of pixels in [0, 1]. One forward pass serves all layers.
     """
-    table = ImageTable.open(uri)
-    labels, groups = table.labels(), np.asarray(table.groups(), dtype=object)
-    rows = np.flatnonzero(labels >= 0)
-    known = [table.class_names[index] for index in np.unique(labels[rows])]
-    if one_per_group:
-        _, first = np.unique(groups[rows].astype(str), return_index=True)
-        rows = rows[np.sort(first)]
-    if max_images and len(rows) > max_images:
-        rows = rows[np.linspace(0, len(rows) - 1, max_images).round().astype(np.int64)]
-    classes = np.unique(labels[rows])
-    if len(classes) < least_classes:
-        raise InputError(
-            f"images: {uri} has labelled images of {len(classes)} classes; evaluation needs "
-            f"{least_classes}. Prepare a table with labels"
-        )
-    pixels = np.empty((len(rows), 3, size, size), np.uint8)
-    progress = Progress(len(rows), "reading images", "images")
-    done = 0
-    for batch in read_pixels(table, rows, central(crop_fraction), size):
-        pixels[done : done + len(batch)] = batch
-        done += len(batch)
-        progress.update(done)
-    progress.close()
-    return LabelledImages(
-        pixels=pixels,
-        labels=np.searchsorted(classes, labels[rows]),
-        groups=[str(group) for group in groups[rows]],
-        class_names=[table.class_names[index] for index in classes],
-        known=known,
-        fingerprint=table.fingerprint,
-        uri=table.uri,
-    )
+
+    def pool(tokens: Tensor) -> Tensor:
+        return pooled(tokens, pooling, network.grid_size).float()
+
+    return lambda pixels: network.pooled_blocks(normalised(pixels, mean, std), layers, pool)
 
 
-def joined(train: LabelledImages, test: LabelledImages) -> LabelledImages:
-    """Rows of both, classes brought together by name.
+def patch_reader(
+    network: BeitEncoder, *, layers: Sequence[int], mean: Sequence[float], std: Sequence[float]
+) -> Reader:
+    """Patches (B, N, dim) after each of `layers`, in float16, for the attentive probe."""
+    most = torch.finfo(torch.float16).max
 
-    Either may lack some: a test of a few classes, a sample that lost one. Test images of a class
-    that the sample of `train` lost stay, and can only be missed.
+    def patches(tokens: Tensor) -> Tensor:
+        return tokens[:, 1:].clamp(-most, most).half()
 
-    Raises:
-        InputError: the table of `train` has no image of a class of `test`.
+    return lambda pixels: network.pooled_blocks(normalised(pixels, mean, std), layers, patches)
+
+
+def head_reader(weights: "Weights") -> Reader:
+    """Logits of a classifier's own head."""
+    return lambda pixels: [weights.model(normalised(pixels, weights.mean, weights.std))]
+
+
+def pixel_reader(num_images: int) -> Reader:
+    """Raw pixels in [0, 1]; larger images are averaged to 64 pixels a side, many to 16.
+
+    The latter are as many numbers as a network's features: of a million images no more would fit.
     """
-    numbers = {comparable(name): number for number, name in enumerate(train.known)}
-    strange = [name for name in test.class_names if comparable(name) not in numbers]
-    if strange:
-        raise InputError(
-            f"test_images: {train.uri} has no image of {', '.join(map(repr, strange[:5]))}"
-            f"{', ...' if len(strange) > 5 else ''}, but of "
-            f"{', '.join(map(repr, train.known[:5]))}{', ...' if len(train.known) > 5 else ''}; "
-            "give tables whose classes have the same names"
-        )
-    own, others = (
-        np.asarray([numbers[comparable(name)] for name in names])
-        for names in (train.class_names, test.class_names)
-    )
-    used = np.union1d(own, others)
-    return dataclasses.replace(
-        train,
-        pixels=np.concatenate([train.pixels, test.pixels]),
-        labels=np.searchsorted(used, np.concatenate([own[train.labels], others[test.labels]])),
-        groups=[*train.groups, *test.groups],
-        class_names=[train.known[number] for number in used],
-    )
+    most = MAX_PIXEL_SIDE if num_images <= MANY_IMAGES else MAX_PIXEL_SIDE // 4
+
+    def read(pixels: Tensor) -> list[Tensor]:
+        images = pixels.float() / 255
+        if images.shape[-1] > most:
+            images = F.adaptive_avg_pool2d(images, most)
+        return [images.flatten(1)]
+
+    return read
 
 
-def comparable(name: str) -> str:
-    """A class's name as names are compared: Macs and others write the same accent in two ways."""
-    return unicodedata.normalize("NFC", name)
+def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 (B, 3, H, W) as a network wants them."""
+    center, scale = (torch.tensor(values, device=pixels.device) for values in (mean, std))
+    return (pixels.float() / 255 - center.view(3, 1, 1)) / scale.view(3, 1, 1)
 
 
 @torch.no_grad()
-def block_features(
-    model: Network,
-    pixels: np.ndarray,
+def read_features(
+    readers: Mapping[str, Reader],
+    batches: Iterable[np.ndarray],
+    count: int,
     *,
-    layers: list[int],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    pooling: str = "mean",
-    batch_size: int = 64,
-    device: str = "cpu",
-    label: str = "features",
-) -> list[np.ndarray]:
-    """Features float32 (n, dim) after each of `layers` (1-based), of uint8 pixels (n, 3, H, W).
+    device: str | torch.device = "cpu",
+    label: str = "",
+) -> dict[str, np.ndarray]:
+    """What each reader makes of `count` images: (L, count, ...), from one pass over them.
 
-    One forward pass serves all layers. For `pooling` see `pooled`.
+    The arrays lie in temporary files (below TMPDIR), without names, that go when they do: memory
+    holds a batch, and what of the arrays the system has room for.
+
+    Raises:
+        InputError: there is no room for them.
     """
-    model = model.to(device).eval()
-    center = torch.tensor(mean, device=device).view(3, 1, 1)
-    scale = torch.tensor(std, device=device).view(3, 1, 1)
-    kept: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    found: dict[str, np.ndarray] = {}
+    progress, done = Progress(count, label, "images") if label else None, 0
+    with exact_products():
+        for batch in batches:
+            pixels = torch.from_numpy(batch).to(device)
+            for name, reader in readers.items():
+                features = [each.cpu().numpy() for each in reader(pixels)]
+                if name not in found:
+                    shape = (len(features), count, *features[0].shape[1:])
+                    found[name] = on_disk(shape, features[0].dtype)
+                for layer, each in enumerate(features):
+                    found[name][layer, done : done + len(batch)] = each
+            done += len(batch)
+            if progress:
+                progress.update(done)
+    if progress:
+        progress.close()
+    return found
 
-    def keep(layer: int, output: Tensor) -> None:
-        kept[layer].append(pooled(output, pooling, model.grid_size).float().cpu())
 
-    hooks = [
-        model.blocks[layer - 1].register_forward_hook(
-            lambda _module, _inputs, output, layer=layer: keep(layer, output)
-        )
-        for layer in layers
-    ]
-    progress = Progress(len(pixels), label, "images")
+def on_disk(shape: tuple[int, ...], dtype: npt.DTypeLike) -> np.ndarray:
+    """An array in a file without a name, which goes when the array does.
+
+    Raises:
+        InputError: there is no room for it.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    with tempfile.TemporaryFile() as file:
+        free = shutil.disk_usage(file.fileno()).free
+        if size > free:
+            raise InputError(
+                f"{size / 1e9:.1f} GB are needed on disk, {tempfile.gettempdir()} has "
+                f"{free / 1e9:.1f}: set TMPDIR to a larger disk, or take less (max_images, layers; "
+                "attentive: false)"
+            )
+        return np.memmap(file, dtype, "w+", shape=shape)
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Products of matrices in whole float32, whatever a training has chosen for itself."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     try:
-        for start in range(0, len(pixels), batch_size):
-            batch = torch.from_numpy(pixels[start : start + batch_size]).to(device)
-            model.features((batch.float() / 255 - center) / scale, layer=max(layers))
-            progress.update(min(start + batch_size, len(pixels)))
+        yield
     finally:
-        for hook in hooks:
-            hook.remove()
-    progress.close()
-    return [torch.cat(kept[layer]).numpy() for layer in layers]
+        torch.set_float32_matmul_precision(before)
 
 
-@torch.no_grad()
-def head_hits(
-    weights: Weights, data: LabelledImages, rows: np.ndarray, *, batch_size: int, device: str
-) -> np.ndarray | None:
-    """Which of these rows the network's own head classifies right: bool (len(rows),).
+def head_hits(weights: Weights, data: LabelledImages, logits: np.ndarray) -> np.ndarray:
+    """Which images the network's own head classifies right, by its logits (n, C): bool (n,)."""
+    classes = np.asarray(head_classes(weights, data))
+    hits: np.ndarray = logits.argmax(axis=1) == classes[data.labels]
+    return hits
 
-    None where it has no head, or one that lacks a class of `data`.
-    """
+
+def head_classes(weights: Weights, data: LabelledImages) -> list[int] | None:
+    """The classes of `data` as its head numbers them; None without a head that knows them all."""
     numbers = {comparable(name): number for number, name in enumerate(weights.class_names)}
     classes = [numbers.get(comparable(name), -1) for name in data.class_names]
-    if not isinstance(weights.model, BeitClassifier) or -1 in classes:
-        return None
-    model = weights.model.to(device).eval()
-    center = torch.tensor(weights.mean, device=device).view(3, 1, 1)
-    scale = torch.tensor(weights.std, device=device).view(3, 1, 1)
-    found = []
-    for start in range(0, len(rows), batch_size):
-        batch = torch.from_numpy(data.pixels[rows[start : start + batch_size]]).to(device)
-        found.append(model((batch.float() / 255 - center) / scale).argmax(dim=1).cpu())
-    hits: np.ndarray = torch.cat(found).numpy() == np.asarray(classes)[data.labels[rows]]
-    return hits
+    return classes if isinstance(weights.model, BeitClassifier) and -1 not in classes else None
 
 
 def pooled(tokens: Tensor, pooling: str, grid_size: tuple[int, int]) -> Tensor:
@@ -298,12 +273,3 @@ def pooled(tokens: Tensor, pooling: str, grid_size: tuple[int, int]) -> Tensor:
     maps = tokens[:, 1:].reshape(len(tokens), height, width, -1).movedim(-1, 1)
     regions = (min(height, GRID_REGIONS), min(width, GRID_REGIONS))
     return F.adaptive_avg_pool2d(maps.float(), regions).flatten(1)
-
-
-def pixel_features(pixels: np.ndarray) -> np.ndarray:
-    """Raw pixels float32 (n, d) in [0, 1]; larger images are averaged to 64 pixels a side."""
-    images = torch.from_numpy(pixels).float() / 255
-    if pixels.shape[-1] > MAX_PIXEL_SIDE:
-        images = F.adaptive_avg_pool2d(images, MAX_PIXEL_SIDE)
-    features: np.ndarray = images.flatten(1).numpy()
-    return features

@@ -1,4 +1,4 @@
-"""What frozen features know: nearest neighbours, a linear probe, and honest error bars.
+"""What frozen features know: nearest neighbours, a linear probe, RankMe, and honest error bars.
 
 Pure functions of arrays: features float (n, d), labels int (n,). Nothing draws from a global
 generator, so the same features give the same figures.
@@ -14,13 +14,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+Device = str | torch.device
+
 WEIGHT_DECAYS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
 """Tried from strong to weak, each starting from the one before."""
 TRIAL_WEIGHT_DECAY = 0.03
 """With which blocks are compared before the weight decay is chosen for the best of them."""
-CHUNK = 2048
+CHUNK = 2**26
+"""Entries of a matrix of similarities or logits that is held at a time (256 MB)."""
 
 
+@torch.no_grad()
 def knn_predict(
     train_x: Any,
     train_y: Any,
@@ -29,27 +33,20 @@ def knn_predict(
     num_classes: int,
     k: int = 10,
     temperature: float = 0.07,
+    device: Device = "cpu",
 ) -> np.ndarray:
     """Classes (n,) by the k most similar training rows (cosine), each with weight exp(s / t)."""
-    train, test = F.normalize(_features(train_x), dim=1), F.normalize(_features(test_x), dim=1)
-    labels = _labels(train_y)
+    train, test = (F.normalize(_features(x, device), dim=1) for x in (train_x, test_x))
+    labels = _labels(train_y, device)
     k = min(k, len(train))
     found = []
-    for start in range(0, len(test), CHUNK):
-        similarity, neighbour = (test[start : start + CHUNK] @ train.T).topk(k, dim=1)
-        votes = torch.zeros(len(similarity), num_classes)
+    for part in _parts(len(test), len(train)):
+        similarity, neighbour = (test[part] @ train.T).topk(k, dim=1)
+        votes = torch.zeros(len(similarity), num_classes, device=device)
         # Similarities are at most 1: the shift keeps the exponential from overflowing.
         votes.scatter_add_(1, labels[neighbour], torch.exp((similarity - 1) / temperature))
         found.append(votes.argmax(1))
-    return torch.cat(found).numpy() if found else np.zeros(0, np.int64)
-
-
-def knn_accuracy(train_x: Any, train_y: Any, test_x: Any, test_y: Any, k: int = 10) -> float:
-    """Share of test rows that `knn_predict` classifies right."""
-    truth = np.asarray(test_y)
-    num_classes = 1 + int(max(np.asarray(train_y).max(), truth.max()))
-    found = knn_predict(train_x, train_y, test_x, num_classes=num_classes, k=k)
-    return float((found == truth).mean())
+    return torch.cat(found).cpu().numpy() if found else np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,48 +59,67 @@ class LinearProbe:
     mean: Tensor
     scale: Tensor
 
+    @torch.no_grad()
     def predict(self, x: Any) -> np.ndarray:
         """Classes (n,)."""
-        logits = ((_features(x) - self.mean) / self.scale) @ self.weight + self.bias
-        found: np.ndarray = logits.argmax(1).numpy()
-        return found
+        rows = (_features(x, self.weight.device) - self.mean) / self.scale
+        found = [
+            (rows[part] @ self.weight + self.bias).argmax(1)
+            for part in _parts(len(rows), len(self.bias))
+        ]
+        return torch.cat(found).cpu().numpy() if found else np.zeros(0, np.int64)
 
 
+@torch.no_grad()
 def fit_linear(
-    x: Any, y: Any, *, num_classes: int, weight_decay: float, max_iterations: int = 40
+    x: Any,
+    y: Any,
+    *,
+    num_classes: int,
+    weight_decay: float,
+    max_iterations: int = 40,
+    device: Device = "cpu",
 ) -> LinearProbe:
     """Minimises mean cross-entropy + weight_decay / 2 * |W|^2 by L-BFGS, from zero.
 
     With more features than rows the solution lies in the span of the rows, and is searched for
     there.
     """
-    problem = _Problem(_features(x), num_classes=num_classes)
-    rows = problem.rows(_features(x))
+    problem = _Problem(x, num_classes=num_classes, device=device)
     return problem.probe(
-        _solve(rows, _labels(y), problem.start(), weight_decay, max_iterations=max_iterations)
+        _solve(
+            problem.rows,
+            _labels(y, device),
+            problem.start(),
+            weight_decay,
+            max_iterations=max_iterations,
+        )
     )
 
 
 class _Problem:
     # Standardised features, in a basis of their span where that is smaller than the features.
 
-    def __init__(self, features: Tensor, *, num_classes: int) -> None:
+    def __init__(self, x: Any, *, num_classes: int, device: Device) -> None:
         self.num_classes = num_classes
-        self.mean = features.mean(0)
-        scale = features.std(0, correction=0)
+        rows = _features(x, device)
+        self.mean = rows.mean(0)
+        scale = rows.std(0, correction=0)
         # Features that (nearly) never change must not be blown up.
         self.scale = scale.clamp(min=1e-3 * float(scale.max())) + 1e-12
+        # In place: of a million images there is no room for two.
+        self.rows = rows.sub_(self.mean).div_(self.scale)
         self.basis: Tensor | None = None
-        if features.shape[1] > features.shape[0]:
-            self.basis = _span((features - self.mean) / self.scale)
-
-    def rows(self, features: Tensor) -> Tensor:
-        standardised = (features - self.mean) / self.scale
-        return standardised if self.basis is None else standardised @ self.basis
+        if rows.shape[1] > rows.shape[0]:
+            self.basis = _span(self.rows)
+            self.rows = self.rows @ self.basis
 
     def start(self) -> tuple[Tensor, Tensor]:
-        dim = len(self.mean) if self.basis is None else self.basis.shape[1]
-        return torch.zeros(dim, self.num_classes), torch.zeros(self.num_classes)
+        dim, device = self.rows.shape[1], self.rows.device
+        return (
+            torch.zeros(dim, self.num_classes, device=device),
+            torch.zeros(self.num_classes, device=device),
+        )
 
     def probe(self, solution: tuple[Tensor, Tensor]) -> LinearProbe:
         weight, bias = solution
@@ -121,36 +137,41 @@ def _solve(
 ) -> tuple[Tensor, Tensor]:
     # The problem is convex: the start decides about the time only.
     weight, bias = (value.clone().requires_grad_() for value in start)
-    with torch.enable_grad():
-        optimizer = torch.optim.LBFGS(
-            [weight, bias],
-            max_iter=max_iterations,
-            tolerance_grad=1e-5,
-            tolerance_change=1e-7,
-            line_search_fn="strong_wolfe",
-        )
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=max_iterations,
+        tolerance_grad=1e-5,
+        tolerance_change=1e-7,
+        line_search_fn="strong_wolfe",
+    )
 
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(rows @ weight + bias, labels)
-            loss = loss + 0.5 * weight_decay * weight.square().sum()
-            loss.backward()  # type: ignore[no-untyped-call]
-            return loss
+    def closure() -> Tensor:
+        loss, weight.grad, bias.grad = _loss_and_gradient(rows, labels, weight, bias)
+        weight.grad += weight_decay * weight
+        return loss + 0.5 * weight_decay * weight.square().sum()
 
+    with torch.no_grad():
         optimizer.step(closure)  # type: ignore[no-untyped-call]
     return weight.detach(), bias.detach()
 
 
-def linear_accuracy(
-    train_x: Any, train_y: Any, test_x: Any, test_y: Any, weight_decay: float = TRIAL_WEIGHT_DECAY
-) -> float:
-    """Share of test rows that a linear probe of the training rows classifies right."""
-    truth = np.asarray(test_y)
-    num_classes = 1 + int(max(np.asarray(train_y).max(), truth.max()))
-    probe = fit_linear(train_x, train_y, num_classes=num_classes, weight_decay=weight_decay)
-    return float((probe.predict(test_x) == truth).mean())
+def _loss_and_gradient(
+    rows: Tensor, labels: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean cross-entropy and what it gives weight and bias, without logits of all rows at once."""
+    loss, of_weight, of_bias = (torch.zeros_like(x) for x in (bias.sum(), weight, bias))
+    for part in _parts(len(rows), len(bias)):
+        truth = labels[part, None]
+        logits = torch.log_softmax(rows[part] @ weight + bias, dim=1)
+        loss -= logits.gather(1, truth).sum()
+        error = logits.exp_()
+        error.scatter_add_(1, truth, -torch.ones_like(truth, dtype=error.dtype))
+        of_weight.addmm_(rows[part].T, error)
+        of_bias += error.sum(0)
+    return loss / len(rows), of_weight / len(rows), of_bias / len(rows)
 
 
+@torch.no_grad()
 def chosen_linear(
     layers: Sequence[Any],
     y: Any,
@@ -158,6 +179,7 @@ def chosen_linear(
     validation: np.ndarray,
     *,
     num_classes: int,
+    device: Device = "cpu",
 ) -> tuple[LinearProbe, int, float, list[float]]:
     """The linear probe of the best layer with the best weight decay, both by validation rows.
 
@@ -167,39 +189,49 @@ def chosen_linear(
         train: row numbers to fit on.
         validation: row numbers to choose by; the final probe is fitted on both.
         num_classes: number of classes.
+        device: where it is computed; it holds the features of one layer.
 
     Returns:
         probe, position in `layers`, weight decay, validation accuracy of every layer.
     """
-    labels = _labels(y)
-    rows = np.concatenate([train, validation])
-    by_layer, best_problem, best_rows = [], None, None
-    for x in layers:
+    rows, most = np.concatenate([train, validation]), len(train)
+    labels = _labels(np.asarray(y)[rows], device)
+
+    def posed(layer: int) -> _Problem:
         # Mean and scale come from the rows to fit on and to choose by, never from test rows.
-        problem = _Problem(_features(x[rows]), num_classes=num_classes)
-        reduced = problem.rows(_features(x[rows]))
-        fitted, held = reduced[: len(train)], reduced[len(train) :]
-        solution = _solve(fitted, labels[train], problem.start(), TRIAL_WEIGHT_DECAY)
-        by_layer.append(_accuracy(held, labels[validation], solution))
-        if by_layer[-1] == max(by_layer):
-            best_problem, best_rows = problem, reduced
+        return _Problem(layers[layer][rows], num_classes=num_classes, device=device)
+
+    by_layer = []
+    for layer in range(len(layers)):
+        problem = posed(layer)
+        solution = _solve(problem.rows[:most], labels[:most], problem.start(), TRIAL_WEIGHT_DECAY)
+        by_layer.append(_accuracy(problem.rows[most:], labels[most:], solution))
     layer = int(len(by_layer) - 1 - np.argmax(by_layer[::-1]))
-    assert best_problem is not None
-    assert best_rows is not None
-    fitted, held = best_rows[: len(train)], best_rows[len(train) :]
-    best, best_decay, solution = -1.0, TRIAL_WEIGHT_DECAY, best_problem.start()
+    if layer < len(by_layer) - 1:
+        problem = posed(layer)
+    best, best_decay, solution = -1.0, TRIAL_WEIGHT_DECAY, problem.start()
     for decay in WEIGHT_DECAYS:
-        solution = _solve(fitted, labels[train], solution, decay)
-        accuracy = _accuracy(held, labels[validation], solution)
+        solution = _solve(problem.rows[:most], labels[:most], solution, decay)
+        accuracy = _accuracy(problem.rows[most:], labels[most:], solution)
         if accuracy > best:
             best, best_decay = accuracy, decay
-    final = _solve(best_rows, labels[rows], solution, best_decay)
-    return best_problem.probe(final), layer, best_decay, by_layer
+    final = _solve(problem.rows, labels, solution, best_decay)
+    return problem.probe(final), layer, best_decay, by_layer
 
 
 def _accuracy(rows: Tensor, labels: Tensor, solution: tuple[Tensor, Tensor]) -> float:
     weight, bias = solution
     return float(((rows @ weight + bias).argmax(1) == labels).float().mean())
+
+
+def rankme(features: Any, *, device: Device = "cpu") -> float:
+    """Effective number of directions that features (n, d) use, from 1 to d.
+
+    RankMe (arXiv 2210.02885, equation 3): exp of the entropy of the singular values as shares.
+    """
+    values = torch.linalg.svdvals(_features(features, device).double())
+    shares = values / values.sum().clamp(min=1e-300) + 1e-7
+    return float(torch.exp(-(shares * shares.log()).sum()))
 
 
 def grouped_folds(groups: Sequence[str], num_folds: int, *, seed: int) -> np.ndarray:
@@ -248,12 +280,19 @@ def wilson_interval(hits: int, total: int) -> tuple[float, float]:
     return 0.0 if hits == 0 else centre - half, 1.0 if hits == total else centre + half
 
 
-def _features(x: Any) -> Tensor:
-    return torch.as_tensor(x).detach().to("cpu", torch.float32)
+def _features(x: Any, device: Device) -> Tensor:
+    """A copy of one's own."""
+    return torch.as_tensor(np.asarray(x)).to(device, torch.float32, copy=True)
 
 
-def _labels(y: Any) -> Tensor:
-    return torch.as_tensor(y).detach().to("cpu", torch.int64)
+def _parts(count: int, width: int) -> list[slice]:
+    """Rows of a matrix (count, width), not too many at a time."""
+    size = max(1, CHUNK // max(width, 1))
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def _labels(y: Any, device: Device) -> Tensor:
+    return torch.as_tensor(np.asarray(y)).to(device, torch.int64)
 
 
 def _span(rows: Tensor) -> Tensor:

@@ -17,7 +17,10 @@ def record(
         tracking.HIGH: linear.high,
         "knn_accuracy": knn.accuracy,
     }
+    if "attentive" in result.scores[PRETRAINED]:
+        headline["attentive_accuracy"] = result.scores[PRETRAINED]["attentive"].accuracy
     metrics = {"majority_accuracy": result.majority, "num_images": result.num_images}
+    metrics |= {f"rankme/{name}": value for name, value in report["rankme"].items()}
     if result.head is not None:
         metrics["head_accuracy"] = result.head[0]
     for name, probes in result.scores.items():
@@ -63,7 +66,7 @@ def record(
                 f"{TITLES[name]}, {probe}": (result.layers, score.layer_accuracy)
                 for name, probes in result.scores.items()
                 for probe, score in probes.items()
-                if name != PIXELS
+                if name != PIXELS and score.layer_accuracy
             },
             title="Features block by block",
             x_label="block",
@@ -103,16 +106,20 @@ def _band(score: Score) -> tuple[list[float], list[float]]:
 
 def note_of(result: Result) -> str:
     """The table of the description: features, probes, intervals, gains."""
-    lines = ["| features | linear probe | k-NN | block |", "| --- | --- | --- | --- |"]
+    lines = [
+        "| features | linear probe | k-NN | attentive probe | block |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for name, probes in result.scores.items():
         linear, knn = probes["linear"], probes["knn"]
+        attentive = f"{100 * probes['attentive'].accuracy:.1f} %" if "attentive" in probes else "-"
         block = "-" if name == PIXELS else str(max(set(linear.layers), key=linear.layers.count))
         lines.append(
             f"| {TITLES[name]} | {100 * linear.accuracy:.1f} % "
             f"[{100 * linear.low:.1f}, {100 * linear.high:.1f}] | {100 * knn.accuracy:.1f} % | "
-            f"{block} |"
+            f"{attentive} | {block} |"
         )
-    lines.append(f"| most frequent class | {100 * result.majority:.1f} % | | |")
+    lines.append(f"| most frequent class | {100 * result.majority:.1f} % | | | |")
     for name, (gain, low, high) in result.gains.items():
         lines.append(
             f"\nLinear probe against {TITLES[name]}: {100 * gain:+.1f} points, 95 % interval "

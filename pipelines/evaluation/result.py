@@ -6,6 +6,7 @@ from typing import Any, NotRequired
 from typing_extensions import TypedDict
 
 PRETRAINED, RANDOM, PIXELS = "pretrained", "random_init", "pixels"
+HEAD = "head"
 TITLES = {PRETRAINED: "pretrained", RANDOM: "random initialisation", PIXELS: "raw pixels"}
 
 
@@ -45,7 +46,7 @@ class Result:
     """What an evaluation found."""
 
     scores: dict[str, dict[str, Score]]
-    """Features -> probe (linear, knn) -> score."""
+    """Features -> probe (linear, knn, attentive) -> score."""
     gains: dict[str, tuple[float, float, float]]
     """Pretrained minus baseline, linear probe: difference and its paired 95 % interval."""
     head: tuple[float, ...] | None
@@ -71,6 +72,9 @@ class Result:
             text += f" ({', '.join(others)})"
         if self.head is not None:
             text += f", own head {100 * self.head[0]:.1f} %"
+        attentive = self.scores[PRETRAINED].get("attentive")
+        if attentive is not None:
+            text += f", attentive probe {100 * attentive.accuracy:.1f} %"
         text += f", k-NN {100 * knn:.1f} %, most frequent class {100 * self.majority:.1f} %"
         text += f", {self.num_images} images"
         return text + (", was done already" if self.already_done else "")

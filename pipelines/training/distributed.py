@@ -191,7 +191,7 @@ def _shard(network: nn.Module, world: World) -> None:
     for block in [module for module in network.modules() if isinstance(module, Block)]:
         fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh)
-    register_fsdp_forward_method(network, "features")
+    register_fsdp_forward_method(network, "pooled_blocks")
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -16,7 +16,8 @@ from pipelines.tables.token_table import TokenTable
 from pipelines.tracking import Dataset
 from pipelines.training.data import make_order, open_tables
 from pipelines.training.objective import build_objective, flops_per_image, warm_start
-from pipelines.training.probing import probe_rows
+from pipelines.training.fixed_images import held_out_tables
+from pipelines.training.probing import probe_images
 from pipelines.training.weights_run import (
     TrainPlan,
     TrainResult,
@@ -68,7 +69,11 @@ def with_absolute_uris(config: PretrainConfig) -> PretrainConfig:
         output=absolute(config.output),
         tokenizer=absolute(config.tokenizer),
         init=absolute(config.init),
-        probe=dataclasses.replace(config.probe, images=absolute(config.probe.images)),
+        probe=dataclasses.replace(
+            config.probe,
+            images=absolute(config.probe.images),
+            tokens=[absolute(uri) for uri in config.probe.tokens],
+        ),
     )
 
 
@@ -82,7 +87,7 @@ def plan_run(config: PretrainConfig) -> tuple[TrainingTables, PretrainPlan]:
     plan = make_plan(config, tables)
     check_workers(config)
     check_tokenizer(config, tables)
-    check_probe(config)
+    check_probe(config, tables)
     return tables, plan
 
 
@@ -156,25 +161,20 @@ def check_tokenizer(config: PretrainConfig, data: TrainingTables) -> None:
         )
 
 
-def check_probe(config: PretrainConfig) -> None:
+def check_probe(config: PretrainConfig, data: TrainingTables) -> None:
     """The probe must not fail days later.
 
     Raises:
         InputError: no such table or block, no labels, or too few groups to hold some out.
     """
-    if not config.probe.images:
-        return
-    if config.probe.layer is not None and config.probe.layer > config.model.depth:
+    if max(config.probe.layers, default=1) > config.model.depth:
         raise InputError(
-            f"probe.layer = {config.probe.layer}: the network has {config.model.depth} blocks"
+            f"probe.layers = {config.probe.layers}: the network has {config.model.depth} blocks"
         )
-    _, rows, _, held_out = probe_rows(config.probe.images, config.probe.max_images)
-    if not len(rows) or held_out.all() or not held_out.any():
-        raise InputError(
-            f"probe.images = {config.probe.images!r}: {len(rows)} labelled images, "
-            f"{int(held_out.sum())} of them held out; give a labelled table with more groups, or "
-            "leave it empty"
-        )
+    if config.probe.images and config.probe.every_steps:
+        probe_images(config)
+    if config.probe.tokens:
+        held_out_tables(config, data)
 
 
 def input_datasets(config: PretrainConfig, data: TrainingTables) -> list[Dataset]:

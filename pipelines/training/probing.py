@@ -1,167 +1,196 @@
-"""Looks at a model in training: probes of its features, and pictures of its predictions.
+"""Probes of a model in training, by the protocol of `evaluate`, in a bounded share of the time.
 
 All workers take part, since the model may be sharded. Nothing here touches the order of samples,
 the weights, or any generator that training draws from.
 """
 
-import functools
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping
+from time import monotonic
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from beit.objectives import Objective
-from pipelines import pictures
 from pipelines.config.pretrain import PretrainConfig
-from pipelines.evaluation import probes
-from pipelines.painting import Painter, open_painter
-from pipelines.reading.pixels import central, read_pixels
+from pipelines.errors import InputError
+from pipelines.evaluation.features import block_reader, on_disk, read_features
+from pipelines.evaluation.labelled_images import LabelledImages, read_labelled, unlabelled
+from pipelines.evaluation.probes import rankme
+from pipelines.evaluation.protocol import PROBES, candidate_layers, probe, score, splits_of
+from pipelines.evaluation.result import Score
 from pipelines.tables.image_table import ImageTable
-from pipelines.training.data import StepBatch, WorkerData
+from pipelines.training.data import WorkerData
 from pipelines.training.distributed import World
+from pipelines.training.fixed_images import FixedImages
 from pipelines.training.log import TrainLog
 
-HELD_OUT = 0.2
-PROBE_BATCH = 64
-PICTURES = 8
+BATCH = 64
 
 
-def run_probe(
-    config: PretrainConfig,
-    objective: Objective,
-    data: WorkerData,
-    world: World,
-    log: TrainLog,
-    step: int,
-) -> None:
-    """kNN and linear accuracy of mean patch features on a labelled table, recorded as an event.
+class Prober:
+    """Probes of one start of a run: the same on all workers, who all call its methods.
 
-    A fifth of the table's leak groups, always the same, is held out.
+    `first_step`: steps that were done before.
     """
-    start = time.monotonic()
-    table, rows, labels, held_out = probe_rows(config.probe.images, config.probe.max_images)
-    # Each worker takes neighbouring rows, so that none reads the whole table. All make the same
-    # number of passes, for a sharded model waits for everyone: the last row fills up, and what it
-    # filled is cut off after gathering.
-    share = -(-len(rows) // world.size)
-    mine = rows[np.minimum(world.rank * share + np.arange(share), len(rows) - 1)]
-    layer = config.probe.layer or max(1, round(config.model.depth * 0.75))
-    batches = read_pixels(
-        table,
-        mine,
-        central(),
-        config.model.image_size,
-        batch_size=PROBE_BATCH,
-        num_threads=data.num_threads,
-    )
-    chunks = []
-    objective.eval()
-    with torch.no_grad():
-        for batch in batches:
-            pixels = torch.from_numpy(batch).to(world.device, memory_format=torch.channels_last)
-            tokens = objective.features(data.normalise(pixels), layer=layer)
-            chunks.append(tokens[:, 1:].float().mean(dim=1))
-    objective.train()
-    gathered = torch.cat(world.gather(torch.cat(chunks)))[: len(rows)]
-    if log.active:
-        x = gathered.cpu().numpy()
-        train, test = ~held_out, held_out
-        knn = probes.knn_accuracy(x[train], labels[train], x[test], labels[test])
-        linear = probes.linear_accuracy(x[train], labels[train], x[test], labels[test])
-        seconds = time.monotonic() - start
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        data: WorkerData,
+        world: World,
+        fixed: FixedImages,
+        *,
+        first_step: int,
+    ) -> None:
+        self.first_step = first_step
+        self.config, self.data, self.world, self.fixed = config, data, world, fixed
+        self.began = monotonic()
+        self.spent = 0.0
+        self.cost: float | None = None  # of the last probe, in seconds
+        self.images: LabelledImages | None = None
+        self.pixels: np.ndarray | None = None
+
+    def affordable(self, step: int) -> bool:
+        """Whether one more keeps probes within their share of the time since the start.
+
+        What the first will cost nobody knows: it is taken for the training of as many images,
+        three times the computation of their features.
+        """
+        elapsed = monotonic() - self.began
+        cost = self.cost
+        if cost is None:
+            rate = (step - self.first_step) * self.config.data.global_batch_size / elapsed
+            cost = self.config.probe.max_images / rate if rate > 0 else float("inf")
+            cost = min(cost, self.data.tables.num_rows / rate) if rate > 0 else cost
+        share = self.config.probe.max_share
+        return bool(self.world.broadcast(share >= 1 or self.spent + cost <= share * elapsed))
+
+    def run(self, objective: Objective, log: TrainLog, step: int) -> None:
+        """A probe, if it is affordable: figures as an event."""
+        if not self.affordable(step):
+            return
+        start = monotonic()
+        objective.eval()
+        figures: dict[str, float] = self.fixed.loss(objective)
+        images = self._images()
+        layers = candidate_layers(self.config.probe, self.config.model.depth)
+        features = self._features(objective, images, layers)
+        objective.train()
+        scores: dict[str, Score] = {}
+        if log.active:
+            figures["probe/rankme"] = rankme(features[-1], device=self.world.device)
+            scores = self._scores(features, images, layers)
+            for kind, found in scores.items():
+                name = f"probe/{kind}_accuracy"
+                figures |= {
+                    name: found.accuracy,
+                    f"{name}_low": found.low,
+                    f"{name}_high": found.high,
+                }
+        self.world.barrier()
+        self.cost = monotonic() - start
+        self.spent += self.cost
         log.event(
             "probe",
             step=step,
-            figures={"probe/knn_accuracy": knn, "probe/linear_accuracy": linear},
-            knn_accuracy=knn,
-            linear_accuracy=linear,
-            layer=layer,
-            images=len(rows),
-            seconds=seconds,
-            message=f"step {step}: kNN {knn:.3f}, linear {linear:.3f} on {int(test.sum())} "
-            f"held-out images, from {int(train.sum())} others (block {layer}, {seconds:.0f} s)",
+            figures=figures,
+            images=len(images),
+            seconds=self.cost,
+            share_of_time=self.spent / (monotonic() - self.began),
+            message=self._message(step, figures, scores, len(images)),
+            **{f"{kind}_accuracy": found.accuracy for kind, found in scores.items()},
         )
-    world.barrier()
 
+    def _images(self) -> LabelledImages:
+        if self.images is None:
+            self.images = probe_images(self.config)
+        return self.images
 
-@functools.lru_cache(maxsize=2)
-def probe_rows(
-    uri: str, max_images: int
-) -> tuple[ImageTable, NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
-    """Table, row numbers, labels, and which rows are held out."""
-    table = ImageTable.open(uri)
-    labels = table.labels()
-    rows = np.flatnonzero(labels >= 0)
-    if len(rows) > max_images:
-        rows = rows[np.linspace(0, len(rows) - 1, max_images).astype(np.int64)]
-    return table, rows, labels[rows].astype(np.int64), table.held_out(HELD_OUT)[rows]
+    def _features(
+        self, objective: Objective, images: LabelledImages, layers: list[int]
+    ) -> np.ndarray:
+        """Features (L, n, d) of all images on worker 0; of nobody's use on the others.
 
-
-def log_pictures(
-    config: PretrainConfig,
-    objective: Objective,
-    data: WorkerData,
-    batch: StepBatch,
-    world: World,
-    log: TrainLog,
-    step: int,
-) -> None:
-    """What is predicted of a few images of the current batch, beside what is true, to MLflow.
-
-    Tokens are shown by the decoder of the tokenizer or the patches nearest to its codes; without
-    either, as maps of colours. An objective that predicts no tokens paints pixels.
-    """
-    host = batch.host
-    pixels, mask = host.pixels[:PICTURES], host.mask[:PICTURES]
-    objective.eval()
-    with torch.no_grad():
-        normalised = data.normalise(pixels.to(world.device))
-        guesses = objective.predict(normalised, mask.to(world.device))
-    objective.train()
-    if not log.active:
-        return
-    if host.token_ids is None:
-        painted = data.denormalise(guesses).cpu()
-        sheet = pictures.painted_grid(pixels, mask, painted, patch_size=config.model.patch_size)
-        log.picture("painted", sheet, step)
-        return
-    guesses, true = guesses.cpu(), host.token_ids[:PICTURES]
-    predicted = torch.where(mask, guesses, true)
-    hits = ((guesses == true) & mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
-    painter = _painter(config.tokenizer) if config.tokenizer else None
-    if painter is None:
-        log.picture(
-            "masked_input",
-            pictures.masked_input_grid(pixels, mask, patch_size=config.model.patch_size),
-            step,
+        Each worker takes neighbouring rows, so that none reads the whole table. All make the same
+        number of passes, for a sharded model waits for everyone: the last row fills up, and what
+        it filled is cut off after gathering.
+        """
+        share = -(-len(images) // self.world.size)
+        mine = np.minimum(self.world.rank * share + np.arange(share), len(images) - 1)
+        if self.pixels is None:
+            self.pixels = self._read(images, mine)
+        data = self.config.data
+        reader = block_reader(
+            objective.network,
+            layers=layers,
+            pooling=self.config.probe.pooling,
+            mean=data.mean,
+            std=data.std,
         )
-        for name, token_ids in (("true", true), ("predicted", predicted)):
-            sheet = pictures.token_map(
-                token_ids, grid_size=config.model.grid_size, images=pixels, title=f"Tokens, {name}"
+        batches = (self.pixels[at : at + BATCH] for at in range(0, share, BATCH))
+        device = self.world.device
+        own = read_features({"own": reader}, batches, share, device=device)["own"]
+        gathered = [
+            torch.cat(self.world.gather(torch.from_numpy(block).to(device)))[: len(images)].cpu()
+            for block in own
+        ]
+        return torch.stack(gathered).numpy() if self.world.rank == 0 else own
+
+    def _read(self, images: LabelledImages, mine: np.ndarray) -> np.ndarray:
+        """Their pixels, kept in a file without a name: a table is read once a run."""
+        size, done = self.config.model.image_size, 0
+        pixels = on_disk((len(mine), 3, size, size), np.uint8)
+        for batch in images.pixels(
+            size,
+            positions=mine,
+            crop_fraction=self.config.probe.crop_fraction,
+            batch_size=BATCH,
+            num_threads=self.data.num_threads,
+        ):
+            pixels[done : done + len(batch)] = batch
+            done += len(batch)
+        return pixels
+
+    def _scores(
+        self, features: np.ndarray, images: LabelledImages, layers: list[int]
+    ) -> dict[str, Score]:
+        if not images.class_names:
+            return {}
+        protocol = self.config.probe
+        found: dict[str, Score] = {}
+        splits = splits_of(protocol, images.groups)
+        for kind in PROBES:
+            predicted = probe(
+                kind, protocol, features, images.labels, splits, device=self.world.device
             )
-            log.picture(f"tokens_{name}", sheet, step)
-        return
-    log.picture(
-        "reconstruction",
-        pictures.reconstruction_grid(
-            pixels,
-            mask,
-            painter.paint(true),
-            painter.paint(predicted),
-            patch_size=config.model.patch_size,
-            accuracy=_floats(hits),
-        ),
-        step,
-    )
+            found[kind], _ = score(
+                predicted, images.labels, images.groups, splits, layers=layers, seed=protocol.seed
+            )
+        return found
+
+    def _message(
+        self, step: int, figures: Mapping[str, float], scores: Mapping[str, Any], images: int
+    ) -> str:
+        said = [
+            f"{kind} {100 * s.accuracy:.1f} % [{100 * s.low:.1f}, {100 * s.high:.1f}]"
+            for kind, s in scores.items()
+        ]
+        said += [f"{name} {value:.3f}" for name, value in figures.items() if "accuracy" not in name]
+        return f"step {step}: {', '.join(said)} on {images} images ({self.cost:.0f} s)"
 
 
-@functools.lru_cache(maxsize=1)
-def _painter(uri: str) -> Painter | None:
-    return open_painter(uri)
+def probe_images(config: PretrainConfig) -> LabelledImages:
+    """The images to probe with.
 
-
-def _floats(values: Tensor) -> Sequence[float]:
-    return [float(value) for value in values]
+    Raises:
+        InputError: those that are named have no labels, or too few.
+    """
+    if config.probe.images:
+        return read_labelled(config.probe.images, config.probe, field="probe.images")
+    try:
+        if ImageTable.open(config.images).class_names:
+            return read_labelled(config.images, config.probe)
+    except InputError:
+        pass  # labels that do not do, of a table that was not named for them
+    return unlabelled(config.images, config.probe)

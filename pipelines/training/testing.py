@@ -13,7 +13,7 @@ from torch import nn
 
 from pipelines.config.finetune import FinetuneConfig
 from pipelines.errors import InputError
-from pipelines.evaluation.features import comparable
+from pipelines.evaluation.labelled_images import comparable
 from pipelines.evaluation.probes import wilson_interval
 from pipelines.reading.pixels import central, read_pixels
 from pipelines.tables.image_table import ImageTable

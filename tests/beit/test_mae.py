@@ -235,7 +235,7 @@ def test_what_is_exported_is_the_encoder():
     exported = objective.export(objective.network.state_dict())
     assert type(exported) is BeitMIM
     pixels = batch()[0]
-    tokens = objective.features(pixels, layer=2)
+    tokens = objective.network.features(pixels, layer=2)
     assert torch.equal(exported.features(pixels, layer=2), tokens)
     assert exported.features(pixels).shape == (3, 17, 64)
     again = MaeNetwork(**objective.network.config())

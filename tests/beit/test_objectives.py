@@ -121,7 +121,7 @@ class TestBeitV2:
         assert type(exported) is BeitMIM
         main, _ = objective.network(pixels, mask)
         assert torch.equal(exported(pixels, mask), main)
-        tokens = objective.features(pixels, layer=3)
+        tokens = objective.network.features(pixels, layer=3)
         assert torch.equal(exported.features(pixels, layer=3), tokens)
 
     def test_flops_match_what_is_executed(self):

@@ -19,26 +19,27 @@ from pipelines import evaluate, storage
 from pipelines.config.evaluate import EvaluateConfig
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError
+from pipelines.evaluation import attentive, probes
+from pipelines.evaluation.attentive import AttentiveProbe, attentive_predict
 from pipelines.evaluation.features import (
-    LabelledImages,
-    block_features,
-    joined,
+    block_reader,
     open_weights,
-    pixel_features,
+    pixel_reader,
     pooled,
-    weights_fingerprint,
+    read_features,
 )
+from pipelines.evaluation.labelled_images import LabelledImages, joined
 from pipelines.evaluation.probes import (
     accuracy_interval,
     chosen_linear,
     fit_linear,
     grouped_folds,
-    knn_accuracy,
     knn_predict,
-    linear_accuracy,
+    rankme,
 )
 from pipelines.tables.image_files import ImageRow, write_part
 from pipelines.tables.image_table import commit_manifest
+from pipelines.tables.weights_store import weights_fingerprint
 from pipelines.tracking.lineage import lineage
 
 OFF = TrackingConfig(enabled=False)
@@ -80,12 +81,28 @@ def test_knn_equals_scikit_learn():
     )
 
 
-def test_small_accuracies_for_probes_during_training():
-    x, y = blobs(200, 8, spread=0.1)
-    test, truth = blobs(100, 8, seed=1, spread=0.1)
-    assert knn_accuracy(x, y, test, truth, k=5) == 1.0
-    assert linear_accuracy(torch.from_numpy(x), torch.from_numpy(y), test, truth) == 1.0
-    assert knn_accuracy(x[:3], y[:3], test, truth, k=50) <= 1.0  # fewer rows than neighbours
+def test_probes_are_the_same_in_any_number_of_parts(monkeypatch):
+    """What bounds memory at a million images decides nothing."""
+    x, y = blobs(200, 8, spread=2.0)
+    test, _ = blobs(100, 8, seed=1, spread=2.0)
+
+    def found():
+        linear = fit_linear(x, y, num_classes=3, weight_decay=0.1, max_iterations=200)
+        return np.stack([knn_predict(x, y, test, num_classes=3, k=500), linear.predict(test)])
+
+    whole = found()
+    monkeypatch.setattr(probes, "CHUNK", 600)
+    assert np.array_equal(found(), whole)
+
+
+def test_rankme_is_its_formula():
+    """arXiv 2210.02885, equations 2 and 3, with numpy."""
+    x = np.random.default_rng(0).normal(size=(300, 6)) * [9, 5, 3, 1, 0, 0] + 2
+    values = np.linalg.svd(x, compute_uv=False)
+    shares = values / np.abs(values).sum() + 1e-7
+    assert rankme(x) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-5)
+    assert rankme(np.eye(5)) == pytest.approx(5, rel=1e-5)
+    assert rankme(np.ones((9, 5))) == pytest.approx(1, rel=1e-3)
 
 
 def test_the_informative_layer_is_chosen_and_constant_features_do_no_harm():
@@ -130,6 +147,48 @@ def test_the_interval_covers_the_truth_for_near_duplicates():
     assert covered / 400 > 0.88
 
 
+def test_the_attentive_probe_finds_the_patch_that_tells_and_is_deterministic(monkeypatch):
+    """One patch of 16 is marked, and its class stands in it: their mean drowns it in the others."""
+    monkeypatch.setattr(attentive, "LEARNING_RATES", (1e-2,))
+    generator = np.random.default_rng(0)
+    patches = generator.normal(size=(400, 16, 8)).astype("f2")
+    labels, told = generator.integers(0, 3, 400), generator.integers(0, 16, 400)
+    patches[np.arange(400), told, 3] += 8
+    patches[np.arange(400), told, labels] += 4
+    rows = np.split(np.arange(400), [200, 260])
+    options = {"num_heads": 2, "num_classes": 3, "seed": 0}
+    found = attentive_predict(patches, labels, *rows, **options)
+    mean = patches.mean(1, dtype="f4")
+    linear, *_ = chosen_linear([mean], labels, *rows[:2], num_classes=3)
+    right = labels[rows[2]]
+    assert (found == right).mean() > 0.85 > 0.7 > (linear.predict(mean[rows[2]]) == right).mean()
+    assert np.array_equal(found, attentive_predict(patches, labels, *rows, **options))
+
+
+def test_the_attentive_probe_is_attention_with_a_learned_query():
+    """Query and projection of keys in one vector: what torch's own attention gives."""
+    generator = torch.Generator().manual_seed(0)
+    probe = AttentiveProbe(
+        torch.zeros(8), torch.ones(8), num_heads=2, num_classes=3, generator=generator
+    )
+    torch.nn.init.normal_(probe.head, generator=generator)
+    x, keys = torch.randn(5, 7, 8), torch.randn(8, 8)
+    query = torch.randn(8)
+    with torch.no_grad():
+        for head in range(2):
+            part = slice(4 * head, 4 * head + 4)
+            probe.queries[:, head] = keys[part].T @ query[part] / 4**0.5
+    values = torch.cat(list(probe.values), dim=1)
+
+    def heads(y):
+        return y.unflatten(-1, (2, 4)).transpose(-3, -2)
+
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        heads(query.expand(5, 1, 8)), heads(x @ keys.T), heads(x @ values)
+    )
+    torch.testing.assert_close(probe(x), expected.transpose(1, 2).flatten(1) @ probe.head)
+
+
 # Features
 
 
@@ -150,9 +209,9 @@ def test_block_features_are_those_of_the_network():
     normalised = torch.from_numpy(pixels).float() / 255 - torch.tensor(MEAN).view(3, 1, 1)
     normalised = normalised / torch.tensor(STD).view(3, 1, 1)
     for pooling in ("mean", "cls", "grid"):
-        found = block_features(
-            model, pixels, layers=[3, 1], mean=MEAN, std=STD, pooling=pooling, batch_size=2
-        )
+        reader = block_reader(model, layers=[3, 1], pooling=pooling, mean=MEAN, std=STD)
+        batches = (pixels[at : at + 2] for at in (0, 2, 4))
+        found = read_features({"own": reader}, batches, 5)["own"]
         for layer, features in zip([3, 1], found, strict=True):
             with torch.no_grad():
                 expected = pooled(model.features(normalised, layer=layer), pooling, (4, 4))
@@ -169,10 +228,11 @@ def test_pooling_keeps_what_it_says():
 
 def test_large_pixels_are_shrunk():
     images = np.random.default_rng(0).integers(0, 256, (2, 3, 128, 128), dtype=np.uint8)
-    features = pixel_features(images)
+    [features] = pixel_reader(2)(torch.from_numpy(images))
     assert features.shape == (2, 3 * 64 * 64)
+    assert pixel_reader(10**6)(torch.from_numpy(images))[0].shape == (2, 3 * 16 * 16)
     mean = images.reshape(2, 3, 64, 2, 64, 2).mean((3, 5)).reshape(2, -1)
-    np.testing.assert_allclose(features * 255, mean, atol=1e-3)
+    np.testing.assert_allclose(features.numpy() * 255, mean, atol=1e-3)
 
 
 # The stage
@@ -228,20 +288,20 @@ def trained_run(tmp_path_factory):
 def test_the_stage_reports_files_and_tracks(shapes, trained_run, tmp_path, mlflow_uri):
     tracking = TrackingConfig(uri=mlflow_uri)
     config = EvaluateConfig(
-        run=trained_run, images=shapes, output=str(tmp_path / "out"), num_folds=3, knn_k=5,
+        run=trained_run, images=shapes, output=str(tmp_path / "out"), num_folds=2, knn_k=5,
         tracking=tracking,
     )  # fmt: skip
     result = evaluate.run(config)
     assert result.num_images == 135
     assert result.class_names == ["red", "green", "blue"]  # classes without an image are left out
     assert result.scores["pixels"]["linear"].accuracy > 0.8
-    for probes in result.scores.values():
-        for score in probes.values():
+    for by_probe in result.scores.values():
+        for score in by_probe.values():
             assert score.low <= score.accuracy <= score.high
     assert 0.3 < result.majority < 0.4
     assert set(result.gains) == {"random_init", "pixels"}
     gain, low, high = result.gains["pixels"]
-    linear = {name: probes["linear"].accuracy for name, probes in result.scores.items()}
+    linear = {name: found["linear"].accuracy for name, found in result.scores.items()}
     assert gain == pytest.approx(linear["pretrained"] - linear["pixels"])
     assert low <= gain <= high
     assert f"linear probe {100 * linear['pretrained']:.1f} %" in result.summary()
@@ -280,13 +340,20 @@ def test_near_duplicates_cannot_answer_for_each_other(tmp_path, trained_run):
         data, label = picture(generator, 0), int(generator.integers(0, 2))
         rows.extend((data, label, f"group-{group}") for _ in range(6))
     table = write_table(tmp_path / "table", rows)
-    options = {"run": trained_run, "images": table, "layers": [2], "tracking": OFF, "knn_k": 1}
+    options = {
+        "run": trained_run,
+        "images": table,
+        "layers": [2],
+        "tracking": OFF,
+        "knn_k": 1,
+        "attentive": False,
+    }
     whole = evaluate.run(
         EvaluateConfig(**options, one_per_group=False, output=str(tmp_path / "whole"))
     )
     assert whole.num_images == 360
-    for probes in whole.scores.values():
-        assert all(score.accuracy < 0.75 for score in probes.values())
+    for by_probe in whole.scores.values():
+        assert all(score.accuracy < 0.75 for score in by_probe.values())
     single = evaluate.run(EvaluateConfig(**options, output=str(tmp_path / "single")))
     assert single.num_images == 60
 
@@ -316,7 +383,7 @@ def test_a_test_table_is_tested_as_a_whole(shapes, trained_run, tmp_path):
 def labelled(names, labels, *, known=None):
     """Labelled images without pixels to speak of, as read from a table."""
     return LabelledImages(
-        pixels=np.zeros((len(labels), 3, 1, 1), np.uint8), labels=np.array(labels),
+        sources=(), labels=np.array(labels),
         groups=[f"{name}" for name in labels], class_names=names, known=known or names,
         fingerprint="f", uri="table",
     )  # fmt: skip
@@ -359,7 +426,7 @@ def test_a_class_that_a_sample_lost_is_missed_and_not_mistaken(trained_run, tmp_
              for number, label in [(0, 2), (1, 1), (0, 2), (1, 1)]]  # fmt: skip
     test = write_table(tmp_path / "test", other, class_names=("blue", "green"))
     options = {"run": trained_run, "images": images, "test_images": test, "layers": [1],
-               "tracking": OFF, "max_images": 10}  # fmt: skip
+               "tracking": OFF, "max_images": 10, "attentive": False}  # fmt: skip
     result = evaluate.run(EvaluateConfig(**options, output=str(tmp_path / "out")))
     assert result.class_names == ["red", "green", "blue"]
     score = result.scores["pixels"]["linear"]
@@ -371,7 +438,7 @@ def test_a_class_that_a_sample_lost_is_missed_and_not_mistaken(trained_run, tmp_
 def test_other_options_are_another_evaluation(shapes, trained_run, tmp_path):
     options = {
         "run": trained_run, "images": shapes, "output": str(tmp_path), "baselines": False,
-        "num_folds": 2, "tracking": OFF,
+        "num_folds": 2, "attentive": False, "tracking": OFF,
     }  # fmt: skip
     evaluate.run(EvaluateConfig(**options))
     assert evaluate.run(EvaluateConfig(**options, batch_size=7)).already_done

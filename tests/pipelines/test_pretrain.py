@@ -1,6 +1,7 @@
 """The training loop without Ray: what a step does, what health and books say, what is refused."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 import time
@@ -11,15 +12,21 @@ import pytest
 import torch
 
 from beit.weights import load_weights, read_weights_config
-from pipelines import pretrain, storage
+from pipelines import evaluate, pretrain, storage
 from pipelines.config.checks import changed_fields, to_dict
+from pipelines.config.evaluate import EvaluateConfig
 from pipelines.config.pretrain import MAY_CHANGE, PretrainConfig
+from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError, StageFailed
 from pipelines.reading import ingest
 from pipelines.records import read_values, write_record
+from pipelines.tables import image_table
 from pipelines.tracking.spool import LinesFile
-from pipelines.training import checkpoint, pretraining
+from pipelines.training import checkpoint, pretraining, probing
 from pipelines.training import data as train_data
+from pipelines.training.distributed import join_world
+from pipelines.training.fixed_images import FixedImages
+from pipelines.training.objective import build_objective
 from pipelines.training.run_dir import ReportRecord, RunDir, Skips
 from pipelines.training.step_metrics import sample_hash
 from tests.chaos.world import make_tokenizer
@@ -234,8 +241,10 @@ class TestRefusals:
         unlabelled = write_images(str(tmp_path / "images"), 8, labelled=False)
         for probe, message in (
             ({"images": str(tmp_path / "typo")}, "typo"),
-            ({"images": unlabelled.uri}, "0 labelled images"),
-            ({"images": tables[0], "layer": 3}, "probe.layer = 3: the network has 2 blocks"),
+            ({"images": unlabelled.uri}, "labelled images of 0 classes"),
+            ({"layers": [3]}, r"probe.layers = \[3\]: the network has 2 blocks"),
+            ({"images": tables[0], "num_folds": 99}, "num_folds = 99 needs as many"),
+            ({"tokens": [tables[1]]}, "name probe.images"),
         ):
             with pytest.raises(InputError, match=message):
                 pretrain.run(small_config(tables, tmp_path / "run", probe=probe))
@@ -457,20 +466,42 @@ class TestAwayStore:
 
 
 class TestProbes:
-    def test_they_report_and_do_not_disturb(self, finished, tables, tmp_path):
-        result = pretrain.run(
-            small_config(tables, tmp_path / "run", probe={"images": tables[0], "every_steps": 5})
-        )
+    def test_they_give_the_figures_of_evaluate_and_do_not_disturb(self, finished, tables, tmp_path):
+        protocol = {"num_folds": 2, "pooling": "cls", "knn_k": 40}
+        probe = {"every_steps": 5, "max_share": 1, "images": tables[0], **protocol}
+        result = pretrain.run(small_config(tables, tmp_path / "run", probe=probe))
         told = [event for event in events_of(result.run_uri) if event["event"] == "probe"]
         assert [event["step"] for event in told] == [5, 10, 12]
-        assert all(0 <= event["knn_accuracy"] <= 1 for event in told)
         assert weight_bytes(result.run_uri) == weight_bytes(finished[1].run_uri)
         assert per_step(result.run_uri) == per_step(finished[1].run_uri)
         assert result.report["goodput"]["seconds"]["evaluation"] > 0
+        judged = evaluate.run(
+            EvaluateConfig(
+                run=result.run_uri, images=tables[0], baselines=False, attentive=False,
+                tracking=TrackingConfig(enabled=False), **protocol,
+            )
+        )  # fmt: skip
+        figures = told[-1]["figures"]
+        for kind, score in judged.scores["pretrained"].items():
+            name = f"probe/{kind}_accuracy"
+            assert figures[name] == told[-1][f"{kind}_accuracy"] == score.accuracy
+            assert (figures[f"{name}_low"], figures[f"{name}_high"]) == (score.low, score.high)
+        report = storage.read_json(f"{result.run_uri}/evaluation/evaluation.json")
+        assert figures["probe/rankme"] == pytest.approx(report["rankme"]["pretrained"])
 
-    def test_they_read_each_row_group_once(self, tables, tmp_path, monkeypatch):
-        from pipelines.tables import image_table
+    def test_they_keep_to_their_share_of_the_time(self, tables, tmp_path, monkeypatch):
+        clock = itertools.count()  # each look at the clock a second later
+        monkeypatch.setattr(probing, "monotonic", lambda: float(next(clock)))
+        probe = {"every_steps": 1, "max_share": 0.7, "num_folds": 2}
+        result = pretrain.run(small_config(tables, tmp_path / "run", probe=probe))
+        told = [event for event in events_of(result.run_uri) if event["event"] == "probe"]
+        assert [event["step"] for event in told] == [9, 10, 11, 12]
+        assert all(0 < event["share_of_time"] <= 0.7 for event in told)
+        monkeypatch.undo()
+        result = pretrain.run(small_config(tables, tmp_path / "short"))
+        assert not events_of(result.run_uri), "two seconds are too short for one"
 
+    def test_their_images_are_read_once(self, tables, tmp_path, monkeypatch):
         labelled = str(tmp_path / "labelled")
         shutil.copytree(tables[0], labelled)
         reads, real = [], image_table.read_row_groups
@@ -481,12 +512,36 @@ class TestProbes:
             return real(uri, part, indices, columns)
 
         monkeypatch.setattr(image_table, "read_row_groups", read)
-        pretrain.run(
-            small_config(tables, tmp_path / "run", probe={"images": labelled, "every_steps": 6})
-        )
+        probe = {"images": labelled, "every_steps": 6, "max_share": 1, "num_folds": 2}
+        result = pretrain.run(small_config(tables, tmp_path / "run", probe=probe))
+        assert len([e for e in events_of(result.run_uri) if e["event"] == "probe"]) == 2
         groups = image_table.ImageTable.open(labelled).row_groups
         assert len(groups) < image_table.ImageTable.open(labelled).num_rows / 4
-        assert len(reads) == 2 * len(set(reads)) == 2 * len(groups)
+        assert len(reads) == len(set(reads)) == len(groups)
+
+    def test_the_fixed_loss_is_of_the_same_images_and_masks_in_every_run(self, tables, tmp_path):
+        """Whatever the seed, and with other images where they are given with their tokens."""
+        seen = {}
+        for name, options in {
+            "one": {}, "other": {"seed": 7},
+            "held out": {"probe": {"images": tables[0], "tokens": [tables[1]]}},
+        }.items():  # fmt: skip
+            config = small_config(tables, tmp_path / name, **options)
+            world = join_world(use_gpu=False, in_ray=False)
+            data = train_data.WorkerData(config, world)
+            fixed = FixedImages(config, data, world)
+            objective = build_objective(small_config(tables, tmp_path), data.tables.vocab_size)
+            seen[name] = fixed.batch, fixed.loss(objective.eval())
+        (pixels, mask, ids), losses = seen["one"]
+        assert set(losses) == {"fixed/loss", "fixed/mim_accuracy"}
+        with torch.no_grad():
+            logits = objective.network(data.normalise(pixels), mask)
+        expected = torch.nn.functional.cross_entropy(logits, ids[mask])
+        assert losses["fixed/loss"] == pytest.approx(float(expected), rel=1e-5)
+        for name in ("other", "held out"):
+            assert all(map(torch.equal, seen[name][0], seen["one"][0]))
+        assert seen["other"][1] == losses
+        assert seen["held out"][1]["held_out/loss"] == losses["fixed/loss"]
 
 
 class TestTracking:

@@ -175,7 +175,7 @@ def loss_of(objective):
 
 def test_a_probe_does_not_disturb(finished, tables, tmp_path):
     kind, whole = finished
-    probe = {"images": tables[0], "every_steps": 6}
+    probe = {"every_steps": 6, "max_share": 1, "num_folds": 2}
     result = pretrain.run(config_for(kind, tables, tmp_path / "run", probe=probe))
     assert [event["step"] for event in events_of(result.run_uri)] == [6, 12]
     assert weight_bytes(result.run_uri) == weight_bytes(whole.run_uri)
