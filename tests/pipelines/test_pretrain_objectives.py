@@ -25,10 +25,10 @@ from pipelines.reading import ingest
 from pipelines.training.checkpoint import load_newest
 from pipelines.training.data import WorkerData, open_tables
 from pipelines.training.distributed import World
+from pipelines.training.fixed_images import FixedImages
 from pipelines.training.log import TrainLog
 from pipelines.training.objective import build_objective
 from pipelines.training.pretraining import input_datasets, make_plan
-from pipelines.training.probing import log_pictures
 from pipelines.training.run_dir import RunDir
 from tests.pipelines.pretrain_fixtures import (
     Killed,
@@ -232,8 +232,9 @@ class TestMae:
     def test_its_pictures_are_painted(self, tables, tmp_path):
         config, world = config_for("mae", tables, tmp_path), World(0, 1, torch.device("cpu"))
         data, log = WorkerData(config, world), Log()
-        batch = next(data.batches([(0, 1)]))
-        log_pictures(config, build_objective(config, None), data, batch, world, log, 4)
+        fixed = FixedImages(config, data, world)
+        assert set(fixed.loss(build_objective(config, None))) == {"fixed/loss"}
+        fixed.log_pictures(build_objective(config, None), log, 4)
         data.close()
         assert list(log.pictures) == ["painted"]
 
