@@ -9,12 +9,13 @@ chosen is chosen on rows that no test counts.
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from beit.convert import Network
 from pipelines import lease, storage, tracking
@@ -22,6 +23,7 @@ from pipelines.config.checks import changed_fields
 from pipelines.config.evaluate import MAY_CHANGE, EvaluateConfig
 from pipelines.errors import InputError
 from pipelines.evaluation.attentive import attentive_predict
+from pipelines.evaluation.examples import examples
 from pipelines.evaluation.features import (
     Reader,
     Weights,
@@ -46,7 +48,16 @@ from pipelines.evaluation.protocol import (
     splits_of,
 )
 from pipelines.evaluation.record import record
-from pipelines.evaluation.result import HEAD, PIXELS, PRETRAINED, RANDOM, Report, Result, Score
+from pipelines.evaluation.result import (
+    BASELINE,
+    HEAD,
+    PIXELS,
+    PRETRAINED,
+    RANDOM,
+    Report,
+    Result,
+    Score,
+)
 from pipelines.progress import Progress
 from pipelines.records import read_values, write_record
 from pipelines.redaction import redacted_values
@@ -76,12 +87,14 @@ def run(config: EvaluateConfig) -> Result:
     layers = candidate_layers(config, weights.model.depth)
     if max(layers) > weights.model.depth:
         raise InputError(f"layers = {layers}: this network has {weights.model.depth} blocks")
+    baseline = _baseline(config, weights) if config.baseline else None
     data, test = _read(config, weights.model)
     identity = {
         "protocol": PROTOCOL,
         "weights": weights.fingerprint,
         "image_table": data.fingerprint,
         "test_table": test.fingerprint if test else "",
+        "baseline": baseline.fingerprint if baseline else "",
         "groups": storage.fingerprint(data.groups),  # not part of an image table's fingerprint
         "options": {
             name: value for name, value in asdict(config).items() if name not in MAY_CHANGE
@@ -95,7 +108,9 @@ def run(config: EvaluateConfig) -> Result:
         if (report := _found(config, report_uri, identity)) is not None:
             result = _result(report, output, already_done=True)
         else:
-            result = _run(config, weights, data, test, layers, identity, output, holder.fence)
+            result = _run(
+                config, weights, baseline, data, test, layers, identity, output, holder.fence
+            )
         holder.done()
     return result
 
@@ -111,6 +126,7 @@ def _found(config: EvaluateConfig, report_uri: str, identity: dict[str, Any]) ->
 def _run(
     config: EvaluateConfig,
     weights: Weights,
+    baseline: Weights | None,
     data: LabelledImages,
     test: LabelledImages | None,
     layers: list[int],
@@ -144,7 +160,7 @@ def _run(
         output=output,
     ) as tracked:
         splits = splits_of(config, data.groups, len(test) if test else 0)
-        report = _evaluate(config, weights, data, layers, splits)
+        report, shown = _evaluate(config, weights, baseline, data, layers, splits)
         hits = report.pop("hits")
         report["identity"] = identity
         # First, for the report says that everything is there.
@@ -153,14 +169,14 @@ def _run(
         place = storage.join(output, "evaluation.json")
         write_record(place, redacted_values(report), check=fence.check)
         result = _result(report, output, already_done=False)
-        record(tracked, result, report, inputs[-1])
+        record(tracked, result, report, inputs[-1], shown)
     return result
 
 
-def _weights(uri: str) -> Weights:
+def _weights(uri: str, *, field: str = "run") -> Weights:
     """Those of a run, of its newest checkpoint if it is not finished, or of a weights directory."""
     if not is_unfinished(uri):
-        return open_weights(uri)
+        return open_weights(uri, field=field)
     with tempfile.TemporaryDirectory() as directory:
         step = save_newest(uri, directory)
         print(f"evaluate: {uri} is not finished: as it was after step {step}", file=sys.stderr)
@@ -182,14 +198,30 @@ def _read(config: EvaluateConfig, model: Network) -> tuple[LabelledImages, Label
     return joined(data, test), test
 
 
-def _networks(config: EvaluateConfig, weights: Weights, device: str) -> dict[str, Network]:
-    """The pretrained network, and with baselines the same at random initialisation."""
-    networks = {PRETRAINED: weights.model.to(device)}
+def _compared(
+    config: EvaluateConfig, weights: Weights, baseline: Weights | None, device: str
+) -> dict[str, Weights]:
+    """The pretrained network, the baseline's, and with baselines one at random initialisation."""
+    compared = {PRETRAINED: weights}
+    if baseline is not None:
+        compared[BASELINE] = baseline
     if config.baselines:
         untrained = type(weights.model)(**weights.model.config()).eval()
         untrained.init_weights(torch.Generator().manual_seed(config.seed))
-        networks[RANDOM] = untrained.to(device)
-    return networks
+        compared[RANDOM] = replace(weights, model=untrained)
+    for each in compared.values():
+        each.model.to(device)
+    return compared
+
+
+def _baseline(config: EvaluateConfig, weights: Weights) -> Weights:
+    found = _weights(config.baseline, field="baseline")
+    if found.model.image_size != weights.model.image_size:
+        raise InputError(
+            f"baseline = {config.baseline}: its images are of {found.model.image_size} pixels, "
+            f"those of the run of {weights.model.image_size}; evaluate each by itself"
+        )
+    return found
 
 
 def _batches(
@@ -206,17 +238,17 @@ def _batches(
 def _features(
     config: EvaluateConfig,
     weights: Weights,
-    networks: dict[str, Network],
+    compared: dict[str, Weights],
     data: LabelledImages,
-    layers: list[int],
+    layers: dict[str, list[int]],
     device: str,
 ) -> dict[str, np.ndarray]:
     """Features (L, n, d) by name, and the logits of a head that knows all classes, as HEAD."""
     readers: dict[str, Reader] = {
         name: block_reader(
-            network, layers=layers, pooling=config.pooling, mean=weights.mean, std=weights.std
+            each.model, layers=layers[name], pooling=config.pooling, mean=each.mean, std=each.std
         )
-        for name, network in networks.items()
+        for name, each in compared.items()
     }
     if config.baselines:
         readers[PIXELS] = pixel_reader(len(data))
@@ -229,27 +261,27 @@ def _features(
 def _attentive(
     config: EvaluateConfig,
     weights: Weights,
-    networks: dict[str, Network],
+    compared: dict[str, Weights],
     data: LabelledImages,
     splits: list[Split],
     chosen: dict[str, list[int]],
     device: str,
 ) -> dict[str, Found]:
     """Attentive probes of the patches after the block that the linear probe chose in each split."""
-    layers = {name: sorted(set(chosen[name])) for name in networks}
+    layers = {name: sorted(set(chosen[name])) for name in compared}
     readers = {
-        name: patch_reader(network, layers=layers[name], mean=weights.mean, std=weights.std)
-        for name, network in networks.items()
+        name: patch_reader(each.model, layers=layers[name], mean=each.mean, std=each.std)
+        for name, each in compared.items()
     }
     batches = _batches(config, weights, data)
     patches = read_features(readers, batches, len(data), device=device, label="patches")
     found = {}
-    for name, network in networks.items():
+    for name, each in compared.items():
         predicted = [
             attentive_predict(
                 patches[name][layers[name].index(layer)], data.labels,
                 split.train, split.validation, split.test,
-                num_heads=network.num_heads, num_classes=len(data.class_names),
+                num_heads=each.model.num_heads, num_classes=len(data.class_names),
                 seed=config.seed, device=device,
             )
             for split, layer in zip(splits, chosen[name], strict=True)
@@ -266,15 +298,20 @@ def _attentive(
 def _evaluate(
     config: EvaluateConfig,
     weights: Weights,
+    baseline: Weights | None,
     data: LabelledImages,
     layers: list[int],
     splits: list[Split],
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Mapping[str, Image.Image]]:
+    """The report, and pictures of examples."""
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    networks = _networks(config, weights, device)
-    features = _features(config, weights, networks, data, layers, device)
+    compared = _compared(config, weights, baseline, device)
+    known = {
+        name: candidate_layers(config, each.model.depth) for name, each in compared.items()
+    } | {PIXELS: [0]}
+    features = _features(config, weights, compared, data, known, device)
     logits = features.pop(HEAD, None)
     tested = np.concatenate([split.test for split in splits])
     truth, groups = data.labels[tested], [data.groups[row] for row in tested]
@@ -286,9 +323,8 @@ def _evaluate(
         scores[name], hits[name] = {}, {}
         for kind in PROBES:
             found = probe(kind, config, blocks, data.labels, splits, device=device)
-            known = [0] if name == PIXELS else layers
             judged, hits[name][kind] = score(
-                found, data.labels, data.groups, splits, layers=known, seed=config.seed
+                found, data.labels, data.groups, splits, layers=known[name], seed=config.seed
             )
             scores[name][kind] = asdict(judged)
             if (name, kind) == (PRETRAINED, "linear"):
@@ -296,12 +332,12 @@ def _evaluate(
             progress.update(progress.done + 1)
     progress.close()
     if config.attentive:
-        chosen = {name: scores[name]["linear"]["layers"] for name in networks}
-        found_by = _attentive(config, weights, networks, data, splits, chosen, device)
+        chosen = {name: scores[name]["linear"]["layers"] for name in compared}
+        found_by = _attentive(config, weights, compared, data, splits, chosen, device)
         for name, found in found_by.items():
-            known = sorted(set(chosen[name]))
+            of = sorted(set(chosen[name]))
             judged, hits[name]["attentive"] = score(
-                found, data.labels, data.groups, splits, layers=known, seed=config.seed
+                found, data.labels, data.groups, splits, layers=of, seed=config.seed
             )
             scores[name]["attentive"] = asdict(judged)
     gains = {}
@@ -311,9 +347,12 @@ def _evaluate(
         gains[name] = [float(difference.mean()), low, high]
     head = None
     if logits is not None:
-        own = head_hits(weights, data, logits[0])[tested]
-        head = [float(own.mean()), *accuracy_interval(own, groups, seed=config.seed)]
+        right = head_hits(weights, data, logits[0])[tested]
+        head = [float(right.mean()), *accuracy_interval(right, groups, seed=config.seed)]
     counts = np.bincount(data.labels[splits[0].known])
+    block = scores[PRETRAINED]["linear"]["layers"][0]
+    own = np.asarray(features[PRETRAINED][layers.index(block)])
+    shown = examples(config, weights, data, own, splits[0], block, device)
     return {
         "kind": "evaluation",
         "scores": scores,
@@ -334,7 +373,7 @@ def _evaluate(
             },
             "groups": np.unique(groups, return_inverse=True)[1].tolist(),
         },
-    }
+    }, shown
 
 
 def _same(found: dict[str, Any] | None, wanted: dict[str, Any], config: EvaluateConfig) -> bool:

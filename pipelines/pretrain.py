@@ -180,6 +180,7 @@ def train_loop(  # noqa: PLR0915
                     prober.run(objective, log, state.step)
                 if at_pictures:
                     fixed.log_pictures(objective, log, state.step)
+                    prober.log_curve(log, state.step)
 
         # --- The end: the encoder as later stages load it, and nothing left in flight.
         with books.spend("checkpoint"):

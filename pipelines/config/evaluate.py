@@ -10,7 +10,7 @@ from pipelines.config.tracking import TrackingConfig
 
 # What makes no other evaluation of it: where things are, and how it is computed.
 MAY_CHANGE = (
-    "run", "images", "output", "force", "lease", "tracking", "batch_size",
+    "run", "baseline", "images", "output", "force", "lease", "tracking", "batch_size",
     "device", "num_threads",
 )  # fmt: skip
 
@@ -27,6 +27,9 @@ class EvaluateConfig(ProtocolConfig):
     """Another labelled table to test on; empty: parts of `images` are held out in turn."""
     output: str = ""
     """Directory for evaluation.json and pictures; empty: evaluation/ in the run directory."""
+    baseline: str = ""
+    """Other weights to compare with image by image: a run or a weights directory of the same image
+    size."""
     baselines: bool = True
     """Also evaluate the same network at random initialisation, and raw pixels."""
     attentive: bool = True

@@ -1,13 +1,20 @@
 """What an evaluation leaves in MLflow and beside its report."""
 
+from collections.abc import Mapping
 from typing import Any
+
+from PIL import Image
 
 from pipelines import pictures, storage, tracking
 from pipelines.evaluation.result import PIXELS, PRETRAINED, TITLES, Result, Score
 
 
 def record(
-    tracked: tracking.Run, result: Result, report: dict[str, Any], images: tracking.Dataset
+    tracked: tracking.Run,
+    result: Result,
+    report: dict[str, Any],
+    images: tracking.Dataset,
+    examples: Mapping[str, Image.Image],
 ) -> None:
     """Figures, note, files and pictures, to MLflow and beside the report."""
     linear, knn = (result.scores[PRETRAINED][probe] for probe in ("linear", "knn"))
@@ -27,7 +34,7 @@ def record(
         for probe, score in probes.items():
             if name != PRETRAINED:  # the headline
                 metrics[f"{probe}_accuracy/{name}"] = score.accuracy
-            for layer, value in zip(result.layers, score.layer_accuracy, strict=False):
+            for layer, value in zip(*_by_block(result, score), strict=True):
                 if name != PIXELS:
                     key = f"{probe}_validation_by_block/{name}"
                     tracked.log_metrics({key: value}, step=layer)
@@ -54,6 +61,7 @@ def record(
     )
     best = result.scores[PRETRAINED]["linear"]
     drawn = {
+        **examples,
         "confusion": pictures.confusion(
             report["confusion"],
             result.class_names,
@@ -63,7 +71,7 @@ def record(
         ),
         "blocks": pictures.curve(
             {
-                f"{TITLES[name]}, {probe}": (result.layers, score.layer_accuracy)
+                f"{TITLES[name]}, {probe}": _by_block(result, score)
                 for name, probes in result.scores.items()
                 for probe, score in probes.items()
                 if name != PIXELS and score.layer_accuracy
@@ -97,6 +105,13 @@ def record(
     for name, picture in drawn.items():
         tracked.log_image(name, picture)
         storage.write_bytes(storage.join(result.output, f"{name}.png"), pictures.png(picture))
+
+
+def _by_block(result: Result, score: Score) -> tuple[list[int], list[float]]:
+    """Blocks and accuracies: of all blocks where a baseline is deeper or less deep."""
+    found = score.layer_accuracy
+    same = len(found) in (0, len(result.layers))
+    return result.layers[: len(found)] if same else list(range(1, len(found) + 1)), found
 
 
 def _band(score: Score) -> tuple[list[float], list[float]]:

@@ -5,9 +5,14 @@ from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
-PRETRAINED, RANDOM, PIXELS = "pretrained", "random_init", "pixels"
+PRETRAINED, BASELINE, RANDOM, PIXELS = "pretrained", "baseline", "random_init", "pixels"
 HEAD = "head"
-TITLES = {PRETRAINED: "pretrained", RANDOM: "random initialisation", PIXELS: "raw pixels"}
+TITLES = {
+    PRETRAINED: "pretrained",
+    BASELINE: "baseline run",
+    RANDOM: "random initialisation",
+    PIXELS: "raw pixels",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,8 +35,8 @@ DECIDING = {
         "image_size",
     ),
     "evaluate": (
-        "run", "images", "test_images", "pooling", "num_folds", "knn_k", "crop_fraction",
-        "max_images", "seed",
+        "run", "baseline", "images", "test_images", "pooling", "num_folds", "knn_k",
+        "crop_fraction", "max_images", "seed",
     ),
     "prepare": ("source", "output", "max_side", "labels", "max_rejected"),
 }  # fmt: skip

@@ -15,8 +15,8 @@ from pipelines.tables.image_table import ImageTable
 from pipelines.tables.token_table import TokenTable
 from pipelines.tracking import Dataset
 from pipelines.training.data import make_order, open_tables
-from pipelines.training.objective import build_objective, flops_per_image, warm_start
 from pipelines.training.fixed_images import held_out_tables
+from pipelines.training.objective import build_objective, flops_per_image, warm_start
 from pipelines.training.probing import probe_images
 from pipelines.training.weights_run import (
     TrainPlan,

@@ -4,14 +4,16 @@ All workers take part, since the model may be sharded. Nothing here touches the 
 the weights, or any generator that training draws from.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from time import monotonic
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from beit.objectives import Objective
+from pipelines import pictures
 from pipelines.config.pretrain import PretrainConfig
 from pipelines.errors import InputError
 from pipelines.evaluation.features import block_reader, on_disk, read_features
@@ -101,6 +103,15 @@ class Prober:
             message=self._message(step, figures, scores, len(images)),
             **{f"{kind}_accuracy": found.accuracy for kind, found in scores.items()},
         )
+
+    def log_curve(self, log: TrainLog, step: int) -> None:
+        """The probes of the whole run, over all its starts, as a picture."""
+        if not log.active:
+            return
+        told = [event for event in log.run.events() if event["event"] == "probe"]
+        drawn = probe_curve(told)
+        if drawn is not None:
+            log.picture("probes", drawn, step)
 
     def _images(self) -> LabelledImages:
         if self.images is None:
@@ -194,3 +205,28 @@ def probe_images(config: PretrainConfig) -> LabelledImages:
     except InputError:
         pass  # labels that do not do, of a table that was not named for them
     return unlabelled(config.images, config.probe)
+
+
+def probe_curve(events: Sequence[Mapping[str, Any]]) -> Image.Image | None:
+    """Accuracies over steps with their intervals; None where there are fewer than two points."""
+    series: dict[str, tuple[list[int], list[float]]] = {}
+    bands: dict[str, tuple[list[float], list[float]]] = {}
+    for kind in PROBES:
+        name = f"probe/{kind}_accuracy"
+        points = sorted((e["step"], e["figures"]) for e in events if name in e["figures"])
+        if len(points) < 2:
+            continue
+        steps = [step for step, _ in points]
+        values = {end: [f[name + end] for _, f in points] for end in ("", "_low", "_high")}
+        series[kind] = steps, values[""]
+        bands[kind] = values["_low"], values["_high"]
+    if not series:
+        return None
+    return pictures.curve(
+        series,
+        title="Probes over training",
+        y_label="accuracy",
+        bands=bands,
+        least_span=0.1,
+        note=f"{events[-1]['images']} images; bands: 95 % over groups of images",
+    )

@@ -332,6 +332,31 @@ def test_the_stage_reports_files_and_tracks(shapes, trained_run, tmp_path, mlflo
     assert len(client.search_runs([tracked.info.experiment_id])) == 1
 
 
+def test_another_checkpoint_is_a_baseline_image_by_image(shapes, trained_run, tmp_path):
+    deeper, larger = tmp_path / "deeper", tmp_path / "larger"
+    extra = {"pixel_mean": MEAN, "pixel_std": STD}
+    save_weights(small_model(seed=1, depth=4), deeper, extra=extra)
+    save_weights(small_model(image_size=32), larger, extra=extra)
+    options = {
+        "run": trained_run, "images": shapes, "output": str(tmp_path / "out"), "num_folds": 2,
+        "baselines": False, "attentive": False, "tracking": OFF,
+    }  # fmt: skip
+    same = evaluate.run(EvaluateConfig(**options, baseline=trained_run))
+    assert same.gains == {"baseline": (0.0, 0.0, 0.0)}
+    result = evaluate.run(EvaluateConfig(**options, baseline=str(deeper)))
+    assert not result.already_done
+    gain, low, high = result.gains["baseline"]
+    own, other = (result.scores[name]["linear"] for name in ("pretrained", "baseline"))
+    assert gain == pytest.approx(own.accuracy - other.accuracy)
+    assert low <= gain <= high
+    assert len(other.layer_accuracy) == 4
+    assert evaluate.run(EvaluateConfig(**options, baseline=str(deeper))).already_done
+    with pytest.raises(InputError, match=r"baseline = .*larger: its images are of \(32, 32\)"):
+        evaluate.run(EvaluateConfig(**options, baseline=str(larger)))
+    with pytest.raises(InputError, match=r"baseline: nothing at .*nowhere"):
+        evaluate.run(EvaluateConfig(**options, baseline=str(tmp_path / "nowhere")))
+
+
 def test_near_duplicates_cannot_answer_for_each_other(tmp_path, trained_run):
     """Six copies of each picture, labelled by a coin: only a leak could predict the label."""
     generator = np.random.default_rng(1)
