@@ -59,12 +59,12 @@ class Prober:
         What the first will cost nobody knows: it is taken for the training of as many images,
         three times the computation of their features.
         """
-        elapsed = monotonic() - self.began
-        cost = self.cost
+        elapsed, cost = monotonic() - self.began, self.cost
         if cost is None:
-            rate = (step - self.first_step) * self.config.data.global_batch_size / elapsed
-            cost = self.config.probe.max_images / rate if rate > 0 else float("inf")
-            cost = min(cost, self.data.tables.num_rows / rate) if rate > 0 else cost
+            trained = (step - self.first_step) * self.config.data.global_batch_size
+            rows = self.data.tables.num_rows
+            images = min(self.config.probe.max_images or rows, rows)
+            cost = images * elapsed / trained if trained > 0 else float("inf")
         share = self.config.probe.max_share
         return bool(self.world.broadcast(share >= 1 or self.spent + cost <= share * elapsed))
 
