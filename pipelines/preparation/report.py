@@ -273,8 +273,7 @@ def sample_sheet(table: ImageTable, *, num_images: int = SHEET_IMAGES) -> Image.
         rows = table.read_row_group(group, ["image", "label", "key"])
         chosen = np.unique(np.linspace(0, rows.num_rows - 1, per_group).round().astype(int))
         for row in rows.take(chosen.tolist()).to_pylist():
-            tile = decode_image(row["image"]).resize((96, 96))
-            images.append(np.asarray(tile).transpose(2, 0, 1))
+            images.append(np.asarray(decode_image(row["image"])).transpose(2, 0, 1))
             label = row["label"]
             labels.append(row["key"] if label is None else table.class_names[label])
     shown, names = images[:num_images], labels[:num_images]

@@ -194,8 +194,8 @@ def log(
         }
     )
     counts = np.bincount(_sample(table).reshape(-1), minlength=table.vocab_size)
-    run.log_image("code usage", pictures.codebook_usage(counts))
-    run.log_image("views and their tokens", views_picture(images, table, tokenizer_uri))
+    run.log_image("codebook_usage", pictures.codebook_usage(counts))
+    run.log_image("views_and_tokens", views_picture(images, table, tokenizer_uri))
 
 
 def views_picture(images: ImageParts, table: TokenTable, tokenizer_uri: str) -> Any:

@@ -30,7 +30,8 @@ from pipelines.redaction import redacted_values
 
 RECORD = "tracking.json"
 OWN_WEIGHTS = "weights"
-LINES = ("metrics.jsonl", "driver.jsonl", "system.jsonl")
+PERIODS = "metrics.jsonl"
+LINES = (PERIODS, "driver.jsonl", "system.jsonl")
 # What lines say of themselves, and nobody wants as a curve.
 NO_CURVES = ("first_step", "masked_patches")
 ATTACHED = ("config.yaml", "report.json")
@@ -43,6 +44,7 @@ class Values:
     """Values of one step."""
 
     step: int
+    """Steps that are done: of curves, probes and pictures alike."""
     timestamp: int
     """Milliseconds since the epoch, always the same for the same line: a request that is repeated
     after a lost answer stores nothing twice."""
@@ -105,7 +107,9 @@ class Spool:
                 step, when = int(found.pop("step")), float(found.pop("time", 0))
             except (ValueError, KeyError, AttributeError):
                 continue
-            yield Values(step=step, timestamp=int(1000 * when), metrics=_numbers(found))
+            # A line of a training names the last step that it covers, and the first one is 0.
+            done = step + (name == PERIODS)
+            yield Values(step=done, timestamp=int(1000 * when), metrics=_numbers(found))
 
     def events(self) -> list[str]:
         """Names of all events."""

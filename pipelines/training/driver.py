@@ -144,7 +144,7 @@ def train(
         report = run_report(run, plan.total_steps, plan.figures, launched_at)
         run.write_report(report)
         if tracked.run_id:
-            tracked.log_image("time", picture_of_time(report), report["steps"])
+            tracked.log_image("time", picture_of_time(run, report), report["steps"])
         storage.delete_prefix(run.at(DIRECTORY))
         if report["outcome"] != "finished":
             tracked.set_note(_verdict_of_unfinished(report))

@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 
 from pipelines import pictures, storage
+from pipelines.tracking.datasets import short_name
 from pipelines.training.goodput import account
 from pipelines.training.run_dir import RunDir
 
@@ -40,13 +41,13 @@ def run_report(
     }
 
 
-def picture_of_time(report: Mapping[str, Any]) -> Image.Image:
+def picture_of_time(run: RunDir, report: Mapping[str, Any]) -> Image.Image:
     """Where the time of a run went, as bars."""
     books = report["goodput"]
     wall = books["wall_seconds"]
     return pictures.bars(
         {name.replace("_", " "): value for name, value in books["seconds"].items() if value > 0},
-        title=f"Where the time of {report['steps']} steps went",
+        title=f"Where the time went · {short_name(run.uri)}, step {report['steps']:,}",
         x_label="seconds",
         note=f"{wall:,.0f} s in {books['attempts']} starts, {books['goodput']:.0%} productive",
     )

@@ -56,7 +56,7 @@ def written(path, *, periods=PERIODS, status="FINISHED"):
 def check_whole(client, run, *, periods=PERIODS):
     stored = client.get_run(run.run_id)
     assert stored.info.status == "FINISHED"
-    assert steps(client, run, "loss") == list(range(periods))
+    assert steps(client, run, "loss") == list(range(1, periods + 1))
     assert steps(client, run, "events/spike") == [8]
     assert steps(client, run, "knn accuracy_") == [9]
     assert set(stored.data.metrics) == {"loss", "events/spike", "knn accuracy_"}

@@ -170,3 +170,12 @@ def test_png_is_the_picture():
     picture = pictures.contact_sheet(batch(2))
     again = Image.open(io.BytesIO(pictures.png(picture)))
     assert np.array_equal(np.asarray(again), np.asarray(picture))
+
+
+def test_a_contact_sheet_keeps_the_shape_of_pictures():
+    wide = np.broadcast_to(np.array([9, 200, 30], np.uint8)[:, None, None], (3, 40, 80))
+    tall = np.broadcast_to(np.array([200, 9, 30], np.uint8)[:, None, None], (3, 80, 20))
+    picture = pictures.contact_sheet([wide, tall])
+    for colour, (height, width) in (((9, 200, 30), (48, 96)), ((200, 9, 30), (96, 24))):
+        rows, columns = (np.asarray(picture) == np.array(colour)).all(-1).nonzero()
+        assert (np.ptp(rows) + 1, np.ptp(columns) + 1) == (height, width)

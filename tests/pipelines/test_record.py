@@ -219,7 +219,7 @@ def check_whole(client, run_id, uri):
     assert "beit.error" not in run.data.tags
     spool = Spool(uri)
     lines = list(spool.values_of("metrics.jsonl"))
-    assert [line.step for line in lines] == list(range(1, STEPS, 2))
+    assert [line.step for line in lines] == list(range(2, STEPS + 1, 2))
     for name in {name for line in lines for name in line.metrics}:
         of_lines = {line.step: line.metrics[name] for line in lines if name in line.metrics}
         stored = client.get_metric_history(run_id, metric_name(name))
