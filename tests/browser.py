@@ -20,6 +20,28 @@ FLAGS = (
     "--remote-debugging-port=0",
 )  # fmt: skip
 
+# Of MLflow's pages, as expressions to wait for: the side panel is closed, all of a description is
+# shown, its figures are drawn, and what stands in a column on the screen.
+ASSISTANT_CLOSED = """(() => { const b = document.querySelector('button[aria-label=Close]');
+  if (b) b.click(); return !b && document.querySelector('[role=grid], h1, h2') !== null; })()"""
+ALL_SHOWN = """(() => { if (document.body.innerText.includes('Show less')) return true;
+  const b = [...document.querySelectorAll('button')].find(b => b.innerText.includes('Show more'));
+  if (b) b.click(); return false; })()"""
+FIGURES_DRAWN = """(() => { const figures = [...document.images]
+  .filter(i => i.src.includes('figures/'));
+  return figures.length > 0 && figures.every(i => i.complete && i.naturalWidth > 0); })()"""
+ON_SCREEN = """const onScreen = e => { const r = e.getBoundingClientRect();
+  return r.width > 0 && r.height > 0 && r.left >= 0 && r.top >= 0 && r.right <= innerWidth
+    && r.bottom <= innerHeight; };"""
+
+
+def cells_on_screen(column: str) -> str:
+    """Texts of a column of the table of runs that are seen without scrolling."""
+    selector = f'[role=gridcell][col-id="{column}"]'
+    return f"""(() => {{ {ON_SCREEN}
+      return [...document.querySelectorAll('{selector}')].filter(onScreen)
+        .map(e => e.innerText); }})()"""
+
 
 class Page:
     """One tab."""

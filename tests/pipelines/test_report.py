@@ -254,13 +254,13 @@ def test_a_report_of_a_hundred_runs_can_be_read(mlflow_uri, tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (150, 400, 3), dtype=np.uint8)
     for number in range(MANY_SETTINGS * MANY_SEEDS):
         quickly_trained(client, number, Image.fromarray(noise))
-    output, begin = tmp_path / "report.html", time.monotonic()
+    output, begin = tmp_path / "report.html", time.process_time()  # the clock tells others' load
     result = report.run(ReportConfig(runs=["experiment:beit"], output=str(output), tracking=config))
-    seconds = time.monotonic() - begin
-    print(f"100 runs: {seconds:.1f} s, {output.stat().st_size / 1e6:.1f} MB")
+    seconds = time.process_time() - begin
+    print(f"100 runs: {seconds:.1f} s of a processor, {output.stat().st_size / 1e6:.1f} MB")
     assert (result.runs, result.settings) == (100, 20)
     assert output.stat().st_size < 8e6
-    assert seconds < 180
+    assert seconds < 90
     tables = Tables(output.read_text()).tables
     assert [len(tables[name]) for name in ("settings", "runs", "differences")] == [21, 101, 101]
     assert len(tables["differences"][0]) == 3  # run, learning rate, seed: no column a run
