@@ -17,7 +17,7 @@ import tempfile
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -177,21 +177,25 @@ def _start_ceph() -> int:
     ceph("ceph-mon", "-i", "a")
     # An OSD that was registered under another id than its own never comes up, without a word.
     osd = str(uuid.uuid4())
-    ceph("ceph", "osd", "new", osd)
+    # Both may speak to the monitor before it has learnt the cluster's id, and then give up at once.
+    _patiently(ceph, "ceph", "osd", "new", osd)
     ceph("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd)
-    # It may speak to the monitor before it has learnt the cluster's id, and then gives up at once.
-    for attempt in range(START_ATTEMPTS):
-        try:
-            ceph("ceph-osd", "-i", "0")
-            break
-        except AssertionError:
-            if attempt == START_ATTEMPTS - 1:
-                raise
+    _patiently(ceph, "ceph-osd", "-i", "0")
     ceph("radosgw", "-n", "client.rgw")
     _wait_for(f"http://127.0.0.1:{port}/")
     ceph("radosgw-admin", "user", "create", "--uid=test", "--display-name=test",
          f"--access-key={ACCESS_KEY}", f"--secret={SECRET_KEY}")  # fmt: skip
     return port
+
+
+def _patiently(run: Callable[..., None], *command: object) -> None:
+    for attempt in range(START_ATTEMPTS):
+        try:
+            return run(*command)
+        except AssertionError:
+            if attempt == START_ATTEMPTS - 1:
+                raise
+    return None
 
 
 def _wait_for(url: str) -> None:
