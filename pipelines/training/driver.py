@@ -19,6 +19,7 @@ from pipelines.config.checks import flatten, to_dict
 from pipelines.config.common import ScalingConfig
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError, LeaseLost, StageFailed
+from pipelines.redaction import redacted_text
 from pipelines.steps import say_step
 from pipelines.tracking.spool import Spool
 from pipelines.training.checkpoint import complete_steps
@@ -147,7 +148,7 @@ def train(
             tracked.log_image("time", picture_of_time(run, report), report["steps"])
         storage.delete_prefix(run.at(DIRECTORY))
         if report["outcome"] != "finished":
-            tracked.set_note(_verdict_of_unfinished(report))
+            tracked.set_note(redacted_text(_verdict_of_unfinished(report)))
     if not any(attempt.launched_at == launched_at for attempt in run.attempts()):
         raise InputError(
             f"output = {run.uri}: the workers have ended, and nothing that they wrote is there: "
