@@ -213,7 +213,7 @@ def drawn_by_a_browser(page, tmp_path, height=3200):
     return np.asarray(Image.open(shot).convert("RGB")).astype(int)
 
 
-MANY_SEEDS, MANY_SETTINGS, MANY_POINTS = 5, 20, 1000
+MANY_SEEDS, MANY_SETTINGS, MANY_POINTS = 5, 20, 300
 MANY_IMAGES = 1000
 
 
