@@ -97,19 +97,25 @@ def curve_svg(
     """The same as an SVG element, of any number of lines; a legend only where it can be read.
 
     `kinds` names what the lines of one colour have in common, by name of the series; each line has
-    a colour of its own without.
+    a colour of its own without. Those after the first four are all grey.
     """
     figure, axes = _curves(series, title, x_label, y_label, "")
     if kinds:
-        order = {kind: index for index, kind in enumerate(dict.fromkeys(kinds.values()))}
-        for line, name in zip(axes.lines, series, strict=True):
-            line.set(color=_hex(SERIES[order[kinds[name]] % len(SERIES)]), linewidth=0.8)
-            line.set_label("")
-        for kind, index in order.items():
-            axes.plot([], [], label=kind, color=_hex(SERIES[index % len(SERIES)]))
+        _colour_kinds(axes, [kinds[name] for name in series], list(dict.fromkeys(kinds.values())))
     if len(axes.get_legend_handles_labels()[1]) <= MAX_LEGEND:
         _legend(figure, axes)
     return _svg(figure)
+
+
+def _colour_kinds(axes: Any, kind_of_lines: Sequence[str], kinds: Sequence[str]) -> None:
+    last = len(SERIES) - 1
+    for line, kind in zip(list(axes.lines), kind_of_lines, strict=True):
+        index = min(kinds.index(kind), last)
+        line.set(color=_hex(SERIES[index]), linewidth=0.8, zorder=3 - index / 10, label="")
+    more = len(kinds) > len(SERIES)
+    named = [*kinds[:last], f"{len(kinds) - last} others"] if more else kinds
+    for index, kind in enumerate(named):
+        axes.plot([], [], label=kind, color=_hex(SERIES[index]))
 
 
 Interval = tuple[str, float, float, float]

@@ -90,7 +90,7 @@ def _forest(settings: Sequence[Setting]) -> str:
         return ""
     return plots.forest_svg(
         [(label, 100 * gain, 100 * low, 100 * high) for label, gain, low, high in rows],
-        title=f"Linear probe against {settings[0].label}",
+        title="Linear probe against the first setting",
         x_label="points, 95 % interval of paired differences",
     )
 
@@ -132,7 +132,8 @@ def _curve_names(runs: Sequence[Facts]) -> list[str]:
 
 
 def _curves(runs: Sequence[Facts], settings: Sequence[Setting]) -> list[str]:
-    """Of more runs than a legend can name, those of one setting have one colour."""
+    """Of more runs than a legend can name, those of one setting have one colour: the first
+    setting's and those of the best."""
     kinds = {_line_name(run): one.label for one in settings for run in one.runs}
     drawn = []
     for name in _curve_names(runs):

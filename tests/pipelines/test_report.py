@@ -267,7 +267,8 @@ def test_a_report_of_a_hundred_runs_can_be_read(mlflow_uri, tmp_path):
     # After the first, which the others are compared with, the best setting comes first.
     means = [float(row[2]) for row in tables["settings"][2:]]
     assert means == sorted(means, reverse=True)
-    assert "the first 12 of 100 runs" in output.read_text()
+    for said in ("the first 12 of 100 runs", "16 others", "lr 20e-4"):
+        assert said in output.read_text()
     drawn = drawn_by_a_browser(output, tmp_path, height=1600)
     assert drawn.shape == (1600, 1300, 3)
     assert (abs(drawn - np.array(SERIES[0])).max(-1) <= 3).sum() > 500, "intervals of settings"
