@@ -12,12 +12,13 @@ from torch import Tensor
 
 from beit.objectives import Objective
 from pipelines import pictures
-from pipelines.config.pretrain import PretrainConfig
+from pipelines.config.pretrain import PretrainConfig, run_uri
 from pipelines.evaluation.features import exact_products
 from pipelines.painting import Painter, open_painter
 from pipelines.reading.decoding import RenderSpec, render_rows
 from pipelines.reading.encoded_rows import EncodedRows, TrainingTables
 from pipelines.reading.ingest import open_training_tables
+from pipelines.tracking.datasets import short_name
 from pipelines.training.data import WorkerData
 from pipelines.training.distributed import World
 from pipelines.training.log import TrainLog
@@ -100,9 +101,11 @@ class FixedImages:
         objective.train()
         if not log.active:
             return
+        where = f" · {short_name(run_uri(self.config))}, step {step:,}"
         if ids is None:
             painted = self.data.denormalise(guesses).cpu()
-            sheet = pictures.painted_grid(pixels, mask, painted, patch_size=patch_size)
+            title = f"Pixels: true and painted{where}"
+            sheet = pictures.painted_grid(pixels, mask, painted, patch_size=patch_size, title=title)
             log.picture("painted", sheet, step)
             return
         guesses = guesses.cpu()
@@ -110,14 +113,15 @@ class FixedImages:
         hits = ((guesses == ids) & mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
         painter = _painter(self.config.tokenizer) if self.config.tokenizer else None
         if painter is None:
-            sheet = pictures.masked_input_grid(pixels, mask, patch_size=patch_size)
+            title = f"What the encoder sees{where}"
+            sheet = pictures.masked_input_grid(pixels, mask, patch_size=patch_size, title=title)
             log.picture("masked_input", sheet, step)
             for name, token_ids in (("true", ids), ("predicted", predicted)):
                 sheet = pictures.token_map(
                     token_ids,
                     grid_size=self.config.model.grid_size,
                     images=pixels,
-                    title=f"Tokens, {name}",
+                    title=f"Tokens, {name}{where}",
                 )
                 log.picture(f"tokens_{name}", sheet, step)
             return
@@ -130,6 +134,7 @@ class FixedImages:
                 painter.paint(predicted),
                 patch_size=patch_size,
                 accuracy=_floats(hits),
+                title=f"Visual tokens: true and predicted{where}",
             ),
             step,
         )

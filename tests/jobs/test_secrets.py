@@ -78,7 +78,7 @@ def test_a_chain_on_s3_leaves_no_secret_anywhere(chain, tmp_path, ray_turn):
     tables = chain.uri("images"), chain.uri("tokens")
     write_tokens(tables[1], write_images(tables[0]))
     config = small_config(
-        tables, chain.uri("run"), probe={"images": tables[0], "every_steps": 6},
+        tables, chain.uri("run"), probe={"images": tables[0], "every_steps": 6, "max_share": 1.0},
         tracking={"enabled": True, "uri": chain.tracking, "registered_model": "beit"},
     )  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(to_dict(config)))

@@ -155,7 +155,7 @@ def check_record(server, tmp_path, *, workers):
     config = small_config(
         tables, str(tmp_path / "run"), optim={"steps": STEPS, "warmup_steps": 2}, log_every=2,
         scaling={"num_workers": workers}, pictures_every=40,
-        probe={"images": tables[0], "every_steps": 60}, tracking=vars(tracking),
+        probe={"images": tables[0], "every_steps": 60, "max_share": 1.0}, tracking=vars(tracking),
     )  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(to_dict(config)))
     driver, client = Driver(tmp_path), MlflowClient(uri)
