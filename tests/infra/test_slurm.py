@@ -22,12 +22,12 @@ log_every: 5
 model: {{image_size: 32, patch_size: 8, dim: 16, depth: 2, num_heads: 2}}
 masking: {{num_masked: 6, min_block: 3}}
 data: {{global_batch_size: 16, num_shards: 4, window: 8}}
-optim: {{steps: 1000, warmup_steps: 2, lr: 3.0e-3}}
+optim: {{steps: 200, warmup_steps: 2, lr: 3.0e-3}}
 scaling: {{num_workers: 2, cpus_per_worker: {os.cpu_count()}, peak_tflops: 0.05}}
 checkpoint: {{every_steps: 100000}}
 health: {{data_starvation: "off", accuracy_floor: "off"}}
 """
-SECONDS = 600
+SECONDS = 1200
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_the_script_asks_the_stage_alone_to_end(flags, sent, code, requeued, tmp
 
 
 @pytest.mark.long
-@pytest.mark.timeout(2400)
+@pytest.mark.timeout(4200)
 def test_a_run_is_cancelled_continued_queued_again_and_finished(slurm):
     home, run = slurm.home, slurm.home / "run"
     store = home / "mlflow.db"
@@ -150,7 +150,7 @@ def test_a_run_is_cancelled_continued_queued_again_and_finished(slurm):
     result = result_of(run)
     assert result["exit_code"] == 130, slurm.log(job)
     saved = steps_of(run)[-1]
-    assert f"saved at step {saved} of 1000" in result["cause"]
+    assert f"saved at step {saved} of 200" in result["cause"]
     assert statuses() == [("KILLED",)]
 
     # What a time limit sends: saved, queued again, finished by the same run.
@@ -158,13 +158,13 @@ def test_a_run_is_cancelled_continued_queued_again_and_finished(slurm):
     until(lambda: steps_of(run)[-1] > saved, slurm, job)
     slurm.run("scancel", "--batch", "--signal=USR1", job)
     until(lambda: "restarts 1" in slurm.state(job), slurm, job)
-    assert steps_of(run)[-1] < 1000, "the run is too short for this test"
+    assert steps_of(run)[-1] < 200, "the run is too short for this test"
     assert result_of(run)["exit_code"] == 130
     assert slurm.wait(job, "COMPLETED", "FAILED", seconds=SECONDS) == "COMPLETED 0:0 restarts 1"
     assert statuses() == [("FINISHED",)]
     steps = steps_of(run)
     assert steps == sorted(set(steps))
-    assert steps[-1] == 1000
+    assert steps[-1] == 200
     assert (run / "weights/config.json").is_file()
     attempts = [json.loads(path.read_text()) for path in sorted(run.glob("attempts/*.json"))]
     assert len(attempts) == 3
@@ -173,7 +173,7 @@ def test_a_run_is_cancelled_continued_queued_again_and_finished(slurm):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_bad_input_ends_with_its_code_and_is_not_queued_again(slurm):
     flags = ["prepare", "--source", "/not/there", "--output", f"{slurm.home}/images"]
     job = submit(slurm, *flags, "--tracking.enabled", "false", nodes=1)
