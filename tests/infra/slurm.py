@@ -173,6 +173,8 @@ class Slurm:
                 _ip("netns", "del", f"{BRIDGE}-{node}")
         with contextlib.suppress(subprocess.CalledProcessError):
             _ip("link", "del", BRIDGE)
+        for left in Path("/sys/fs/cgroup/freezer").glob("slurm_node*"):
+            subprocess.run(["find", left, "-depth", "-type", "d", "-delete"], check=False)
 
 
 @contextlib.contextmanager
