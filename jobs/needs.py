@@ -14,7 +14,7 @@ from pipelines.preflight import Bundle, Needs, Place
 # Fields that name what a stage reads, in any section.
 READ = (
     "images", "tokens", "tokenizer", "source", "run", "table", "test", "test_images", "decoder",
-    "teacher", "init", "baseline",
+    "teacher", "init", "baseline", "reuse", "reuse_images",
 )  # fmt: skip
 # The file of an output that is written last.
 LAST = {

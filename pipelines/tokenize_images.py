@@ -25,6 +25,7 @@ from pipelines.tokenization import report as token_report
 from pipelines.tokenization.gate import Gate
 from pipelines.tokenization.ledger import Ledger, Units, plan_units
 from pipelines.tokenization.report import TokenizeResult
+from pipelines.tokenization.reuse import Origins, find_origins, reused_datasets
 from pipelines.tokenization.task import TokenizeTask, finished_manifest, load_tokenizer, plan_task
 from pipelines.tokenization.work import Unit
 from pipelines.units import Outcome, counted_attempts, work_uri
@@ -128,6 +129,7 @@ def _tokenize(
         tracking.Dataset(
             name="tokenizer", uri=task.tokenizer_uri, digest=task.identity.tokenizer_fingerprint
         ),
+        *reused_datasets(task.older),
     ]
     params = flatten(asdict(config)) | flatten(task.identity.to_dict())
     with tracking.start_run(
@@ -135,10 +137,12 @@ def _tokenize(
     ) as record:
         if len(unverified):
             _verify(ledger, unverified, task)
-        computed, seconds = _compute(config, task, ledger, images, record)
+        computed, seconds, reused = _compute(config, task, ledger, images, record)
         _check_complete(config, ledger)
         table = _commit(task, ledger, images, config.rows_per_unit, options["libraries"])
-        result = _result(config, task, ledger, table, computed=computed, seconds=seconds)
+        result = _result(
+            config, task, ledger, table, computed=computed, seconds=seconds, reused=reused
+        )
         record.set_output(
             tracking.Dataset(name="token_table", uri=task.output, digest=table.fingerprint)
         )
@@ -169,6 +173,7 @@ def _dry_run(task: TokenizeTask, ledger: Ledger, unverified: int) -> TokenizeRes
         num_views=identity.num_views,
         num_units=len(units),
         units_computed=0,
+        images_reused=0,
         rejected_units=len(ledger.rejected),
         seconds=0.0,
         images_per_second=0.0,
@@ -192,8 +197,8 @@ def _compute(
     ledger: Ledger,
     images: ImageParts,
     record: tracking.Run,
-) -> tuple[int, float]:
-    """Runs what is to do; returns the number of units computed and the seconds it took."""
+) -> tuple[int, float, int]:
+    """Runs what is to do; returns units done, the seconds they took, and rows that were copied."""
     todo = ledger.todo()
     before = ledger.rows_done
     if before:
@@ -202,16 +207,17 @@ def _compute(
         f"tokenize: {task.min_actors} to {task.max_actors} encoders on {task.device} in "
         f"{task.identity.precision}"
     )
+    origins = find_origins(images, task.older) if len(todo) else None
     meter = token_report.Meter(record)
     progress = Progress(images.num_rows, "tokenize", "images", initial=ledger.rows_settled)
     gate = Gate(config, task, ledger)
     begin = saved = time.monotonic()
     if len(todo):
         say_step("waiting for the first unit: encoders start")
-    computed = 0
+    computed = reused = 0
     try:
         gate.check()
-        for outcome in _outcomes(task, ledger.units, gate.first(todo), images):
+        for outcome in _outcomes(task, ledger.units, gate.first(todo), images, origins):
             if not computed and outcome.facts:  # starting up belongs to no rate
                 begin = meter.begin = max(begin, token_report.began(outcome))
                 progress.counted_from(before, time.monotonic() - begin)
@@ -219,6 +225,7 @@ def _compute(
                 gate.skip(outcome.unit)
             elif _book(outcome, ledger, config):
                 computed += 1
+                reused += outcome.facts["reused"]
                 _check_shared(task, ledger, outcome.unit)
             meter.add(outcome, ledger.units.rows(outcome.unit))
             progress.update(
@@ -241,7 +248,7 @@ def _compute(
     seconds = time.monotonic() - begin
     if computed:
         meter.advise(say)
-    return computed, seconds
+    return computed, seconds, reused
 
 
 def _book(outcome: Outcome, ledger: Ledger, config: TokenizeConfig) -> int:
@@ -275,7 +282,11 @@ def _too_many(ledger: Ledger, config: TokenizeConfig) -> str:
 
 
 def _outcomes(
-    task: TokenizeTask, units: Units, todo: np.ndarray, images: ImageParts
+    task: TokenizeTask,
+    units: Units,
+    todo: np.ndarray,
+    images: ImageParts,
+    origins: Origins | None,
 ) -> Iterator[Outcome]:
     """Outcomes of all units in `todo`, first from the pool, then of those set aside there.
 
@@ -288,7 +299,7 @@ def _outcomes(
     aside: list[Outcome] = []
     in_a_row, most = 0, max(ASIDE_IN_A_ROW, 4 * task.max_actors)
     with counted_attempts() as attempts:
-        given = (_unit(units, images, unit) for unit in todo)
+        given = (_unit(units, images, unit, origins) for unit in todo)
         for outcome in token_pool.run_in_pool(given, task, attempts):
             yield outcome
             in_a_row = in_a_row + 1 if outcome.suspect else 0
@@ -301,16 +312,18 @@ def _outcomes(
                 )
     if aside:
         say(f"\n{len(aside)} units were set aside and are now tried alone; {aside[0].suspect}")
-        again = [_unit(units, images, outcome.unit) for outcome in aside]
+        again = [_unit(units, images, outcome.unit, origins) for outcome in aside]
         yield from token_pool.run_alone(again, task)
 
 
-def _unit(units: Units, images: ImageParts, unit: int) -> Unit:
+def _unit(units: Units, images: ImageParts, unit: int, origins: Origins | None) -> Unit:
+    first, rows = int(units.first[unit]), units.rows(unit)
     return Unit(
         index=int(unit),
         part=images.parts[units.part[unit]].to_dict(),
         start=int(units.start[unit]),
         stop=int(units.stop[unit]),
+        reused=origins.runs(first, first + rows) if origins else (),
     )
 
 
@@ -360,6 +373,7 @@ def _result(
     *,
     computed: int,
     seconds: float,
+    reused: int = 0,
 ) -> TokenizeResult:
     usage = token_report.table_usage(table)
     rows = int(ledger.units.sizes.mean() * computed)
@@ -370,6 +384,7 @@ def _result(
         num_views=config.num_views,
         num_units=len(ledger.units),
         units_computed=computed,
+        images_reused=reused,
         rejected_units=len(ledger.rejected),
         seconds=seconds,
         images_per_second=rows / seconds if seconds else 0.0,

@@ -71,6 +71,11 @@ class TokenizeConfig:
     batch_size: Annotated[int, Ge(1)] = 64
     """Views in one call of the tokenizer; every call has exactly this many (the last of a unit
     is filled up), so that tokens never depend on how the work was cut."""
+    reuse: list[str] = field(default_factory=list)
+    """URIs of older token tables of other images, made in the same way: the tokens of an image that
+    is in one of them are copied."""
+    reuse_images: list[str] = field(default_factory=list)
+    """URIs of the image tables that those are of; `images` itself need not be named."""
     encoders: ActorsConfig = field(default_factory=ActorsConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     max_rejected_units: Annotated[int, Ge(0)] = 0

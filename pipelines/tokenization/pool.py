@@ -25,6 +25,7 @@ import pyarrow as pa
 import ray
 import ray.data
 import torch
+from numpy.typing import NDArray
 from ray.actor import ActorHandle
 
 from beit.tokenizers import ImageTokenizer, Precision
@@ -48,7 +49,7 @@ UNITS_PER_ACTOR = 4
 
 COLUMNS = pa.schema(
     [("unit", pa.string()), ("note", pa.string()), ("keys", pa.string()),
-     ("pixels", pa.large_binary())]
+     ("token_ids", pa.large_binary()), ("pixels", pa.large_binary())]
 )  # fmt: skip
 
 
@@ -72,20 +73,27 @@ def _killer(unit: Unit) -> Outcome:
 def render_blocks(
     batch: pa.Table, task: TokenizeTask, attempts: ActorHandle | None
 ) -> Iterator[pa.Table]:
-    """Decode task: a unit in, a row with its keys and pixels out, or with an outcome instead."""
+    """Decode task: a unit in, a row with its keys and pixels out, or with an outcome instead.
+
+    A unit whose tokens are all copied is written here.
+    """
     for text in batch.column("unit").to_pylist():
         unit = _unit(text)
         note: dict[str, Any] = {}
-        keys, pixels = "[]", b""
+        keys, token_ids, pixels = "[]", b"", b""
         with attempt(attempts, f"render {unit.index}") as deaths:
             try:
                 if deaths >= DEATHS_IN_POOL:
                     note["outcome"] = asdict(_killer(unit))
                 else:
-                    done = token_work.render_unit(task.images_uri, unit, task.identity)
-                    keys, pixels = json.dumps(done.keys), pa.py_buffer(done.pixels)
-                    note = {"read": done.read_seconds, "render": done.render_seconds}
-                    note["rendered_at"] = time.time()
+                    done = token_work.render_unit(task.images_uri, unit, task.identity, task.older)
+                    if len(done.pixels):
+                        keys, pixels = json.dumps(done.keys), pa.py_buffer(done.pixels)
+                        token_ids = done.token_ids.tobytes()
+                        note = {"read": done.read_seconds, "render": done.render_seconds}
+                        note["rendered_at"] = time.time()
+                    else:
+                        note["outcome"] = asdict(_write(unit, done.keys, done.token_ids, task, {}))
             except UnitRejected as error:
                 note["outcome"] = asdict(Outcome(unit=unit.index, rejected=str(error)))
             except Exception as error:
@@ -95,7 +103,11 @@ def render_blocks(
         # Built on the pixels' own buffer: they are copied once, into the object store.
         column = pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(pixels)])
         yield pa.Table.from_arrays(
-            [pa.array([text]), pa.array([json.dumps(note)]), pa.array([keys]), column],
+            [
+                *map(pa.array, ([text], [json.dumps(note)], [keys])),
+                pa.array([token_ids], pa.large_binary()),
+                column,
+            ],
             schema=COLUMNS,
         )
 
@@ -118,17 +130,20 @@ class EncodeUnits:
             batch.column("unit").to_pylist(),
             batch.column("note").to_pylist(),
             batch.column("keys").to_pylist(),
+            batch.column("token_ids").to_pylist(),
             [value.as_buffer() for value in batch.column("pixels")],
             strict=True,
         )
         return outcome_table(self._one(*row) for row in rows)
 
-    def _one(self, text: str, note_text: str, keys: str, pixels: pa.Buffer) -> Outcome:
+    def _one(
+        self, text: str, note_text: str, keys: str, token_ids: bytes, pixels: pa.Buffer
+    ) -> Outcome:
         unit, note = _unit(text), json.loads(note_text)
         if "outcome" in note:
             return Outcome(**note["outcome"])
         try:
-            outcome = self._encode(unit, json.loads(keys), pixels)
+            outcome = self._encode(unit, json.loads(keys), token_ids, pixels)
         except Exception as error:
             return _trouble(unit, error)
         if outcome.facts:
@@ -137,9 +152,9 @@ class EncodeUnits:
             seconds |= {"read": note["read"], "render": note["render"]}
         return outcome
 
-    def _encode(self, unit: Unit, keys: list[str], pixels: pa.Buffer) -> Outcome:
+    def _encode(self, unit: Unit, keys: list[str], copied: bytes, pixels: pa.Buffer) -> Outcome:
         identity = self.task.identity
-        shape = (unit.stop - unit.start, identity.num_views, identity.image_size)
+        views, size = identity.num_views, identity.image_size
         with ExitStack() as until_written:
             with self.lock:
                 begin = time.monotonic()
@@ -149,9 +164,10 @@ class EncodeUnits:
                 if until_written.enter_context(work) >= DEATHS_IN_POOL:
                     return _killer(unit)
                 try:
-                    token_ids = token_work.encode_rendered(
+                    token_ids = token_work.fill_tokens(
+                        np.frombuffer(copied, np.uint16).reshape(-1, views, identity.num_patches),
                         self.tokenizer,
-                        np.frombuffer(pixels, np.uint8).reshape(*shape, identity.image_size, 3),
+                        np.frombuffer(pixels, np.uint8).reshape(-1, views, size, size, 3),
                         identity,
                         device=self.task.device,
                     )
@@ -160,20 +176,23 @@ class EncodeUnits:
                     # another one.
                     os._exit(1)
                 encoded = self.free_since = time.monotonic()
-            size, digest = token_work.write_unit(
-                self.task.output, unit.name, keys, token_ids, identity
-            )
-        seconds = {
-            "idle": idle,
-            "encode": encoded - begin,
-            "write": time.monotonic() - encoded,
-            "began_at": began_at,
-        }
-        return _done(unit, size, digest, seconds)
+            seconds = {"idle": idle, "encode": encoded - begin, "began_at": began_at}
+            return _write(unit, keys, token_ids, self.task, seconds)
 
 
-def _done(unit: Unit, size: int, digest: str, seconds: dict[str, float]) -> Outcome:
-    return Outcome(unit=unit.index, facts={"size": size, "hash": digest, "seconds": seconds})
+def _write(
+    unit: Unit,
+    keys: list[str],
+    token_ids: NDArray[np.uint16],
+    task: TokenizeTask,
+    seconds: dict[str, float],
+) -> Outcome:
+    """Writes the file of a unit, after so many seconds of other work."""
+    begin = time.monotonic()
+    size, digest = token_work.write_unit(task.output, unit.name, keys, token_ids, task.identity)
+    facts = {"size": size, "hash": digest, "reused": sum(count for _, _, count in unit.reused)}
+    seconds = seconds | {"write": time.monotonic() - begin}
+    return Outcome(unit=unit.index, facts=facts | {"seconds": seconds})
 
 
 def open_tokenizer(task: TokenizeTask) -> ImageTokenizer:
@@ -243,18 +262,15 @@ def run_in_pool(
 def tokenize_alone(unit: Unit, task: TokenizeTask) -> Outcome:
     """Both stages of one unit in this process."""
     try:
-        rendered = token_work.render_unit(task.images_uri, unit, task.identity)
-        token_ids = token_work.encode_rendered(
-            open_tokenizer(task), rendered.pixels, task.identity, device=task.device
+        done = token_work.render_unit(task.images_uri, unit, task.identity, task.older)
+        token_ids = token_work.fill_tokens(
+            done.token_ids, open_tokenizer(task), done.pixels, task.identity, device=task.device
         )
-        size, digest = token_work.write_unit(
-            task.output, unit.name, rendered.keys, token_ids, task.identity
-        )
+        return _write(unit, done.keys, token_ids, task, {})
     except UnitRejected as error:
         return Outcome(unit=unit.index, rejected=str(error))
     except Exception as error:
         return Outcome.of_error(unit.index, unit.name, error)
-    return _done(unit, size, digest, {})
 
 
 def run_alone(units: Sequence[Unit], task: TokenizeTask) -> Iterator[Outcome]:

@@ -38,7 +38,9 @@ class TokenizeResult:
     num_views: int
     num_units: int
     units_computed: int
-    """Units that this run computed; 0 if all was done before."""
+    """Units that this run wrote; 0 if all was done before."""
+    images_reused: int
+    """Images in them whose tokens were copied from older tables."""
     rejected_units: int
     seconds: float
     """Spent computing, from the first unit given out to the last receipt."""
@@ -52,6 +54,8 @@ class TokenizeResult:
             return f"{self.uri}: nothing was done (dry run)"
         done = f", {self.rejected_units} units rejected" if self.rejected_units else ""
         rate = f" at {self.images_per_second:,.1f} images/s" if self.units_computed else ""
+        if self.images_reused:
+            done = f", reused {self.images_reused:,} of {self.num_rows:,} images{done}"
         return (
             f"{self.uri}: {self.num_views} views of {self.num_rows:,} images{rate}{done}; "
             f"{self.codes_used} codes used, perplexity {self.perplexity:.1f}"
@@ -83,6 +87,8 @@ class Meter:
         if not seconds:
             return
         self.rows += rows
+        if "encode" not in seconds:  # all of it was copied, which says nothing of encoders
+            return
         self.units += 1
         for name in self.seconds:
             self.seconds[name] += seconds.get(name, 0.0)
@@ -189,6 +195,7 @@ def log(
             "codes_used": result.codes_used,
             "perplexity": result.perplexity,
             "rejected_units": result.rejected_units,
+            "images_reused": result.images_reused,
             "images_per_second_total": result.images_per_second,
             "bytes": float(sum(table.manifest["files"]["size"])),
         }

@@ -16,6 +16,7 @@ from pipelines.tables.image_table import ImageParts
 from pipelines.tables.token_files import Identity
 from pipelines.tables.token_table import MAX_VOCAB_SIZE, read_manifest
 from pipelines.tokenization.ledger import refuse_other_options
+from pipelines.tokenization.reuse import Older, older_tables
 
 LIBRARIES = ("numpy", "pillow", "pyarrow", "torch")
 
@@ -34,6 +35,8 @@ class TokenizeTask:
     min_actors: int
     max_actors: int
     rows_per_unit: int
+    older: tuple[Older, ...]
+    """Tables whose tokens are copied."""
 
     @property
     def device(self) -> str:
@@ -91,6 +94,7 @@ def plan_task(
         # A unit smaller than a batch would be filled up with views nobody wants.
         batch_size=min(config.batch_size, config.rows_per_unit * config.num_views),
     )
+    libraries = {name: version(name) for name in LIBRARIES}
     task = TokenizeTask(
         images_uri=images.uri,
         tokenizer_uri=storage.absolute(config.tokenizer),
@@ -102,9 +106,10 @@ def plan_task(
         min_actors=encoders.min_actors,
         max_actors=_most_actors(encoders, num_gpus),
         rows_per_unit=min(config.rows_per_unit, max(part.rows for part in images.parts)),
+        older=older_tables(config, images, identity, libraries),
     )
     _check_room(task, encoders)
-    return task, {name: version(name) for name in LIBRARIES}
+    return task, libraries
 
 
 def _precision(config: TokenizeConfig, tokenizer: ImageTokenizer, num_gpus: float) -> str:

@@ -6,6 +6,7 @@ Nothing here knows of Ray: the same functions make tokens online, for audits and
 import contextlib
 import ctypes
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,6 +22,8 @@ from pipelines import storage
 from pipelines.reading.pixels import DamagedImageError, drawn, render_encoded
 from pipelines.tables.image_files import Part, read_part
 from pipelines.tables.token_files import Identity, encode_file, file_name
+from pipelines.tables.token_table import MISSING
+from pipelines.tokenization.reuse import Older, copied_tokens
 
 
 class UnitRejected(Exception):  # noqa: N818 - a verdict on the data, not a programming error
@@ -36,6 +39,8 @@ class Unit:
     """Record of the image part."""
     start: int
     stop: int
+    reused: Sequence[Sequence[int]] = ()
+    """Rows whose tokens are copied, as `Origins.runs` has them."""
 
     @property
     def name(self) -> str:
@@ -47,8 +52,10 @@ class RenderedUnit:
     """A unit's views, ready to be encoded."""
 
     keys: list[str]
+    token_ids: NDArray[np.uint16]
+    """(rows, V, N): those that are copied, `MISSING` in rows that are to be encoded."""
     pixels: NDArray[np.uint8]
-    """(rows, V, size, size, 3)"""
+    """(rows to be encoded, V, size, size, 3)"""
     read_seconds: float
     render_seconds: float
 
@@ -67,31 +74,34 @@ def tokenizer_views(
     return np.stack(render_encoded(data, digest, views, [output], key=key))
 
 
-def render_unit(images_uri: str, unit: Unit, identity: Identity) -> RenderedUnit:
-    """Reads a unit's images and renders their views.
+def render_unit(
+    images_uri: str, unit: Unit, identity: Identity, older: Sequence[Older] = ()
+) -> RenderedUnit:
+    """Reads a unit's images, copies the tokens that `older` has, and renders the other views.
 
     Raises:
         UnitRejected: an image does not decode.
-        InputError: the part is missing or damaged.
+        InputError: the part or an older table is missing or damaged.
     """
     begin = time.monotonic()
     part = Part.from_dict(unit.part)
     table = read_part(images_uri, part, unit.start, unit.stop, ["key", "image", "digest"])
-    read = time.monotonic()
-    size = identity.image_size
-    pixels = np.empty((table.num_rows, identity.num_views, size, size, 3), np.uint8)
     keys: list[str] = table.column("key").to_pylist()
     digests: list[bytes] = table.column("digest").to_pylist()
-    for row, (key, digest, image) in enumerate(
-        zip(keys, digests, table.column("image"), strict=True)
-    ):
-        data = image.as_buffer().to_pybytes()
+    token_ids = copied_tokens(older, unit.reused, digests, identity)
+    read = time.monotonic()
+    rows = np.flatnonzero(token_ids[:, 0, 0] == MISSING).tolist()
+    size = identity.image_size
+    pixels = np.empty((len(rows), identity.num_views, size, size, 3), np.uint8)
+    for position, row in enumerate(rows):
+        data = table.column("image")[row].as_buffer().to_pybytes()
         try:
-            pixels[row] = tokenizer_views(data, digest, identity, key=key)
+            pixels[position] = tokenizer_views(data, digests[row], identity, key=keys[row])
         except DamagedImageError as error:
             raise UnitRejected(str(error)) from error
     return RenderedUnit(
         keys=keys,
+        token_ids=token_ids,
         pixels=pixels,
         read_seconds=read - begin,
         render_seconds=time.monotonic() - read,
@@ -141,6 +151,22 @@ def encode_views(
         chunks.append(tokenizer.encode(images)[: len(some)])
     ids = torch.cat(chunks).to("cpu").numpy()
     return ids.astype(np.uint16)
+
+
+def fill_tokens(
+    token_ids: NDArray[np.uint16],
+    tokenizer: ImageTokenizer,
+    pixels: NDArray[np.uint8],
+    identity: Identity,
+    *,
+    device: str = "cpu",
+) -> NDArray[np.uint16]:
+    """`token_ids` (rows, V, N) with rows that are `MISSING` encoded from their views, in order."""
+    if len(pixels):
+        missing = token_ids[:, 0, 0] == MISSING
+        token_ids = token_ids.copy()
+        token_ids[missing] = encode_rendered(tokenizer, pixels, identity, device=device)
+    return token_ids
 
 
 def encode_rendered(

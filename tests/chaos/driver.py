@@ -36,10 +36,10 @@ def render_and_note(batch, task, attempts):
 
 
 class EncodeAndNote(token_pool.EncodeUnits):
-    def _encode(self, unit, keys, pixels):
+    def _encode(self, unit, *rendered):
         note("encode", unit.index)
         time.sleep(unit_seconds())
-        return super()._encode(unit, keys, pixels)
+        return super()._encode(unit, *rendered)
 
 
 def main(path):

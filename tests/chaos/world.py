@@ -1,5 +1,6 @@
 """A small image table and tokenizer to tokenize, and workers that die on command."""
 
+import dataclasses
 import io
 import itertools
 import os
@@ -13,15 +14,19 @@ from PIL import Image
 
 from beit.images import image_digest
 from beit.tokenizers import DvaeTokenizer
+from beit.views import ViewPolicy
+from pipelines import storage
 from pipelines.config.tokenize_images import ActorsConfig, TokenizeConfig
 from pipelines.config.tracking import TrackingConfig
 from pipelines.tables import image_files, image_table, tokenizer_store
+from pipelines.tables.token_files import Identity, TokenFile
+from pipelines.tables.token_table import build_manifest
 from pipelines.tokenization import pool as token_pool
 from pipelines.tokenization import work as token_work
 
 
-def make_images(uri, *, count=240, parts=3, side=48):
-    """An image table of `count` smooth random JPEGs of different shapes."""
+def make_images(uri, *, count=240, parts=3, side=48, first=0, prefix=""):
+    """An image table of smooth random JPEGs of different shapes: numbers [first, count)."""
     generator = np.random.default_rng(0)
     rows = []
     for index in range(count):
@@ -30,9 +35,11 @@ def make_images(uri, *, count=240, parts=3, side=48):
         encoded = io.BytesIO()
         coarse.resize((width, height), Image.Resampling.BICUBIC).save(encoded, "JPEG")
         data = encoded.getvalue()
+        if index < first:
+            continue
         rows.append(
             image_files.ImageRow(
-                key=f"{index:06d}.jpg",
+                key=f"{prefix}{index:06d}.jpg",
                 image=data,
                 height=height,
                 width=width,
@@ -40,7 +47,7 @@ def make_images(uri, *, count=240, parts=3, side=48):
                 digest=image_digest(data),
             )
         )
-    bounds = np.linspace(0, count, parts + 1).astype(int)
+    bounds = np.linspace(0, len(rows), parts + 1).astype(int)
     written = [
         image_files.write_part(
             uri, f"part-{part:05d}.parquet", rows[first:last], row_group_bytes=20_000
@@ -54,7 +61,7 @@ def make_images(uri, *, count=240, parts=3, side=48):
         source={},
         options={},
         rejected={},
-        num_items=count,
+        num_items=len(rows),
     )
     return uri
 
@@ -88,6 +95,43 @@ def make_config(images, tokenizer, output, **changes):
     return TokenizeConfig(**values | changes)
 
 
+def write_tokens(images, tokenizer_uri, output, **changes):
+    """The token table of an open image table, made without Ray, a file for each part."""
+    tokenizer = tokenizer_store.load(tokenizer_uri)
+    identity = Identity(
+        image_fingerprint=images.fingerprint,
+        num_rows=images.num_rows,
+        tokenizer_fingerprint=tokenizer.fingerprint(),
+        vocab_size=tokenizer.vocab_size,
+        grid_size=tokenizer.grid_size,
+        image_size=tokenizer.image_size,
+        interpolation=tokenizer.interpolation,
+        policy=ViewPolicy().to_dict(),
+        views=(0, 2),
+        device="cpu",
+        precision="float32",
+        batch_size=16,
+    )
+    identity = dataclasses.replace(identity, **changes)
+    files = []
+    for index, part in enumerate(images.parts):
+        unit = token_work.Unit(index=index, part=part.to_dict(), start=0, stop=part.rows)
+        rendered = token_work.render_unit(images.uri, unit, identity)
+        ids = token_work.encode_rendered(tokenizer, rendered.pixels, identity)
+        size, digest = token_work.write_unit(output, unit.name, rendered.keys, ids, identity)
+        files.append(TokenFile(part=index, start=0, stop=part.rows, size=size, hash=digest))
+    manifest = build_manifest(
+        identity=identity,
+        part_names=[part.name for part in images.parts],
+        part_rows=[part.rows for part in images.parts],
+        files=files,
+        rejected=[],
+        rows_per_unit=40,
+        libraries={},
+    )
+    storage.write_json(storage.join(output, "manifest.json"), manifest)
+
+
 def deadly(unit):
     """Rows 40 to 59 of the second part: the unit that no process survives."""
     return unit.start == 40 and unit.part["name"] == "part-00001.parquet"
@@ -97,10 +141,10 @@ def render_but(deed, batch, task, attempts):
     """`render_blocks` with a deed in the place of the deadly unit."""
     real = token_work.render_unit
 
-    def render_unit(images_uri, unit, identity):
+    def render_unit(images_uri, unit, *rest):
         if deadly(unit):
             deed()
-        return real(images_uri, unit, identity)
+        return real(images_uri, unit, *rest)
 
     token_work.render_unit = render_unit
     try:
@@ -133,10 +177,10 @@ class Deadly:
 class EncodeAndDie(token_pool.EncodeUnits):
     """`EncodeUnits` that does not survive the deadly unit."""
 
-    def _encode(self, unit, keys, pixels):
+    def _encode(self, unit, *rendered):
         if deadly(unit):
             self.tokenizer = Deadly()
-        return super()._encode(unit, keys, pixels)
+        return super()._encode(unit, *rendered)
 
 
 class Failing:
@@ -166,9 +210,9 @@ class EncodeAndFail(token_pool.EncodeUnits):
     def fails(self, unit):
         return deadly(unit)
 
-    def _encode(self, unit, keys, pixels):
+    def _encode(self, unit, *rendered):
         self.tokenizer.here.fails = self.fails(unit)
-        return super()._encode(unit, keys, pixels)
+        return super()._encode(unit, *rendered)
 
 
 class EncodeAndFault(EncodeAndFail):
@@ -187,9 +231,9 @@ class EncodeNothing(EncodeAndFail):
 class EncodeSlowly(token_pool.EncodeUnits):
     """`EncodeUnits` that takes its time, and says who it is."""
 
-    def _encode(self, unit, keys, pixels):
+    def _encode(self, unit, *rendered):
         time.sleep(2)
-        outcome = super()._encode(unit, keys, pixels)
+        outcome = super()._encode(unit, *rendered)
         outcome.facts["seconds"]["pid"] = os.getpid()
         return outcome
 

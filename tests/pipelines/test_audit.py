@@ -9,14 +9,11 @@ import pytest
 from pipelines import audit, storage
 from pipelines.config.audit import AuditConfig
 from pipelines.errors import InputError, StageFailed
-from pipelines.tables import image_table, tokenizer_store
+from pipelines.tables import image_table
 from pipelines.tables.image_table import ImageTable
-from pipelines.tables.token_files import Identity, TokenFile, encode_file, file_name
-from pipelines.tables.token_table import TokenTable, build_manifest
-from pipelines.tokenization import work as token_work
+from pipelines.tables.token_files import encode_file, file_name
+from pipelines.tables.token_table import TokenTable
 from tests.chaos import world
-
-ROWS_PER_UNIT = 40
 
 
 @pytest.fixture(scope="module")
@@ -25,45 +22,8 @@ def sound(tmp_path_factory):
     root = tmp_path_factory.mktemp("sound")
     images = ImageTable.open(world.make_images(str(root / "images"), count=120))
     world.make_tokenizer(str(root / "tokenizer"))
-    write_tokens(images, str(root / "tokenizer"), str(root / "tokens"))
+    world.write_tokens(images, str(root / "tokenizer"), str(root / "tokens"))
     return root
-
-
-def write_tokens(images, tokenizer_uri, output, views=(0, 2)):
-    from beit.views import ViewPolicy
-
-    tokenizer = tokenizer_store.load(tokenizer_uri)
-    identity = Identity(
-        image_fingerprint=images.fingerprint,
-        num_rows=images.num_rows,
-        tokenizer_fingerprint=tokenizer.fingerprint(),
-        vocab_size=tokenizer.vocab_size,
-        grid_size=tokenizer.grid_size,
-        image_size=tokenizer.image_size,
-        interpolation=tokenizer.interpolation,
-        policy=ViewPolicy().to_dict(),
-        views=views,
-        device="cpu",
-        precision="float32",
-        batch_size=16,
-    )
-    files = []
-    for index, part in enumerate(images.parts):
-        unit = token_work.Unit(index=index, part=part.to_dict(), start=0, stop=part.rows)
-        rendered = token_work.render_unit(images.uri, unit, identity)
-        ids = token_work.encode_rendered(tokenizer, rendered.pixels, identity)
-        size, digest = token_work.write_unit(output, unit.name, rendered.keys, ids, identity)
-        files.append(TokenFile(part=index, start=0, stop=part.rows, size=size, hash=digest))
-    manifest = build_manifest(
-        identity=identity,
-        part_names=[part.name for part in images.parts],
-        part_rows=[part.rows for part in images.parts],
-        files=files,
-        rejected=[],
-        rows_per_unit=ROWS_PER_UNIT,
-        libraries={},
-    )
-    storage.write_json(storage.join(output, "manifest.json"), manifest)
 
 
 @pytest.fixture

@@ -26,7 +26,6 @@ from tests.pipelines.pretrain_fixtures import (
     write_images,
     write_tokens,
 )
-from tests.pipelines.test_audit import write_tokens as write_real_tokens
 from tests.pipelines.test_train_tokenizer import replaced, settings
 from tests.pipelines.tokenizer_fixtures import disc, image_table
 from tests.s3_server import bucket, s3  # noqa: F401 - fixtures
@@ -263,7 +262,7 @@ def test_audit(s3, bucket):  # noqa: F811
     images = ImageTable.open(world.make_images(storage.join(root, "images"), count=60))
     tokenizer = world.make_tokenizer(storage.join(root, "tokenizer"))
     tokens = storage.join(root, "tokens")
-    write_real_tokens(images, tokenizer, tokens)
+    world.write_tokens(images, tokenizer, tokens)
     config = AuditConfig(table=tokens, images=images.uri, tokenizer=tokenizer, samples=20)
     assert audit.run(config).samples == 20
     assert audit.run(AuditConfig(table=images.uri)).num_files == 3

@@ -210,6 +210,47 @@ def test_a_lost_file_of_a_finished_table_is_made_again(finished, images, tokeniz
     assert contents(output) == contents(finished[0])
 
 
+@pytest.fixture(scope="module")
+def grown_from(tokenizer, tmp_path_factory):
+    """How to reuse the tokens of the first 200 images, which have other names there."""
+    root = tmp_path_factory.mktemp("older")
+    older = ImageTable.open(world.make_images(str(root / "images"), count=200, parts=2, prefix="z"))
+    world.write_tokens(older, tokenizer, str(root / "tokens"))
+    return {"reuse": [str(root / "tokens")], "reuse_images": [older.uri]}
+
+
+@pytest.mark.ray
+def test_a_table_that_reuses_tokens_is_that_of_a_whole_run(
+    finished, images, tokenizer, grown_from, tmp_path, monkeypatch, mlflow_uri, capsys
+):
+    from mlflow import MlflowClient
+
+    book, seen = tokenize_images._book, []
+
+    def interrupted(outcome, ledger, options):
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        seen.append(outcome.facts["reused"])
+        return book(outcome, ledger, options)
+
+    tracking = TrackingConfig(uri=mlflow_uri, experiment="reuse")
+    config = world.make_config(images, tokenizer, tmp_path / "t", tracking=tracking, **grown_from)
+    monkeypatch.setattr(tokenize_images, "_book", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize_images.run(config)
+    assert "200 of 240 images have their tokens there" in capsys.readouterr().err
+    monkeypatch.undo()
+    result = tokenize_images.run(config)
+    assert contents(tmp_path / "t") == contents(finished[0])
+    assert 200 - sum(seen) >= result.images_reused >= 200 - 20 * (12 - result.units_computed)
+    assert f"reused {result.images_reused} of 240 images" in result.summary()
+    older = TokenTable.open(grown_from["reuse"][0])
+    client = MlflowClient(mlflow_uri)
+    experiment = client.get_experiment_by_name("reuse").experiment_id
+    for run in client.search_runs([experiment]):
+        assert run.data.tags["beit.input.token_table"] == older.fingerprint
+
+
 @pytest.mark.ray
 def test_a_unit_that_no_node_can_hold_is_refused(images, tokenizer, tmp_path, monkeypatch):
     small = [{"Alive": True, "Resources": {"CPU": 8.0, "memory": 100_000.0}}]
