@@ -95,7 +95,9 @@ def drive(directory, rows_per_unit):
     texts = []
     for start in range(0, len(todo), UNITS_PER_ROUND):
         chunk = todo[start : start + UNITS_PER_ROUND]
-        texts = [json.dumps(vars(tokenize_images._unit(units, images, unit))) for unit in chunk]
+        texts = [
+            json.dumps(vars(tokenize_images._unit(units, images, unit, None))) for unit in chunk
+        ]
     del texts
     step("hand out the other half, round by round")
     for unit in todo:

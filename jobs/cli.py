@@ -43,6 +43,7 @@ STAGES = {
     "prepare": _stage(
         "images (folder, WebDataset, Parquet) to an image table", "prepare:PrepareConfig"
     ),
+    "join": _stage("several image tables as one, without a copy", "join:JoinConfig", ray="never"),
     "train-tokenizer": _stage(
         "image table to a tokenizer: discrete VAE, VQ-KD, k-means, projection",
         "train_tokenizer:TrainTokenizerConfig",

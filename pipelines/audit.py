@@ -101,6 +101,7 @@ def _audit_images(config: AuditConfig, table: ImageTable, findings: Findings) ->
     changed, total = check_files(
         table.uri,
         [part.name for part in parts],
+        table.part_uri,
         lambda index: (parts[index].bytes, parts[index].hash),
         sample,
         config,

@@ -6,7 +6,7 @@ people edit files, so whatever stands in one may be anything; it is either as st
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Annotated, Any, TypeVar
 
@@ -95,7 +95,7 @@ def check_values(values: Any, form: Any, uri: str, remedy: str) -> Any:
     return values
 
 
-def refuse_other_kinds(values: Any, uri: str, *, kind: str, version: int) -> None:
+def refuse_other_kinds(values: Any, uri: str, *, kind: str, versions: Sequence[int]) -> None:
     """Raises InputError for a manifest of another kind or version."""
     found = values.get("kind") if isinstance(values, dict) else None
     if found != kind:
@@ -103,10 +103,10 @@ def refuse_other_kinds(values: Any, uri: str, *, kind: str, version: int) -> Non
         raise InputError(
             f"{uri}: kind is {found!r}, not {kind!r}; give {article} {kind.replace('_', ' ')}"
         )
-    if values.get("schema_version") != version:
+    if values.get("schema_version") not in versions:
         raise InputError(
             f"{uri}: schema_version {values.get('schema_version')!r}, this program reads "
-            f"{version}; make it again with this release"
+            f"{' and '.join(map(str, versions))}; make it again with this release"
         )
 
 

@@ -63,19 +63,23 @@ def read_sample(
 def check_files(
     uri: str,
     names: list[str],
+    where: Callable[[int], str],
     expected: Callable[[int], tuple[int, str]],
     sample: list[int],
     config: AuditConfig,
     findings: Findings,
 ) -> tuple[list[int], int]:
-    """Hashes files; returns those that changed, and the number of bytes read."""
+    """Hashes files, `where` they lie; returns those that changed, and the number of bytes read.
+
+    Other Parquet files below `uri` are findings.
+    """
     changed: list[int] = []
     total = 0
     progress = Progress(len(sample), "audit", "files")
 
     def look(index: int) -> tuple[int, str] | None:
         try:
-            return _hash_file(storage.join(uri, names[index]))
+            return _hash_file(where(index))
         except FileNotFoundError:
             return None
 

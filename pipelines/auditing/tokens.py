@@ -39,6 +39,7 @@ def audit_tokens(
     changed, total = check_files(
         table.uri,
         names,
+        lambda index: storage.join(table.uri, names[index]),
         lambda index: (files["size"][index], files["hash"][index]),
         sample,
         config,

@@ -7,7 +7,7 @@ is stored uncompressed and beside the small columns of the same rows.
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NotRequired, Self
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from typing_extensions import TypedDict
 
 from pipelines import storage
-from pipelines.errors import InputError
+from pipelines.errors import InputError, parsing
 from pipelines.records import Count, FileName, Hash
 from pipelines.tables.open_parts import OpenParts
 from pipelines.tables.row_groups import RowGroups
@@ -32,6 +32,8 @@ IMAGE_SCHEMA = pa.schema(
     ]
 )
 """`group` names what must stay on one side of a train/held-out split; null means the row alone."""
+
+LABEL = IMAGE_SCHEMA.field("label")
 
 REJECTED_SCHEMA = pa.schema(
     [
@@ -72,17 +74,25 @@ class Part:
     """Hash of the digests and labels of its rows, in order."""
     row_groups: tuple[int, ...]
     """Rows of each row group."""
+    uri: str = ""
+    """Address of the file, where it lies in the directory of another table (a joined table's)."""
+    labels: tuple[int, ...] | None = None
+    """The label that stands for each label in the file; None: the same."""
 
     def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "row_groups": list(self.row_groups)}
+        """A `PartRecord`: without the labels, which a table has once for all its parts."""
+        record = {name: getattr(self, name) for name in PartRecord.__annotations__}
+        if not self.uri:
+            del record["uri"]
+        return {**record, "row_groups": list(self.row_groups)}
 
     @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> Self:
+    def from_dict(cls, record: Mapping[str, Any], labels: tuple[int, ...] | None = None) -> Self:
         """The part of a `PartRecord`. Raises ValueError if its row groups are not its rows."""
         if sum(record["row_groups"]) != record["rows"]:
             raise ValueError(f"{record['name']}: row_groups are not its {record['rows']} rows")
-        known = {name: record[name] for name in PartRecord.__annotations__}
-        return cls(**{**known, "row_groups": tuple(known["row_groups"])})
+        known = {name: record[name] for name in PartRecord.__annotations__ if name in record}
+        return cls(**{**known, "row_groups": tuple(known["row_groups"])}, labels=labels)
 
 
 class PartRecord(TypedDict):
@@ -94,6 +104,7 @@ class PartRecord(TypedDict):
     hash: Hash
     content: Hash
     row_groups: list[Count]
+    uri: NotRequired[str]
 
 
 class PartWriter:
@@ -207,7 +218,7 @@ def read_row_groups(
     uri: str, part: Part, indices: Sequence[int], columns: Sequence[str] | None = None
 ) -> pa.Table:
     """Some row groups of one part, all columns or some. Raises as `read_part`."""
-    name = storage.join(uri, part.name)
+    name = part.uri or storage.join(uri, part.name)
     try:
         opened = _OPEN.get(
             name,
@@ -216,11 +227,16 @@ def read_row_groups(
             row_groups=part.row_groups,
             remedy="`beit audit` lists all damage, prepare the table again",
         )
-        return opened.read(indices, schema_of(columns))
+        table = opened.read(indices, schema_of(columns))
     except FileNotFoundError as error:
         raise InputError(
             f"{name}: missing, though the manifest lists it; restore it or prepare the table again"
         ) from error
+    if part.labels is None or "label" not in table.column_names:
+        return table
+    with parsing(name, "`beit audit` lists all damage, prepare the table again"):
+        labels = pa.array(part.labels, pa.int32()).take(table["label"])
+        return table.set_column(table.column_names.index("label"), LABEL, labels)
 
 
 def schema_of(columns: Sequence[str] | None) -> pa.Schema:

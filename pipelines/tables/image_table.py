@@ -2,10 +2,11 @@
 
 A directory of `part-*.parquet`, `rejected.parquet`, `ignored.parquet` and, written last,
 `manifest.json`. Rows are sorted by `key` through all parts, so a row's position is its identity
-(row id).
+(row id). A *joined* table (`beit join`) is a manifest alone, whose parts lie in other tables.
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NotRequired, Self
@@ -21,6 +22,8 @@ from pipelines.tables.image_files import Part, PartRecord, read_part, read_row_g
 from pipelines.tables.row_groups import RowGroups
 
 SCHEMA_VERSION = 1
+JOINED_VERSION = 2
+"""Of a table whose parts are those of others; readers of version 1 refuse it."""
 KIND = "image_table"
 MANIFEST = "manifest.json"
 REJECTED = "rejected.parquet"
@@ -29,11 +32,21 @@ IGNORED = "ignored.parquet"
 REMEDY = "the manifest was changed after it was written: prepare the table again"
 
 
+class JoinedRecord(TypedDict):
+    """A table whose parts a joined table has."""
+
+    uri: str
+    fingerprint: str
+    num_parts: Count
+    labels: list[Count]
+    """The label in the joined table for each of its own."""
+
+
 class Manifest(TypedDict):
     """What must stand in the manifest of an image table."""
 
     kind: Literal["image_table"]
-    schema_version: Literal[1]
+    schema_version: Literal[1, 2]
     fingerprint: str
     num_rows: Count
     num_items: Count
@@ -44,6 +57,8 @@ class Manifest(TypedDict):
     options: dict[str, Any]
     parts: list[Any]
     """Each a `PartRecord`."""
+    tables: NotRequired[list[JoinedRecord]]
+    """Of a joined table, in the order of its parts."""
     rejected: dict[str, Count]
     ignored: NotRequired[dict[str, Count]]
     pyarrow: str
@@ -60,6 +75,7 @@ def commit_manifest(
     num_items: int,
     ignored: Mapping[str, int] | None = None,
     class_counts: Sequence[int] | None = None,
+    tables: Sequence[JoinedRecord] = (),
 ) -> dict[str, Any]:
     """Writes `manifest.json`, which makes the table exist, and returns it.
 
@@ -69,14 +85,15 @@ def commit_manifest(
         num_items: Items the source held: rows + rejected.
         ignored: Number of files beside the data by reason (they are listed in `ignored.parquet`).
         class_counts: Rows of each class, where they are known.
+        tables: Of a joined table, those whose parts it has.
 
     Raises:
         InputError: another writer has made another table there in the meantime.
     """
     manifest = {
         "kind": KIND,
-        "schema_version": SCHEMA_VERSION,
-        "fingerprint": table_fingerprint(parts, class_names),
+        "schema_version": JOINED_VERSION if tables else SCHEMA_VERSION,
+        "fingerprint": table_fingerprint(parts, class_names, tables),
         "num_rows": sum(part.rows for part in parts),
         "num_items": num_items,
         "bytes": sum(part.bytes for part in parts),
@@ -87,6 +104,7 @@ def commit_manifest(
         "parts": [part.to_dict() for part in parts],
         "rejected": dict(rejected),
         **({} if ignored is None else {"ignored": dict(ignored)}),
+        **({"tables": list(tables)} if tables else {}),
         "pyarrow": pa.__version__,
     }
     path, data = storage.join(uri, MANIFEST), storage.canonical_json(manifest)
@@ -99,25 +117,41 @@ def commit_manifest(
     return manifest
 
 
-def table_fingerprint(parts: Sequence[Part], class_names: Sequence[str]) -> str:
+def table_fingerprint(
+    parts: Sequence[Part], class_names: Sequence[str], tables: Sequence[JoinedRecord] = ()
+) -> str:
     """Identity of a table's contents: its digests and labels in order, cut into parts as it is.
 
     Token tables name rows by part and position, so the cut belongs to the identity; keys,
     encodings of the files and where the table lies do not.
     """
-    return storage.fingerprint(
-        {
-            "schema_version": SCHEMA_VERSION,
-            "parts": [[part.rows, part.content] for part in parts],
-            "class_names": list(class_names),
-        }
-    )
+    identity = {
+        "schema_version": JOINED_VERSION if tables else SCHEMA_VERSION,
+        "parts": [[part.rows, part.content] for part in parts],
+        "class_names": list(class_names),
+    }
+    if tables:  # contents of parts have the labels that stand in the files
+        identity["tables"] = [[table["num_parts"], table["labels"]] for table in tables]
+    return storage.fingerprint(identity)
 
 
 def split_position(group: str, *, seed: int = 0) -> float:
     """Where a leak group stands in [0, 1): a hash, the same in every table and on every machine."""
     raw = hashlib.blake2b(f"{seed}:{group}".encode(), digest_size=8).digest()
     return int.from_bytes(raw, "little") / 2**64
+
+
+def _labels_of_parts(
+    tables: Sequence[JoinedRecord], count: int
+) -> Iterator[tuple[int, ...] | None]:
+    """`Part.labels` of each of so many parts; those of one table share it."""
+    if not tables:
+        return itertools.repeat(None, count)
+    if sum(table["num_parts"] for table in tables) != count:
+        raise ValueError(f"tables: num_parts are not the {count} parts listed")
+    maps = [tuple(table["labels"]) for table in tables]
+    pieces = zip(maps, tables, strict=True)
+    return itertools.chain(*(itertools.repeat(one, table["num_parts"]) for one, table in pieces))
 
 
 class ImageParts:
@@ -133,14 +167,21 @@ class ImageParts:
         self.fingerprint: str = manifest["fingerprint"]
         self.num_rows: int = manifest["num_rows"]
         self.class_names: list[str] = manifest["class_names"]
+        self.joined: list[JoinedRecord] = manifest.get("tables", [])
         self.parts: list[Part] = []
         records = manifest.pop("parts")
         records.reverse()
         path = storage.join(uri, MANIFEST)
         with parsing(path, REMEDY):
+            labels = _labels_of_parts(self.joined, len(records))
             while records:
                 record = check_values(records.pop(), PartRecord, f"{path}: parts", REMEDY)
-                self.parts.append(Part.from_dict(record))
+                part = Part.from_dict(record, next(labels))
+                if bool(part.uri) != bool(self.joined):
+                    raise ValueError(
+                        f"{part.name}: parts have a uri in joined tables, and only there"
+                    )
+                self.parts.append(part)
         self.part_starts = np.cumsum([0, *(part.rows for part in self.parts)], dtype=np.int64)
 
     @classmethod
@@ -159,10 +200,10 @@ class ImageParts:
                 f"{uri}: no finished image table ({MANIFEST} is missing); "
                 "run `beit prepare` with this output, again if it was interrupted"
             ) from error
-        refuse_other_kinds(manifest, path, kind=KIND, version=SCHEMA_VERSION)
+        refuse_other_kinds(manifest, path, kind=KIND, versions=(SCHEMA_VERSION, JOINED_VERSION))
         check_values(manifest, Manifest, path, REMEDY)
         table = cls(uri, manifest)
-        expected = table_fingerprint(table.parts, table.class_names)
+        expected = table_fingerprint(table.parts, table.class_names, table.joined)
         if expected != table.fingerprint or table.num_rows != table.part_starts[-1]:
             raise InputError(
                 f"{path}: fingerprint {table.fingerprint} does not belong to the "
@@ -249,26 +290,33 @@ class ImageParts:
         )
 
     def check_parts(self) -> None:
-        """Looks whether every part is there in its size: one listing, nothing is read.
+        """Looks whether every part is there in its size: by listings, nothing is read.
 
         Raises:
             InputError: one is missing or cut short; names the first and how many there are.
         """
-        files = storage.list_files(self.uri, ".parquet", recursive=False)
-        sizes = {file.path: file.size for file in files}
-        lost = [part for part in self.parts if sizes.get(part.name) != part.bytes]
+        sizes = {
+            storage.join(folder, file.path): file.size
+            for folder in [table["uri"] for table in self.joined] or [self.uri]
+            for file in storage.list_files(folder, ".parquet", recursive=False)
+        }
+        count = len(self.parts)
+        lost = [i for i in range(count) if sizes.get(self.part_uri(i)) != self.parts[i].bytes]
         if lost:
-            found = sizes.get(lost[0].name)
-            what = "is missing" if found is None else f"has {found:,} of {lost[0].bytes:,} bytes"
+            part, found = self.parts[lost[0]], sizes.get(self.part_uri(lost[0]))
+            what = "is missing" if found is None else f"has {found:,} of {part.bytes:,} bytes"
+            again = "run the same `beit prepare` again, which makes all parts"
+            if self.joined:
+                again = "`beit join` the tables where they are now"
             raise InputError(
-                f"{self.uri}: {lost[0].name} {what} ({len(lost)} of {len(self.parts)} parts are "
-                f"not whole): bring the files back, or delete {MANIFEST} there and run the same "
-                "`beit prepare` again, which makes all parts"
+                f"{self.uri}: {part.uri or part.name} {what} ({len(lost)} of {count} parts are "
+                f"not whole): bring the files back, or delete {MANIFEST} there and {again}"
             )
 
     def part_uri(self, position: int) -> str:
         """Address of one part's file."""
-        return storage.join(self.uri, self.parts[position].name)
+        part = self.parts[position]
+        return part.uri or storage.join(self.uri, part.name)
 
 
 class ImageTable(ImageParts):

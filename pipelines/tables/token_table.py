@@ -149,7 +149,7 @@ def read_manifest(uri: str) -> dict[str, Any]:
     """
     path = storage.join(uri, MANIFEST)
     manifest: dict[str, Any] = storage.read_json(path)
-    refuse_other_kinds(manifest, path, kind=KIND, version=SCHEMA_VERSION)
+    refuse_other_kinds(manifest, path, kind=KIND, versions=(SCHEMA_VERSION,))
     check_values(manifest, Manifest, path, REMEDY)
     return manifest
 

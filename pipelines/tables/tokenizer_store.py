@@ -94,7 +94,7 @@ def read_manifest(uri: str) -> dict[str, Any] | None:
         manifest = storage.read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    refuse_other_kinds(manifest, path, kind=KIND, version=SCHEMA_VERSION)
+    refuse_other_kinds(manifest, path, kind=KIND, versions=(SCHEMA_VERSION,))
     check_values(manifest, Manifest, path, REMEDY)
     return dict(manifest)
 

@@ -2,37 +2,32 @@
 
 A view follows from an image's digest and size, so equal images have equal tokens, whatever their
 keys. An *origin* says where the tokens of a row are: the row of an older table, counted through all
-older tables; -1 where they are nowhere. Origins are found by the driver through files on its disk:
-digests are dealt out by their first bytes into buckets, and one bucket at a time is sorted.
+older tables; -1 where they are nowhere. The driver finds them by `tables/digests.py`.
 """
 
 import functools
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import IO
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipelines import storage
 from pipelines.config.tokenize_images import TokenizeConfig
 from pipelines.errors import InputError
 from pipelines.steps import say_step
+from pipelines.tables.digests import buckets, deal, digest_records, read_bucket
 from pipelines.tables.image_table import ImageParts
 from pipelines.tables.token_files import Identity, differing_field
 from pipelines.tables.token_table import MISSING, TokenTable
 from pipelines.tracking.datasets import Dataset
 
-# Rows of a bucket, about: the driver holds 24 bytes of each, and as much again to sort them.
-BUCKET_ROWS = 2**22
 # Wanted rows of an older table with no more than so many others between them are read as one range.
 MAX_GAP = 32
 # Fields of the identity that may differ: of each view of each image the tokens are the same.
 OF_THE_IMAGES = ("image_fingerprint", "num_rows", "views")
-RECORD = np.dtype([("digest", "S16"), ("row", "<i8")])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +58,7 @@ def older_tables(
         by_fingerprint.setdefault(older.fingerprint, older.uri)
     found: list[Older] = []
     first = 0
-    for uri in config.reuse:
+    for uri in map(storage.absolute, config.reuse):
         table = TokenTable.open(uri)
         _refuse_other_tokens(table, identity)
         if table.image_fingerprint not in by_fingerprint:
@@ -135,21 +130,16 @@ class Origins:
             InputError: a part is missing or damaged.
         """
         total = images.num_rows + sum(table.rows for table in older)
-        count = -(-total // BUCKET_ROWS)
         with tempfile.TemporaryFile() as file:
             self._rows = np.memmap(file, np.int64, "w+", shape=(images.num_rows,))
         self._rows[:] = -1
-        with ExitStack() as open_files:
-            new, old = (
-                [open_files.enter_context(tempfile.TemporaryFile()) for _ in range(count)]
-                for _ in range(2)
-            )
+        self.num_reused = 0
+        with buckets(total) as new, buckets(total) as old:
             for table in older:
-                _deal(_tokenized(table), old)
-            _deal(_digests(images), new)
-            for ours, theirs in zip(map(_bucket, new), map(_bucket, old), strict=True):
+                deal(_tokenized(table), old)
+            deal(digest_records(images), new)
+            for ours, theirs in zip(map(read_bucket, new), map(read_bucket, old), strict=True):
                 self._join(ours, theirs)
-        self.num_reused = int((self._rows >= 0).sum())
 
     def _join(self, ours: NDArray[np.void], theirs: NDArray[np.void]) -> None:
         if not len(theirs):
@@ -160,6 +150,7 @@ class Origins:
         at[at == len(theirs)] = 0
         same = theirs["digest"][at] == ours["digest"]
         self._rows[ours["row"][same]] = theirs["row"][at[same]]
+        self.num_reused += int(same.sum())
 
     def runs(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """Origins of rows [start, stop) as (row less start, origin, number of rows) of each run."""
@@ -172,38 +163,11 @@ class Origins:
         return [(int(run[0]), int(origins[run[0]]), len(run)) for run in runs]
 
 
-def _digests(images: ImageParts, first: int = 0) -> Iterator[NDArray[np.void]]:
-    """Digest and row of every image, part by part; rows are counted from `first`."""
-    for part in images.iter_parts(["digest"]):
-        records = np.empty(part.num_rows, RECORD)
-        digests = pa.concat_arrays(part["digest"].chunks)
-        records["digest"] = np.frombuffer(digests.buffers()[1], "S16")[digests.offset :][
-            : len(digests)
-        ]
-        records["row"] = np.arange(first, first + part.num_rows)
-        first += part.num_rows
-        yield records
-
-
 def _tokenized(older: Older) -> Iterator[NDArray[np.void]]:
     """The same of the rows of an older table that have tokens."""
     images, tokens = _opened(older)
-    for records in _digests(images, older.first):
+    for records in digest_records(images, older.first):
         yield records[tokens.have_tokens(records["row"] - older.first)]
-
-
-def _deal(chunks: Iterator[NDArray[np.void]], buckets: Sequence[IO[bytes]]) -> None:
-    for records in chunks:
-        # The first two bytes of a digest are an even draw of 65,536.
-        raw = np.ascontiguousarray(records["digest"]).view(np.uint8).reshape(-1, 16)
-        bucket = (raw[:, 0].astype(np.int64) * 256 + raw[:, 1]) * len(buckets) >> 16
-        for number in np.unique(bucket).tolist():
-            buckets[number].write(records[bucket == number].tobytes())
-
-
-def _bucket(file: IO[bytes]) -> NDArray[np.void]:
-    file.seek(0)
-    return np.frombuffer(file.read(), RECORD)
 
 
 @functools.lru_cache(maxsize=8)

@@ -25,8 +25,8 @@ from pipelines.tokenization import pool as token_pool
 from pipelines.tokenization import work as token_work
 
 
-def make_images(uri, *, count=240, parts=3, side=48, first=0, prefix=""):
-    """An image table of smooth random JPEGs of different shapes: numbers [first, count)."""
+def make_images(uri, *, count=240, parts=3, side=48, keep=None, prefix="", class_names="abc"):
+    """An image table of smooth random JPEGs of different shapes: numbers below `count`, or some."""
     generator = np.random.default_rng(0)
     rows = []
     for index in range(count):
@@ -35,7 +35,7 @@ def make_images(uri, *, count=240, parts=3, side=48, first=0, prefix=""):
         encoded = io.BytesIO()
         coarse.resize((width, height), Image.Resampling.BICUBIC).save(encoded, "JPEG")
         data = encoded.getvalue()
-        if index < first:
+        if keep is not None and index not in keep:
             continue
         rows.append(
             image_files.ImageRow(
@@ -43,7 +43,7 @@ def make_images(uri, *, count=240, parts=3, side=48, first=0, prefix=""):
                 image=data,
                 height=height,
                 width=width,
-                label=index % 3,
+                label=index % len(class_names) if class_names else None,
                 digest=image_digest(data),
             )
         )
@@ -57,7 +57,7 @@ def make_images(uri, *, count=240, parts=3, side=48, first=0, prefix=""):
     image_table.commit_manifest(
         uri,
         parts=written,
-        class_names=["a", "b", "c"],
+        class_names=list(class_names),
         source={},
         options={},
         rejected={},

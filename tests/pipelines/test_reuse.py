@@ -11,6 +11,7 @@ import pytest
 from beit.views import ViewPolicy
 from pipelines.config.tokenize_images import TokenizeConfig
 from pipelines.errors import InputError
+from pipelines.tables import digests
 from pipelines.tables.image_table import ImageParts
 from pipelines.tables.token_table import MISSING, TokenTable
 from pipelines.tokenization import reuse
@@ -25,7 +26,7 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("grown")
     world.make_images(str(root / "images"), count=90, parts=4)
     world.make_images(str(root / "a"), count=40, parts=2, prefix="z/")
-    world.make_images(str(root / "b"), count=60, first=30, parts=1)
+    world.make_images(str(root / "b"), count=60, keep=range(30, 60), parts=1)
     world.make_tokenizer(str(root / "tokenizer"))
     for name in "ab":
         images = ImageParts.open(str(root / name))
@@ -64,7 +65,7 @@ def origin_of(origins, rows):
 
 @pytest.mark.parametrize("bucket_rows", [2**22, 7])
 def test_origins_are_those_of_a_search_through_all_digests(root, bucket_rows, monkeypatch):
-    monkeypatch.setattr(reuse, "BUCKET_ROWS", bucket_rows)
+    monkeypatch.setattr(digests, "BUCKET_ROWS", bucket_rows)
     images, _, older = opened(root)
     origins = Origins(images, older)
     first_of = {}
@@ -73,8 +74,8 @@ def test_origins_are_those_of_a_search_through_all_digests(root, bucket_rows, mo
             ImageParts.open(table.images).read_rows(0, table.rows)["digest"]
         ):
             first_of.setdefault(digest.as_py(), table.first + row)
-    digests = images.read_rows(0, 90)["digest"].to_pylist()
-    assert origin_of(origins, 90) == [first_of.get(digest, -1) for digest in digests]
+    names = images.read_rows(0, 90)["digest"].to_pylist()
+    assert origin_of(origins, 90) == [first_of.get(digest, -1) for digest in names]
     assert origins.num_reused == 60
     # A run never goes over the end of a table.
     assert origins.runs(0, 90) == [(0, 0, 40), (40, 51, 20)]
@@ -94,12 +95,12 @@ def test_rows_of_rejected_units_are_not_reused(root):
 
 def test_the_driver_holds_a_bucket_and_not_all_digests(monkeypatch):
     rows, parts = 100_000, 40
-    monkeypatch.setattr(reuse, "BUCKET_ROWS", 10_000)
-    digests = np.random.default_rng(0).bytes(16 * rows)
+    monkeypatch.setattr(digests, "BUCKET_ROWS", 10_000)
+    content = np.random.default_rng(0).bytes(16 * rows)
 
     def iter_parts(columns):
         for part in range(parts):
-            piece = digests[part * 16 * rows // parts : (part + 1) * 16 * rows // parts]
+            piece = content[part * 16 * rows // parts : (part + 1) * 16 * rows // parts]
             column = pa.FixedSizeBinaryArray.from_buffers(
                 pa.binary(16), rows // parts, [None, pa.py_buffer(piece)]
             )
@@ -115,7 +116,7 @@ def test_the_driver_holds_a_bucket_and_not_all_digests(monkeypatch):
     tracemalloc.stop()
     assert origins.num_reused == rows // 2
     assert origins.runs(10, 13) == [(0, 10, 1), (2, 12, 1)]
-    assert peak < rows * reuse.RECORD.itemsize / 2, peak
+    assert peak < rows * digests.RECORD.itemsize / 2, peak
 
 
 @pytest.mark.parametrize(
@@ -171,14 +172,14 @@ def test_copied_tokens_are_those_that_would_be_computed(root):
 
 def test_scattered_rows_are_read_where_they_are(root):
     images, identity, older = opened(root)
-    digests = images.read_rows(0, 90)["digest"].to_pylist()
+    names = images.read_rows(0, 90)["digest"].to_pylist()
     rows = [39, 3, 3, 70, 55, 0]
     runs = [(0, 39, 1), (1, 3, 1), (2, 3, 1), (4, 41 + 25, 1), (5, 0, 1)]
-    ids = copied_tokens(older, runs, [digests[row] for row in rows], identity)
+    ids = copied_tokens(older, runs, [names[row] for row in rows], identity)
     _, a = TokenTable.open(older[0].tokens).read_rows(0, 40)
     _, b = TokenTable.open(older[1].tokens).read_rows(0, 30)
     np.testing.assert_array_equal(ids[[0, 1, 2, 5]], a[[39, 3, 3, 0]])
     np.testing.assert_array_equal(ids[4], b[25])
     assert (ids[3] == MISSING).all()
     with pytest.raises(InputError, match=r"a-tokens: rows 3 to 4 are not of the images"):
-        copied_tokens(older, [(0, 3, 1)], [digests[4]], identity)
+        copied_tokens(older, [(0, 3, 1)], [names[4]], identity)
