@@ -9,8 +9,9 @@ is tried again alone before it is given up. Sending costs under 1 % of decoding.
 import contextlib
 import dataclasses
 import importlib
-import pickle
+import json
 import select
+import struct
 import subprocess
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ DECODER = f"{decode_array.__module__}:{decode_array.__name__}"
 PAUSES = (1.0, 5.0)
 NUM_TRIES = 1 + len(PAUSES)
 OUT_OF_MEMORY = "out_of_memory"
+HEADER = struct.Struct("<cII16s")  # of an answer: I, height, width, digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,39 +165,44 @@ class DecodeProcess:
         self.child, self.connection = start_child(f"{__name__}:{serve.__name__}")
         # If the child is dead already, the first image meets that.
         with contextlib.suppress(ConnectionError):
-            self.connection.send(self.rules)
+            self.connection.send_bytes(json.dumps(dataclasses.asdict(self.rules)).encode())
         return self.connection
 
     def _ask(self, connection: "Connection[Any, Any]", data: bytes) -> Decoded | Refused:
         connection.send_bytes(data)
         if not select.select([connection], [], [], self.timeout)[0]:
             raise TimeoutError
-        # Of our own child, over a pipe that nobody else has.
-        found: Decoded | Refused | tuple[int, int, bytes] = pickle.loads(  # noqa: S301
-            connection.recv_bytes()
-        )
-        if isinstance(found, tuple):
-            height, width, digest = found
-            return Decoded(image=data, height=height, width=width, digest=digest)
-        return found
+        return _unpacked(connection.recv_bytes(), data)
+
+
+def _packed(found: Decoded | Refused, data: bytes) -> bytes:
+    """The child's answer: JSON of a refusal; else a header and the image, if it did not stay."""
+    if isinstance(found, Refused):
+        return json.dumps(dataclasses.asdict(found)).encode()
+    image = b"" if found.image is data else found.image
+    return HEADER.pack(b"I", found.height, found.width, found.digest) + image
+
+
+def _unpacked(answer: bytes, data: bytes) -> Decoded | Refused:
+    if answer.startswith(b"{"):
+        return Refused(**json.loads(answer))
+    _, height, width, digest = HEADER.unpack_from(answer)
+    image = answer[HEADER.size :] or data
+    return Decoded(image=image, height=height, width=width, digest=digest)
 
 
 def serve() -> None:
-    """The child: answers until its input ends; an image that stays as it was is not sent back."""
+    """The child: answers until its input ends."""
     with contextlib.suppress(OSError):
         # If memory runs out, the kernel shall take this process and not its parent.
         Path("/proc/self/oom_score_adj").write_text("1000")
     connection: Connection[Any, Any] = Connection(0)
-    rules: Rules = connection.recv()
+    rules = Rules(**json.loads(connection.recv_bytes()))
     module, _, name = rules.decoder.partition(":")
     decode = getattr(importlib.import_module(module), name)
     # The input ends with the parent, however that ended.
     with contextlib.suppress(EOFError):
         while True:
             data = connection.recv_bytes()
-            found = examine(data, rules, decode)
             # `Connection.send` and `poll` would add 100 us to an image: half of a tiny one.
-            if isinstance(found, Decoded) and found.image is data:
-                connection.send_bytes(pickle.dumps((found.height, found.width, found.digest)))
-            else:
-                connection.send_bytes(pickle.dumps(found))
+            connection.send_bytes(_packed(examine(data, rules, decode), data))
