@@ -190,6 +190,24 @@ class MaeNetwork(BeitEncoder):
         return self.run_blocks(self.embed(pixels, None, None), num_blocks=layer)
 
 
+class PixelLoss(nn.Module):
+    """Squared error of painted (M, P*P*3) patches `index` of pixels, mean over a patch, summed.
+
+    A module of its own, since it is compiled.
+    """
+
+    def __init__(self, patch_size: int, *, normalise: bool) -> None:
+        super().__init__()
+        self.patch_size, self.normalise = patch_size, normalise
+
+    def forward(self, painted: Tensor, pixels: Tensor, index: Tensor) -> Tensor:
+        wanted = to_patches(pixels, self.patch_size).flatten(0, 1).index_select(0, index)
+        if self.normalise:
+            mean, deviation = _statistics(wanted)
+            wanted = (wanted - mean) / deviation
+        return (painted.float() - wanted).square().mean(dim=-1).sum()
+
+
 class Mae(Objective):
     """MAE: squared error of the pixels of masked patches, mean over a patch; needs no tokens.
 
@@ -203,6 +221,7 @@ class Mae(Objective):
         super().__init__()
         self.network = network
         self.normalise = normalise
+        self.pixel_loss = PixelLoss(network.patch_size, normalise=normalise)
 
     @property
     def num_branches(self) -> int:
@@ -219,12 +238,7 @@ class Mae(Objective):
     ) -> Outcome:
         painted = self.network(pixels, mask, num_masked=num_masked, noise=noise)
         index = torch.nonzero_static(mask.flatten(), size=num_masked).squeeze(1)
-        wanted = to_patches(pixels, self.network.patch_size).flatten(0, 1).index_select(0, index)
-        if self.normalise:
-            mean, deviation = _statistics(wanted)
-            wanted = (wanted - mean) / deviation
-        loss = (painted.float() - wanted).square().mean(dim=-1).sum()
-        return Outcome(loss[None], None)
+        return Outcome(self.pixel_loss(painted, pixels, index)[None], None)
 
     def predict(self, pixels: Tensor, mask: Tensor) -> Tensor:
         """The images with masked patches painted, at their true mean and deviation if these were

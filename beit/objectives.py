@@ -80,6 +80,18 @@ class Objective(nn.Module):
         raise NotImplementedError
 
 
+class TokenLoss(nn.Module):
+    """Cross-entropy and hits of logits (M, V) on targets (M,), summed; and the likeliest tokens.
+
+    A module of its own, since it is compiled: in one piece it passes over the logits once.
+    """
+
+    def forward(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+        codes = logits.detach().argmax(dim=-1)
+        return loss, (codes == targets).sum(dtype=torch.float32), codes
+
+
 class Beit(Objective):
     """BEiT: cross-entropy of the visual tokens of masked patches."""
 
@@ -89,6 +101,7 @@ class Beit(Objective):
     def __init__(self, network: BeitMIM) -> None:
         super().__init__()
         self.network = network
+        self.token_loss = TokenLoss()
 
     @property
     def num_branches(self) -> int:
@@ -105,7 +118,7 @@ class Beit(Objective):
     ) -> Outcome:
         assert targets is not None
         logits = self.network(pixels, mask, num_masked=num_masked, noise=noise)
-        loss, correct, codes = judged(logits, targets)
+        loss, correct, codes = self.token_loss(logits, targets)
         return Outcome(torch.stack((loss, correct)), codes)
 
     def predict(self, pixels: Tensor, mask: Tensor) -> Tensor:
@@ -141,6 +154,7 @@ class BeitV2(Objective):
     def __init__(self, network: BeitV2MIM) -> None:
         super().__init__()
         self.network = network
+        self.token_loss = TokenLoss()
 
     @property
     def num_branches(self) -> int:
@@ -157,8 +171,8 @@ class BeitV2(Objective):
     ) -> Outcome:
         assert targets is not None
         main, aggregated = self.network(pixels, mask, num_masked=num_masked, noise=noise)
-        main_loss, correct, codes = judged(main, targets)
-        loss, aggregated_correct, _ = judged(aggregated, targets)
+        main_loss, correct, codes = self.token_loss(main, targets)
+        loss, aggregated_correct, _ = self.token_loss(aggregated, targets)
         sums = (main_loss + loss, correct, main_loss, loss, aggregated_correct)
         return Outcome(torch.stack(sums), codes)
 
@@ -178,10 +192,3 @@ class BeitV2(Objective):
         last += flops.block(tokens, n.dim, n.mlp_ratio, rows=num_masked)
         head = flops.linear(2 * num_masked, n.dim, n.vocab_size)
         return flops.with_backward(embedding + blocks + last + head, embedding)
-
-
-def judged(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy and hits of logits (M, V) on targets (M,), summed; and the likeliest tokens."""
-    loss = F.cross_entropy(logits.float(), targets, reduction="sum")
-    codes = logits.detach().argmax(dim=-1)
-    return loss, (codes == targets).sum(dtype=torch.float32), codes

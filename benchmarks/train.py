@@ -36,7 +36,7 @@ from pipelines.config.pretrain import (
 from pipelines.reading import ingest
 from pipelines.training import goodput
 from pipelines.training.data import WorkerData
-from pipelines.training.distributed import join_world, resolve_precision
+from pipelines.training.distributed import autocast, join_world, resolve_precision
 from pipelines.training.objective import build_objective, flops_per_image
 from pipelines.training.update import adamw, update
 
@@ -49,7 +49,9 @@ class Trainer:
     def __init__(self, config: PretrainConfig, *, online: bool, steps: int) -> None:
         self.config = config
         self.world = join_world(use_gpu=config.scaling.use_gpu, in_ray=False)
-        self.precision = resolve_precision(config.scaling, self.world.device)
+        self.precision = resolve_precision(config.scaling, self.world)
+        scaled = self.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=scaled)
         self.data = WorkerData(config, self.world)
         self.objective = build_objective(config, VOCAB).to(self.world.device)
         self.optimizer = adamw(
@@ -100,7 +102,7 @@ class Trainer:
             with torch.no_grad():
                 token_ids = self.tokenizer.encode(host.token_pixels.to(device, non_blocking=True))
             targets = token_ids.to(device)[batch.mask]
-        with torch.autocast(device.type, torch.bfloat16, self.precision == "bf16"):
+        with autocast(self.world, self.precision):
             outcome = self.objective(
                 self.data.normalise(batch.pixels),
                 batch.mask,
@@ -108,8 +110,8 @@ class Trainer:
                 num_masked=batch.num_masked,
                 noise=None,
             )
-        (outcome.sums[0] / batch.num_masked).backward()
-        update(self.optimizer, self.parameters, self.config.optim)
+        self.scaler.scale(outcome.sums[0] / batch.num_masked).backward()
+        update(self.optimizer, self.scaler, self.parameters, self.config.optim.clip_grad_norm)
 
 
 def product_rate(device: torch.device) -> float:
@@ -203,7 +205,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="decoding threads")
     parser.add_argument("--prefetch", type=int, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--precision", choices=["auto", "float32", "bf16"], default="auto")
+    parser.add_argument("--precision", choices=["auto", "float32", "bf16", "fp16"], default="auto")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--cached_only", action="store_true")
     parser.add_argument("--output", type=Path)

@@ -18,7 +18,14 @@ from beit.vit import drop_path_noise
 from beit.weights import save_weights
 from pipelines.config.finetune import MAY_CHANGE, FinetuneConfig
 from pipelines.steps import ray_is_there
-from pipelines.training.distributed import World, check_device, without_sync, wrap_model
+from pipelines.training.distributed import (
+    World,
+    autocast,
+    check_device,
+    resolve_precision,
+    without_sync,
+    wrap_model,
+)
 from pipelines.training.finetuning import (
     FinetunePlan,
     FinetuneResult,
@@ -80,6 +87,7 @@ def train_loop(  # noqa: PLR0915
     books = log.books
 
     # --- Set-up: what do I train on, what do I train.
+    precision = resolve_precision(config.scaling, world)
     if config.scaling.tf32 and world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     data = LabelledData(
@@ -115,11 +123,11 @@ def train_loop(  # noqa: PLR0915
         optimizer=optimizer,
         monitor=monitor,
         metrics=metrics,
+        precision=precision,
     ) as state:
         if state.fresh:
             begun = f"is fresh: {plan.why_fresh}" if plan.why_fresh else "of the weights goes on"
             log.event("head", kept=plan.keep_head, message=f"the head {begun}")
-        low_precision = state.precision == "bf16"
         batches = data.batches(state.segments())
 
         # --- The steps.
@@ -140,13 +148,14 @@ def train_loop(  # noqa: PLR0915
             for part in batch.parts:
                 with (
                     without_sync(wrapped, last=part is batch.parts[-1]),
-                    torch.autocast(world.device.type, torch.bfloat16, low_precision),
+                    autocast(world, precision),
                 ):
                     sums = wrapped(part.pixels, part.labels, part.shares, noise=noise[part.rows])
                     loss = sums[0] / config.data.global_batch_size
-                loss.backward()
+                state.scaler.scale(loss).backward()
                 metrics.add(loss, sums, None, 0 if data.idle else len(part.pixels))
-            metrics.close_step(update(optimizer, parameters, config.optim), batch.row_ids)
+            norm = update(optimizer, state.scaler, parameters, config.optim.clip_grad_norm)
+            metrics.close_step(norm, batch.row_ids)
             state.step += 1
 
             # Log, at the end of a period.
@@ -165,15 +174,13 @@ def train_loop(  # noqa: PLR0915
             state.checkpoint()
 
             if test and at_test:
-                run_test(
-                    config, test, network, data, world, log, state.step, low_precision=low_precision
-                )
+                run_test(config, test, network, data, world, log, state.step, precision=precision)
 
         # --- The end: the test that counts, weights, and nothing left in flight.
         score = None
         if test:
             score = run_test(
-                config, test, network, data, world, log, state.step, low_precision=low_precision
+                config, test, network, data, world, log, state.step, precision=precision
             )
         with books.spend("checkpoint"):
             weights = state.weights()

@@ -16,7 +16,14 @@ from pipelines.config.pretrain import MAY_CHANGE, PretrainConfig, run_uri
 from pipelines.steps import ray_is_there
 from pipelines.tracking import Dataset
 from pipelines.training.data import WorkerData
-from pipelines.training.distributed import World, check_device, without_sync, wrap_model
+from pipelines.training.distributed import (
+    World,
+    autocast,
+    check_device,
+    resolve_precision,
+    without_sync,
+    wrap_model,
+)
 from pipelines.training.fixed_images import FixedImages
 from pipelines.training.health import HealthMonitor
 from pipelines.training.log import TrainLog
@@ -81,6 +88,7 @@ def train_loop(  # noqa: PLR0915
     books = log.books
 
     # --- Set-up: what do I train on, what do I train.
+    precision = resolve_precision(config.scaling, world)
     if config.scaling.tf32 and world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     data = WorkerData(config, world)
@@ -114,6 +122,7 @@ def train_loop(  # noqa: PLR0915
         optimizer=optimizer,
         monitor=monitor,
         metrics=metrics,
+        precision=precision,
     ) as state:
         fixed = FixedImages(config, data, world)
         prober = Prober(config, data, world, fixed, first_step=state.step)
@@ -139,7 +148,7 @@ def train_loop(  # noqa: PLR0915
             for part in batch.parts:
                 with (
                     without_sync(wrapped, last=part is batch.parts[-1]),
-                    torch.autocast(world.device.type, torch.bfloat16, state.precision == "bf16"),
+                    autocast(world, precision),
                 ):
                     outcome = wrapped(
                         data.normalise(part.pixels),
@@ -149,9 +158,10 @@ def train_loop(  # noqa: PLR0915
                         noise=noise[part.rows],
                     )
                     loss = outcome.sums[0] / masked.clamp(min=1)
-                loss.backward()
+                state.scaler.scale(loss).backward()
                 metrics.add(loss, outcome.sums, outcome.codes, part.num_masked)
-            metrics.close_step(update(optimizer, parameters, config.optim), batch.row_ids)
+            norm = update(optimizer, state.scaler, parameters, config.optim.clip_grad_norm)
+            metrics.close_step(norm, batch.row_ids)
             state.step += 1
 
             # Log, at the end of a period.

@@ -95,8 +95,9 @@ class ScalingConfig:
     """One CUDA device per worker."""
     cpus_per_worker: Annotated[int, Ge(1)] = 1
     """CPUs reserved per worker, for decoding and, without GPU, for the step itself."""
-    precision: Literal["auto", "float32", "bf16"] = "auto"
-    """bf16: autocast with float32 weights; auto: bf16 on CUDA, float32 on CPU."""
+    precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
+    """bf16, fp16: autocast with float32 weights, for fp16 with a loss scale; auto: bf16 on CUDA,
+    fp16 on GPUs that have none (V100, T4), float32 on CPU."""
     compile: bool = False
     """torch.compile the step."""
     stall_factor: Annotated[float, Gt(1)] = 20.0

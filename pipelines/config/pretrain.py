@@ -170,6 +170,17 @@ class OptimConfig(common.OptimConfig):
     """Linear warm-up in steps."""
     eps: Annotated[float, Ge(0)] = 1e-8
     """Added to the root of the second moment."""
+    weight_decay_end: Annotated[float | None, Ge(0)] = None
+    """Weight decay that a cosine over the whole run goes to; null: it stays at weight_decay."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.weight_decay_end is None or self.weight_decay > 0,
+            "optim.weight_decay_end",
+            self.weight_decay_end,
+            "a schedule begins above 0: raise optim.weight_decay, or leave this out",
+        )
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the whole run."""

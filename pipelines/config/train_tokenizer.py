@@ -204,6 +204,8 @@ class ScalingConfig(common.ScalingConfig):
 
     num_workers: Annotated[int, Ge(0)] = 1
     """Training workers of Ray Train; 0: this process alone."""
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """bf16: autocast with float32 weights; auto: bf16 on CUDA, float32 on CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,6 +108,10 @@ def largest_divisor(number: int, limit: int) -> int:
     return max(value for value in range(1, limit + 1) if number % value == 0)
 
 
+def _normalised(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    return (pixels.float() - mean) / std
+
+
 class WorkerFeed(Generic[AnyConfig]):
     """What the data of one worker is in every training on images.
 
@@ -133,6 +137,8 @@ class WorkerFeed(Generic[AnyConfig]):
         shape = (1, 3, 1, 1)
         self._mean = torch.tensor(mean, device=world.device).view(shape) * 255
         self._std = torch.tensor(std, device=world.device).view(shape) * 255
+        compiled = config.scaling.compile
+        self._normalised = torch.compile(_normalised) if compiled else _normalised
         self._stream: BatchStream | None = None
         self._counters = Counters()
 
@@ -144,7 +150,7 @@ class WorkerFeed(Generic[AnyConfig]):
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) to float32, by the configured mean and standard deviation."""
-        return (pixels.float() - self._mean) / self._std
+        return self._normalised(pixels, self._mean, self._std)
 
     def denormalise(self, pixels: Tensor) -> Tensor:
         """The inverse, rounded and cut to uint8."""

@@ -18,9 +18,13 @@ from torch import Tensor, nn
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from beit.mae import PixelLoss
+from beit.objectives import TokenLoss
 from beit.vit import Block
 from pipelines.config import common
 from pipelines.errors import InputError
+
+LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Moments of AdamW, and its own step count, as they are named in optimizer.state.
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -117,11 +121,20 @@ def join_world(*, use_gpu: bool, in_ray: bool) -> World:
     return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device, in_ray=True)
 
 
-def resolve_precision(scaling: common.ScalingConfig, device: torch.device) -> str:
-    """float32 or bf16; `auto` is bf16 on CUDA."""
+def resolve_precision(scaling: common.ScalingConfig, world: World) -> str:
+    """float32, bf16 or fp16, equal on all workers: `auto` looks at what their devices have."""
     if scaling.precision != "auto":
         return scaling.precision
-    return "bf16" if device.type == "cuda" else "float32"
+    if world.device.type != "cuda":
+        return "float32"
+    lacks_bf16 = not torch.cuda.is_bf16_supported(including_emulation=False)
+    return "fp16" if world.largest(lacks_bf16) else "bf16"
+
+
+def autocast(world: World, precision: str) -> torch.autocast:
+    """Computes what is inside in `precision`, as far as it bears that."""
+    low = LOW_PRECISION.get(precision)
+    return torch.autocast(world.device.type, low, enabled=low is not None)
 
 
 def wrap_model(model: nn.Module, world: World, *, strategy: str, compiled: bool) -> nn.Module:
@@ -151,13 +164,14 @@ def wrap_model(model: nn.Module, world: World, *, strategy: str, compiled: bool)
 
 
 def _compile(model: nn.Module) -> None:
-    """By block, or whole where there is none.
+    """By block, and the loss; or whole where there is no block.
 
     Of a network compiled whole the first gradient is ready when the last is: nothing would be left
     to exchange them beside. Blocks of one kind share their compiled code.
     """
-    blocks: list[nn.Module] = [part for part in model.modules() if isinstance(part, Block)]
-    for part in blocks or [model]:
+    pieces = (Block, TokenLoss, PixelLoss)
+    parts: list[nn.Module] = [part for part in model.modules() if isinstance(part, pieces)]
+    for part in parts or [model]:
         part.compile()
 
 

@@ -77,12 +77,16 @@ class HealthMonitor:
         """Takes over `state()` of an earlier process."""
         self.norms = deque(state.get("norms", []), maxlen=MEMORY)
 
-    def check(self, period: Period, *, data_wait_share: float = 0.0) -> list[Finding]:
+    def check(
+        self, period: Period, *, data_wait_share: float = 0.0, loss_scale: float = 1.0
+    ) -> list[Finding]:
         """Findings of a period, most severe action first.
 
         `data_wait_share` is the largest share of wall-clock that a worker waited for data.
+        `loss_scale` is that of fp16 after the period: above 1, gradients that are not finite are
+        its fault, and its own affair.
         """
-        findings = [*self._non_finite(period), *self._exploding(period)]
+        findings = [*self._non_finite(period, loss_scale), *self._exploding(period)]
         last = period.first_step + len(period.losses) - 1
         # What is predicted is judged in pretraining only.
         config = self.config if isinstance(self.config, HealthConfig) else None
@@ -111,11 +115,11 @@ class HealthMonitor:
         low, high = sorted((before.value or 0.0, finding.value or 0.0))
         return high >= NEWS_RATIO * low and high > low
 
-    def _non_finite(self, period: Period) -> list[Finding]:
+    def _non_finite(self, period: Period, loss_scale: float) -> list[Finding]:
         if self.config.non_finite == "off":
             return []
         for offset, (loss, norm) in enumerate(zip(period.losses, period.grad_norms, strict=True)):
-            if not (math.isfinite(loss) and math.isfinite(norm)):
+            if not (math.isfinite(loss) and (math.isfinite(norm) or loss_scale > 1)):
                 step = period.first_step + offset
                 return [
                     Finding(

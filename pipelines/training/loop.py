@@ -5,6 +5,7 @@ what happened elsewhere: all workers call the same methods after the same steps.
 """
 
 import contextlib
+import math
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -19,7 +20,7 @@ from pipelines.redaction import redacted_values
 from pipelines.training import goodput
 from pipelines.training.checkpoint import Checkpoint, Saver, resume_point
 from pipelines.training.data import WorkerFeed
-from pipelines.training.distributed import World, resolve_precision, restore, snapshot
+from pipelines.training.distributed import World, restore, snapshot
 from pipelines.training.health import HealthMonitor
 from pipelines.training.log import TrainLog
 from pipelines.training.step_metrics import Period, StepMetrics
@@ -45,12 +46,16 @@ class LoopState:
         optimizer: torch.optim.Optimizer,
         monitor: HealthMonitor,
         metrics: StepMetrics,
+        precision: str,
     ) -> None:
         """Takes over the newest checkpoint that is whole."""
         self.config, self.plan, self.world, self.log = config, plan, world, log
         self.data, self.model, self.optimizer = data, model, optimizer
         self.monitor, self.metrics = monitor, metrics
-        self.precision = resolve_precision(config.scaling, world.device)
+        self.precision = precision
+        # Of other precisions it does nothing.
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
+        self.skipped_updates = 0
         self.peak_tflops = log.peak(config.scaling.peak_tflops)
         found = self._resume()
         self.fresh = found is None
@@ -123,6 +128,8 @@ class LoopState:
             "epoch": self.skips.position(self.step - 1) / self.plan.steps_per_epoch,
             **figures,
         }
+        if self.scaler.is_enabled():
+            record |= self._tell_of_scale(period)
         shown = {
             "loss": f"{period.means['loss']:.3f}",
             "img/s": f"{images_per_second:.0f}",
@@ -131,6 +138,23 @@ class LoopState:
         if accuracy is not None:
             shown["accuracy"] = f"{accuracy:.3f}"
         self.log.period(self.step - 1, record, shown)
+
+    def _tell_of_scale(self, period: Period) -> dict[str, float]:
+        """The loss scale, and the updates that it was too large for."""
+        skipped = sum(not math.isfinite(norm) for norm in period.grad_norms)
+        self.skipped_updates += skipped
+        scale = self.scaler.get_scale()
+        if skipped:
+            self.log.event(
+                "updates_skipped",
+                step=self.step - 1,
+                skipped=skipped,
+                loss_scale=scale,
+                message=f"step {self.step - 1}: {skipped} updates were left out, for gradients "
+                f"were not finite in fp16; {self.skipped_updates} so far; the loss scale is "
+                f"{scale:g} now",
+            )
+        return {"loss_scale": scale, "skipped_updates": self.skipped_updates}
 
     def judge(self, period: Period) -> bool:
         """Acts on what is wrong with a period; opens the next one.
@@ -145,7 +169,9 @@ class LoopState:
         wait_share = 0.0 if self.first_period else self.wait_share
         findings = [
             self.data.explain(finding, self.elapsed)
-            for finding in self.monitor.check(period, data_wait_share=wait_share)
+            for finding in self.monitor.check(
+                period, data_wait_share=wait_share, loss_scale=self.scaler.get_scale()
+            )
         ]
         self.data.start_period()
         self.period_start, self.first_period = self.step, False
@@ -197,6 +223,9 @@ class LoopState:
             return None
         restore(self.model, self.optimizer, found.weights, found.moments)
         self.monitor.restore(found.state["health"])
+        if self.scaler.is_enabled() and (scaler := found.state["scaler"]):
+            self.scaler.load_state_dict(scaler)
+            self.skipped_updates = scaler["skipped_updates"]
         return found.step
 
     def _roll_back(self) -> None:
@@ -222,15 +251,16 @@ class LoopState:
     def _state(self) -> dict[str, Any]:
         """What a checkpoint says beside tensors."""
         # No generator has a state to save: order, views, masks and drop-path are functions of
-        # these and of the step. bf16 needs no loss scaler.
+        # these and of the step.
         state = "functions of (seed, step) and (seed, image, epoch)"
+        scaler = {**self.scaler.state_dict(), "skipped_updates": self.skipped_updates}
         return {
             "config": redacted_values(to_dict(self.config)),
             "fingerprints": dict(self.plan.fingerprints),
             "health": self.monitor.state(),
             "skips": self.skips.entries,
             "rng": {"seed": self.config.seed, "state": state},
-            "scaler": None,
+            "scaler": scaler if self.scaler.is_enabled() else None,
             "precision": self.precision,
             "torch": torch.__version__,
         }

@@ -17,7 +17,7 @@ from pipelines.evaluation.labelled_images import comparable
 from pipelines.evaluation.probes import wilson_interval
 from pipelines.reading.pixels import central, read_pixels
 from pipelines.tables.image_table import ImageTable
-from pipelines.training.distributed import World
+from pipelines.training.distributed import World, autocast
 from pipelines.training.labelled import LabelledData
 
 LARGE = 384  # pixels from which the whole of a test image is shown
@@ -108,7 +108,7 @@ def score(
     data: LabelledData,
     world: World,
     *,
-    low_precision: bool,
+    precision: str,
 ) -> TestScore:
     """Accuracy and loss on the test images: the same on all workers, who all take part.
 
@@ -132,7 +132,7 @@ def score(
     with torch.no_grad():
         for batch in batches:
             pixels = data.normalise(torch.from_numpy(batch).to(world.device))
-            with torch.autocast(world.device.type, torch.bfloat16, low_precision):
+            with autocast(world, precision):
                 logits = network(pixels).float()
             truth = labels[done : done + len(batch)]
             loss = F.cross_entropy(logits, truth, reduction="none")
@@ -160,12 +160,12 @@ def run_test(
     log: Any,
     step: int,
     *,
-    low_precision: bool,
+    precision: str,
 ) -> TestScore:
     """`score`, recorded as an event and in MLflow."""
     start = time.monotonic()
     with log.books.spend("evaluation"):
-        found = score(config, images, network, data, world, low_precision=low_precision)
+        found = score(config, images, network, data, world, precision=precision)
         log.tracked({"test/accuracy": found.accuracy, "test/loss": found.loss}, step)
         log.event(
             "test",

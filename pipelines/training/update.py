@@ -1,4 +1,4 @@
-"""One update of the weights: the rates of its step, clipping, and AdamW."""
+"""One update of the weights: the rates of its step, loss scale, clipping, and AdamW."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,21 +34,39 @@ def set_rates(
         peak=optim.lr,
         final=optim.min_lr,
     )
+    rates = {"lr": lr}
+    if optim.weight_decay_end is not None:
+        rates["weight_decay"] = warmup_cosine(
+            step,
+            total_steps=plan.total_steps,
+            warmup_steps=0,
+            peak=optim.weight_decay,
+            final=optim.weight_decay_end,
+        )
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
-    return {"lr": lr}
+        if group["weight_decay"] > 0:
+            group["weight_decay"] = rates.get("weight_decay", group["weight_decay"])
+    return rates
 
 
 def update(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], optim: OptimConfig
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    parameters: Sequence[nn.Parameter],
+    clip_grad_norm: float | None,
 ) -> Tensor:
     """Clips and steps; returns the norm of the gradients before, on the device.
 
     An update with a gradient that is not finite is left out on the device itself, so nothing has
-    to be waited for and no weight is ever lost to it.
+    to be waited for and no weight is ever lost to it. Gradients, and with them what is left out
+    and the scale after it, are the same on all workers.
     """
-    norm = clip_gradients(parameters, optim.clip_grad_norm)
+    scaler.unscale_(optimizer)
+    norm = clip_gradients(parameters, clip_grad_norm)
+    # A scaler that is on replaces this by what it has found itself.
     optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
-    optimizer.step()
+    scaler.step(optimizer)
+    scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return norm

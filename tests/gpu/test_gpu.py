@@ -18,6 +18,7 @@ from beit.tokenizers.vqkd import VqkdTokenizer
 from benchmarks import attention
 from pipelines import pretrain
 from pipelines.reading import ingest
+from pipelines.training.update import update
 from tests.pipelines.pretrain_fixtures import (
     Killed,
     dies_after,
@@ -107,14 +108,28 @@ def test_bfloat16_and_compiled_steps_have_the_loss_of_float32(pair):
 def test_a_step_waits_for_nothing(pair):
     objective, inputs = pair[1], batch(DEVICE)
     optimiser = torch.optim.AdamW(parameter_groups(objective.network, 0.05), fused=True)
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    scaler = torch.amp.GradScaler("cuda", init_scale=1.0)
+    scaler.scale(torch.zeros((), device=DEVICE))  # makes its state
     step(objective, inputs, bf16=True)
-    optimiser.step()  # makes the optimiser's state
+    update(optimiser, scaler, parameters, 3.0)  # makes the optimiser's
     torch.cuda.set_sync_debug_mode("error")
     try:
         step(objective, inputs, bf16=True)
-        optimiser.step()
+        update(optimiser, scaler, parameters, 3.0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_fp16_with_its_loss_scale_is_near_float32(tmp_path):
+    tables = make_tables(tmp_path)
+
+    def losses(precision):
+        scaling = {"use_gpu": True, "precision": precision, "tf32": False}
+        result = pretrain.run(small_config(tables, tmp_path / precision, scaling=scaling))
+        return [loss for _, (loss, _) in sorted(per_step(result.run_uri).items())]
+
+    assert losses("fp16") == pytest.approx(losses("float32"), abs=0.05)
 
 
 @pytest.mark.parametrize(
