@@ -14,7 +14,7 @@ from PIL import Image
 
 from beit.objectives import Objective
 from pipelines import pictures
-from pipelines.config.pretrain import PretrainConfig
+from pipelines.config.pretrain import PretrainConfig, run_uri
 from pipelines.errors import InputError
 from pipelines.evaluation.features import block_reader, on_disk, read_features
 from pipelines.evaluation.labelled_images import LabelledImages, read_labelled, unlabelled
@@ -22,6 +22,7 @@ from pipelines.evaluation.probes import rankme
 from pipelines.evaluation.protocol import PROBES, candidate_layers, probe, score, splits_of
 from pipelines.evaluation.result import Score
 from pipelines.tables.image_table import ImageTable
+from pipelines.tracking.datasets import short_name
 from pipelines.training.data import WorkerData
 from pipelines.training.distributed import World
 from pipelines.training.fixed_images import FixedImages
@@ -109,7 +110,8 @@ class Prober:
         if not log.active:
             return
         told = [event for event in log.run.events() if event["event"] == "probe"]
-        drawn = probe_curve(told)
+        where = f"{short_name(run_uri(self.config))}, step {step:,}"
+        drawn = probe_curve(told, title=f"Probes over training · {where}")
         if drawn is not None:
             log.picture("probes", drawn, step)
 
@@ -207,7 +209,7 @@ def probe_images(config: PretrainConfig) -> LabelledImages:
     return unlabelled(config.images, config.probe)
 
 
-def probe_curve(events: Sequence[Mapping[str, Any]]) -> Image.Image | None:
+def probe_curve(events: Sequence[Mapping[str, Any]], *, title: str) -> Image.Image | None:
     """Accuracies over steps with their intervals; None where there are fewer than two points."""
     series: dict[str, tuple[list[int], list[float]]] = {}
     bands: dict[str, tuple[list[float], list[float]]] = {}
@@ -224,7 +226,7 @@ def probe_curve(events: Sequence[Mapping[str, Any]]) -> Image.Image | None:
         return None
     return pictures.curve(
         series,
-        title="Probes over training",
+        title=title,
         y_label="accuracy",
         bands=bands,
         least_span=0.1,

@@ -44,12 +44,13 @@ def run_report(
 def picture_of_time(run: RunDir, report: Mapping[str, Any]) -> Image.Image:
     """Where the time of a run went, as bars."""
     books = report["goodput"]
-    wall = books["wall_seconds"]
+    wall, starts = books["wall_seconds"], books["attempts"]
     return pictures.bars(
         {name.replace("_", " "): value for name, value in books["seconds"].items() if value > 0},
         title=f"Where the time went · {short_name(run.uri)}, step {report['steps']:,}",
         x_label="seconds",
-        note=f"{wall:,.0f} s in {books['attempts']} starts, {books['goodput']:.0%} productive",
+        note=f"{wall:,.0f} s in {starts} {'start' if starts == 1 else 'starts'}, "
+        f"{books['goodput']:.0%} productive",
     )
 
 
