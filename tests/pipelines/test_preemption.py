@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import pretrain
+from pipelines import finetune, pretrain, train_tokenizer
 from pipelines.training import data as train_data
 from pipelines.training import distributed, stopping
-from pipelines.training.checkpoint import complete_steps
+from pipelines.training.checkpoint import Saver, complete_steps
 from pipelines.training.run_dir import RunDir
 from pipelines.training.step_metrics import sample_hash
+from tests.pipelines.finetune_fixtures import make_inputs, small_finetune
 from tests.pipelines.pretrain_fixtures import make_tables, per_step, small_config
+from tests.pipelines.test_train_tokenizer import replaced, settings
+from tests.pipelines.tokenizer_fixtures import disc, image_table
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 240
@@ -31,7 +34,9 @@ def config_for(tables, output, workers=0, steps=16):
     )
 
 
-def test_a_notice_saves_at_the_end_of_its_period_and_training_goes_on(tmp_path, monkeypatch):
+@pytest.fixture
+def notices(monkeypatch):
+    """Announces the end of a node in the second and third period that all workers ask about."""
     asked = []
 
     def notice():
@@ -44,13 +49,35 @@ def test_a_notice_saves_at_the_end_of_its_period_and_training_goes_on(tmp_path, 
         lambda **where: dataclasses.replace(real(**where), in_ray=True),
     )
     monkeypatch.setattr(stopping, "preemption_notice", notice)
+    return asked
+
+
+def test_a_notice_saves_at_the_end_of_its_period_and_training_goes_on(tmp_path, notices):
     output = str(tmp_path / "run")
     pretrain.run(config_for(make_tables(tmp_path / "tables"), output))
     run = RunDir(output)
     assert complete_steps(run.checkpoints) == [0, 8, 12, 16]
     (event,) = run.events("preemption_notice")
     assert event["step"] == 8
-    assert len(asked) == 3  # once a period, and not after the last
+    assert len(notices) == 3  # once a period, and not after the last
+
+
+# Fine-tuning has a period end with every epoch, which are six steps here.
+@pytest.mark.parametrize(("stage", "steps"), [(finetune, [6, 8]), (train_tokenizer, [8, 12])])
+def test_the_other_trainings_save_at_a_notice_too(stage, steps, tmp_path, notices, monkeypatch):
+    sections = {"optim": {"steps": 16, "warmup_steps": 2}, "checkpoint": {"every_steps": 10_000}}
+    config = small_finetune(make_inputs(tmp_path), tmp_path / "run", **sections)
+    if stage is train_tokenizer:
+        images = image_table(str(tmp_path / "discs"), [disc(seed) for seed in range(70)])
+        config = settings(images, tmp_path / "run")
+        for section, fields in sections.items():
+            config = replaced(config, section, **fields)
+    saved, save = [], Saver.save
+    monkeypatch.setattr(
+        Saver, "save", lambda self, each: (saved.append(each.step), save(self, each))
+    )
+    stage.run(config)
+    assert [step for step in saved if 0 < step < 16] == steps
 
 
 def slow_loop(config, plan, world, log):
