@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.request
@@ -43,14 +44,14 @@ START_ATTEMPTS = 10
 CEPH_CONF = """
 [global]
 fsid = {fsid}
-mon host = [v1:127.0.0.1:{mon_port}]
+mon host = [v1:{address}:{mon_port}]
 auth cluster required = none
 auth service required = none
 auth client required = none
 auth allow insecure global id reclaim = true
 ms bind msgr2 = false
-public addr = 127.0.0.1
-cluster addr = 127.0.0.1
+public addr = {address}
+cluster addr = {address}
 run dir = {dir}/run
 pid file = {dir}/run/$name.pid
 log file = {dir}/run/$name.log
@@ -74,7 +75,7 @@ bluestore block create = true
 bluestore cache autotune = false
 bluestore cache size = 134217728
 [client.rgw]
-rgw frontends = beast endpoint=127.0.0.1:{port}
+rgw frontends = beast endpoint={address}:{port}
 rgw data = {dir}/rgw
 rgw crypt require ssl = false
 rgw thread pool size = 64
@@ -144,15 +145,16 @@ def _start_moto() -> int:
     return server.get_host_and_port()[1]
 
 
-def _start_ceph() -> int:
+def _start_ceph(address: str = "127.0.0.1", port: int = 0) -> int:
     # Socket paths may have 107 characters, so the directory has a short name.
     directory = Path(tempfile.mkdtemp(prefix="s3-", dir="/tmp"))
     for name in ("run", "mon", "osd", "rgw"):
         (directory / name).mkdir()
     atexit.register(_stop_ceph, directory)
-    fsid, port, mon_port = str(uuid.uuid4()), free_port(), free_port()
+    fsid, port, mon_port = str(uuid.uuid4()), port or free_port(), free_port()
     config = directory / "ceph.conf"
-    config.write_text(CEPH_CONF.format(dir=directory, fsid=fsid, port=port, mon_port=mon_port))
+    places = {"dir": directory, "address": address, "port": port, "mon_port": mon_port}
+    config.write_text(CEPH_CONF.format(fsid=fsid, **places))
 
     def ceph(*command: object) -> None:
         done = subprocess.run(
@@ -171,8 +173,8 @@ def _start_ceph() -> int:
     ceph("ceph-authtool", keyring, "-n", "mon.", "--cap", "mon", "allow *")
     ceph("ceph-authtool", keyring, "--gen-key", "-n", "client.admin",
          "--cap", "mon", "allow *", "--cap", "osd", "allow *")  # fmt: skip
-    address = f"[v1:127.0.0.1:{mon_port}]"
-    ceph("monmaptool", "--create", "--fsid", fsid, "--addv", "a", address, monmap)
+    monitor = f"[v1:{address}:{mon_port}]"
+    ceph("monmaptool", "--create", "--fsid", fsid, "--addv", "a", monitor, monmap)
     ceph("ceph-mon", "--mkfs", "-i", "a", "--monmap", monmap, "--keyring", keyring)
     ceph("ceph-mon", "-i", "a")
     # An OSD that was registered under another id than its own never comes up, without a word.
@@ -182,7 +184,7 @@ def _start_ceph() -> int:
     ceph("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd)
     _patiently(ceph, "ceph-osd", "-i", "0")
     ceph("radosgw", "-n", "client.rgw")
-    _wait_for(f"http://127.0.0.1:{port}/")
+    _wait_for(f"http://{address}:{port}/")
     ceph("radosgw-admin", "user", "create", "--uid=test", "--display-name=test",
          f"--access-key={ACCESS_KEY}", f"--secret={SECRET_KEY}")  # fmt: skip
     return port
@@ -230,3 +232,9 @@ def _stop(pid: int) -> None:
                 time.sleep(0.1)
         except ProcessLookupError:
             return
+
+
+if __name__ == "__main__":  # ADDRESS PORT: on a host of its own, until that is switched off
+    _start_ceph(sys.argv[1], int(sys.argv[2]))
+    print("up", flush=True)
+    signal.pause()
