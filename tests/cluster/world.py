@@ -128,7 +128,7 @@ class World:
     def nodes(self) -> int:
         """Nodes of Ray that are alive."""
         out = self.hosts["head"].run(
-            "curl", "-sf", "-H", f"Authorization: Bearer {RAY['RAY_AUTH_TOKEN']}",
+            "curl", "-sf", "--retry", "5", "-H", f"Authorization: Bearer {RAY['RAY_AUTH_TOKEN']}",
             "http://head:8265/api/v0/nodes",
         )  # fmt: skip
         nodes = json.loads(out)["data"]["result"]["result"]
