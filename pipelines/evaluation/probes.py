@@ -267,6 +267,23 @@ def accuracy_interval(
     return float(low), float(high)
 
 
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Quantiles of Student's t by degrees of freedom, from 1."""
+
+
+def seeds_half_width(*arms: Sequence[float]) -> float:
+    """Half the 95 % interval, over seeds, of a mean (one arm) or a difference of means (two).
+
+    Student's t, by the variance within arms, pooled. 0 where each has one seed, which says nothing.
+    """
+    freedom = sum(len(arm) - 1 for arm in arms)
+    if freedom < 1:
+        return 0.0
+    t = T_975[freedom - 1] if freedom <= len(T_975) else 1.96 + 2.66 / freedom
+    variance = sum(len(arm) * float(np.var(arm)) for arm in arms) / freedom
+    return t * math.sqrt(variance * sum(1 / len(arm) for arm in arms))
+
+
 def wilson_interval(hits: int, total: int) -> tuple[float, float]:
     """95 % interval of a share of which `hits` of `total` were seen, drawn independently.
 

@@ -1,5 +1,6 @@
 """How runs compare: what differs between them, seeds of one setting, differences in pairs."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.evaluation.probes import accuracy_interval
+from pipelines.evaluation.probes import accuracy_interval, seeds_half_width
 from pipelines.reporting.facts import NO_SETTING, Facts
 
 
@@ -21,6 +22,8 @@ class Setting:
     """Of the linear probe over seeds; None without any evaluation."""
     spread: float | None
     """Standard deviation over seeds; None for fewer than two."""
+    interval: tuple[float, float] | None
+    """95 %, of the mean, over groups of images and seeds; None where images differ."""
     difference: tuple[float, float, float] | None
     """To the first setting, with its paired 95 % interval; None where images differ."""
 
@@ -57,6 +60,7 @@ def _setting(runs: list[Facts], baseline: list[Facts]) -> Setting:
         runs=tuple(runs),
         mean=float(np.mean(found)) if found else None,
         spread=float(np.std(found, ddof=1)) if len(found) > 1 else None,
+        interval=mean_interval(runs),
         difference=paired_difference(runs, baseline) if baseline else None,
     )
 
@@ -64,17 +68,42 @@ def _setting(runs: list[Facts], baseline: list[Facts]) -> Setting:
 def paired_difference(
     runs: Sequence[Facts], baseline: Sequence[Facts]
 ) -> tuple[float, float, float] | None:
-    """Difference of linear probes on the same images and its 95 % interval over their groups.
+    """Difference of linear probes on the same images and its 95 % interval.
 
-    Of several seeds an image counts by the share of them that got it right. None where not all of
-    them were judged by the same images, or their hits were not kept.
+    The interval is over groups of images and, where a setting has several, over seeds: squares of
+    both half widths add up. Of several seeds an image counts by the share of them that got it
+    right. None where not all of them were judged by the same images, or their hits were not kept.
     """
-    judged = [run.judgement for run in (*runs, *baseline)]
-    kept = [(one.pairing, one.identity) for one in judged if one is not None and one.pairing]
-    if len(kept) < len(judged) or len({identity for _, identity in kept}) > 1:
+    found = _same_images([*runs, *baseline])
+    if found is None:
         return None
-    hits = [pairing.hits for pairing, _ in kept]
-    difference = np.mean(hits[: len(runs)], axis=0) - np.mean(hits[len(runs) :], axis=0)
-    groups = [str(group) for group in kept[0][0].groups]
-    low, high = accuracy_interval(difference, groups, seed=0)
-    return float(difference.mean()), low, high
+    hits, groups = found
+    ours, theirs = hits[: len(runs)], hits[len(runs) :]
+    low, high = accuracy_interval(ours.mean(axis=0) - theirs.mean(axis=0), groups, seed=0)
+    return _widened(float(ours.mean() - theirs.mean()), low, high, ours, theirs)
+
+
+def mean_interval(runs: Sequence[Facts]) -> tuple[float, float] | None:
+    """95 % interval of the mean of a setting, over groups of images and seeds; None as above."""
+    found = _same_images(runs)
+    if found is None:
+        return None
+    hits, groups = found
+    low, high = accuracy_interval(hits.mean(axis=0), groups, seed=0)
+    return _widened(float(hits.mean()), low, high, hits)[1:]
+
+
+def _same_images(runs: Sequence[Facts]) -> tuple[np.ndarray, list[str]] | None:
+    """Hits (runs, images) and groups of the images, if all were judged by the same."""
+    judged = [run.judgement for run in runs]
+    kept = [(one.pairing, one.identity) for one in judged if one is not None and one.pairing]
+    if not kept or len(kept) < len(judged) or len({identity for _, identity in kept}) > 1:
+        return None
+    hits = np.array([pairing.hits for pairing, _ in kept], float)
+    return hits, [str(group) for group in kept[0][0].groups]
+
+
+def _widened(mean: float, low: float, high: float, *arms: np.ndarray) -> tuple[float, float, float]:
+    """An interval over groups, and what the seeds of the arms (seeds, images) add to it."""
+    seeds = seeds_half_width(*(arm.mean(axis=1).tolist() for arm in arms))
+    return mean, mean - math.hypot(mean - low, seeds), mean + math.hypot(high - mean, seeds)

@@ -74,13 +74,14 @@ def _settings_table(settings: Sequence[Setting]) -> str:
             one.label,
             str(len(one.runs)),
             _percent(one.mean),
+            "" if one.interval is None else " to ".join(map(_percent, one.interval)),
             _percent(one.spread),
             _gain(one.difference) if one.difference else "",
         )
         for one in settings
     ]
     against = f"points against {settings[0].label} [95 %, in pairs]"
-    head = ("setting", "seeds", "linear probe %, mean", "spread over seeds", against)
+    head = ("setting", "seeds", "linear probe %, mean", "95 %", "spread over seeds", against)
     return _table(head, rows, "settings")
 
 
@@ -91,7 +92,7 @@ def _forest(settings: Sequence[Setting]) -> str:
     return plots.forest_svg(
         [(label, 100 * gain, 100 * low, 100 * high) for label, gain, low, high in rows],
         title="Linear probe against the first setting",
-        x_label="points, 95 % interval of paired differences",
+        x_label="points, 95 % interval of paired differences, over images and seeds",
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Metric
@@ -20,7 +21,7 @@ from pipelines import report
 from pipelines.config.report import ReportConfig
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError
-from pipelines.evaluation.probes import accuracy_interval
+from pipelines.evaluation.probes import accuracy_interval, seeds_half_width
 from pipelines.pictures.canvas import SERIES
 from pipelines.reporting.facts import facts_of
 from tests.pipelines.tracking_fixtures import dataset, start
@@ -116,14 +117,32 @@ def test_the_table_groups_seeds_and_compares_in_pairs(made):
     assert base[0] == "beit · tiny · blockwise 75 · 9 epochs · emoji"
     for row, name in ((base, "base"), (wide, "wide")):
         found = [100 * hits[name, seed].mean() for seed in (0, 1)]
-        assert row[1:4] == ["2", f"{np.mean(found):.1f}", f"{np.std(found, ddof=1):.1f}"]
+        assert row[1:3] == ["2", f"{np.mean(found):.1f}"]
+        assert row[4] == f"{np.std(found, ddof=1):.1f}"
     pairs = [np.mean([hits[name, 0], hits[name, 1]], axis=0) for name in ("base", "wide")]
     difference = pairs[1] - pairs[0]
     low, high = accuracy_interval(difference, [str(i) for i in range(NUM_IMAGES)], seed=0)
-    assert base[4] == ""
-    assert wide[4] == f"{100 * difference.mean():+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    # Over seeds, too: Student's t, as scipy has it, from the variance within both settings.
+    rates = [[hits[name, seed].mean() for seed in (0, 1)] for name in ("base", "wide")]
+    of_seeds = (scipy.stats.ttest_ind(*rates[::-1]).confidence_interval().high
+                - difference.mean())  # fmt: skip
+    ends = (difference.mean() + sign * np.hypot(end - difference.mean(), of_seeds)
+            for end, sign in ((low, -1), (high, 1)))  # fmt: skip
+    assert base[5] == ""
+    assert wide[5] == "{:+.1f} [{:+.1f}, {:+.1f}]".format(
+        *(100 * value for value in (difference.mean(), *ends))
+    )
     unpaired = 2 * 1.96 * np.sqrt(sum(p.var() for p in pairs) / NUM_IMAGES)
     assert high - low < unpaired, "what the pairing is for"
+
+
+def test_intervals_over_seeds_are_student_s():
+    for arms in ([[0.5, 0.53, 0.49]], [[0.5, 0.53], [0.6]], [np.linspace(0, 1, 14)]):
+        found = seeds_half_width(*arms)
+        freedom = sum(len(arm) - 1 for arm in arms)
+        spread = np.std(arms[0], ddof=1) * np.sqrt(sum(1 / len(arm) for arm in arms))
+        assert found == pytest.approx(scipy.stats.t.ppf(0.975, freedom) * spread, rel=3e-3)
+    assert seeds_half_width([0.5], [0.6]) == 0
 
 
 def test_it_says_what_differs_best_and_last_lineage_and_cost(made):
