@@ -359,7 +359,7 @@ def _evaluate(
         "gains": gains,
         "head": head,
         "majority": float((truth == counts.argmax()).mean()),
-        "rankme": {name: rankme(features[name][-1], device=device) for name in features},
+        "rankme": {name: rankme(features[name][-1], device=device) for name in compared},
         "num_images": len(truth),
         "num_groups": len(set(groups)),
         "class_names": data.class_names,

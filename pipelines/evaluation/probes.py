@@ -5,6 +5,7 @@ generator, so the same features give the same figures.
 """
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -172,6 +173,26 @@ def _loss_and_gradient(
 
 
 @torch.no_grad()
+def seconds_of_chosen_linear(
+    count: int, dim: int, *, num_layers: int, num_classes: int, device: Device = "cpu"
+) -> float:
+    """What `chosen_linear` takes, reckoned high from one look at a problem of that size.
+
+    Each solution looks up to 50 times; what torch's L-BFGS does between is taken for three looks.
+    """
+    rows = torch.zeros(count, min(count, dim), device=device)
+    labels = torch.zeros(count, dtype=torch.int64, device=device)
+    weight = torch.zeros(rows.shape[1], num_classes, device=device)
+    bias = torch.zeros(num_classes, device=device)
+    start = 0.0
+    for _ in range(2):  # the first one warms up
+        start = time.monotonic()
+        float(_loss_and_gradient(rows, labels, weight, bias)[0])
+    looks = 50 * (num_layers + len(WEIGHT_DECAYS) + 1)
+    return 4 * looks * (time.monotonic() - start)
+
+
+@torch.no_grad()
 def chosen_linear(
     layers: Sequence[Any],
     y: Any,
@@ -224,12 +245,22 @@ def _accuracy(rows: Tensor, labels: Tensor, solution: tuple[Tensor, Tensor]) -> 
     return float(((rows @ weight + bias).argmax(1) == labels).float().mean())
 
 
+@torch.no_grad()
 def rankme(features: Any, *, device: Device = "cpu") -> float:
-    """Effective number of directions that features (n, d) use, from 1 to d.
+    """Effective number of directions that features (n, d) use, from 1 to the smaller of both.
 
     RankMe (arXiv 2210.02885, equation 3): exp of the entropy of the singular values as shares.
+    They are the roots of the eigenvalues of the smaller Gram matrix, which a million rows fit into.
     """
-    values = torch.linalg.svdvals(_features(features, device).double())
+    rows = _features(features, device)
+    if len(rows) < rows.shape[1]:
+        rows = rows.T
+    side = rows.shape[1]
+    gram = torch.zeros(side, side, dtype=torch.float64, device=device)
+    for part in _parts(len(rows), side):
+        wide = rows[part].double()
+        gram.addmm_(wide.T, wide)
+    values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     shares = values / values.sum().clamp(min=1e-300) + 1e-7
     return float(torch.exp(-(shares * shares.log()).sum()))
 

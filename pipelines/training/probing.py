@@ -4,6 +4,7 @@ All workers take part, since the model may be sharded. Nothing here touches the 
 the weights, or any generator that training draws from.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from time import monotonic
 from typing import Any
@@ -18,7 +19,7 @@ from pipelines.config.pretrain import PretrainConfig, run_uri
 from pipelines.errors import InputError
 from pipelines.evaluation.features import block_reader, on_disk, read_features
 from pipelines.evaluation.labelled_images import LabelledImages, read_labelled, unlabelled
-from pipelines.evaluation.probes import rankme
+from pipelines.evaluation.probes import rankme, seconds_of_chosen_linear
 from pipelines.evaluation.protocol import PROBES, candidate_layers, probe, score, splits_of
 from pipelines.evaluation.result import Score
 from pipelines.tables.image_table import ImageTable
@@ -51,23 +52,45 @@ class Prober:
         self.began = monotonic()
         self.spent = 0.0
         self.cost: float | None = None  # of the last probe, in seconds
+        self.fitting: float | None = None  # of its linear probes, reckoned before the first
         self.images: LabelledImages | None = None
         self.pixels: np.ndarray | None = None
 
     def affordable(self, step: int) -> bool:
-        """Whether one more keeps probes within their share of the time since the start.
-
-        What the first will cost nobody knows: it is taken for the training of as many images,
-        three times the computation of their features.
-        """
-        elapsed, cost = monotonic() - self.began, self.cost
-        if cost is None:
-            trained = (step - self.first_step) * self.config.data.global_batch_size
-            rows = self.data.tables.num_rows
-            images = min(self.config.probe.max_images or rows, rows)
-            cost = images * elapsed / trained if trained > 0 else float("inf")
+        """Whether one more keeps probes within their share of the time since the start."""
+        elapsed = monotonic() - self.began
+        cost = self.cost
+        if cost is None and self.world.rank == 0:
+            cost = self._first_cost((step - self.first_step) / elapsed)
         share = self.config.probe.max_share
-        return bool(self.world.broadcast(share >= 1 or self.spent + cost <= share * elapsed))
+        within = share >= 1 or self.spent + (cost or 0.0) <= share * elapsed
+        return bool(self.world.broadcast(within))
+
+    def _first_cost(self, steps_per_second: float) -> float:
+        """Seconds that nobody has measured: features are taken for the training of as many images
+        (three times their computation), linear probes for the longest that they can take."""
+        protocol, model = self.config.probe, self.config.model
+        rows = self.data.tables.num_rows
+        rate = steps_per_second * self.config.data.global_batch_size
+        cost = min(protocol.max_images or rows, rows) / rate if rate > 0 else math.inf
+        if cost > protocol.max_share * (monotonic() - self.began):
+            return cost  # too much already: labels need not be read
+        if self.fitting is None:
+            images = self._images()
+            regions = 16 if protocol.pooling == "grid" else 1
+            self.fitting = (
+                protocol.num_folds
+                * seconds_of_chosen_linear(
+                    len(images),
+                    model.dim * regions,
+                    num_layers=len(candidate_layers(protocol, model.depth)),
+                    num_classes=len(images.class_names),
+                    device=self.world.device,
+                )
+                if images.class_names
+                else 0.0
+            )
+        return cost + self.fitting
 
     def run(self, objective: Objective, log: TrainLog, step: int) -> None:
         """A probe, if it is affordable: figures as an event."""

@@ -101,6 +101,7 @@ def test_rankme_is_its_formula():
     values = np.linalg.svd(x, compute_uv=False)
     shares = values / np.abs(values).sum() + 1e-7
     assert rankme(x) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-5)
+    assert rankme(x.T) == pytest.approx(rankme(x), rel=1e-5)
     assert rankme(np.eye(5)) == pytest.approx(5, rel=1e-5)
     assert rankme(np.ones((9, 5))) == pytest.approx(1, rel=1e-3)
 

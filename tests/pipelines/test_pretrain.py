@@ -492,11 +492,15 @@ class TestProbes:
     def test_they_keep_to_their_share_of_the_time(self, tables, tmp_path, monkeypatch):
         clock = itertools.count()  # each look at the clock a second later
         monkeypatch.setattr(probing, "monotonic", lambda: float(next(clock)))
+        monkeypatch.setattr(probing, "seconds_of_chosen_linear", lambda *_, **__: 0.0)
         probe = {"every_steps": 1, "max_share": 0.7, "num_folds": 2}
         result = pretrain.run(small_config(tables, tmp_path / "run", probe=probe))
         told = [event for event in events_of(result.run_uri) if event["event"] == "probe"]
         assert [event["step"] for event in told] == [9, 10, 11, 12]
         assert all(0 < event["share_of_time"] <= 0.7 for event in told)
+        monkeypatch.setattr(probing, "seconds_of_chosen_linear", lambda *_, **__: 60.0)
+        result = pretrain.run(small_config(tables, tmp_path / "fits", probe=probe))
+        assert not events_of(result.run_uri), "fits alone would take too long"
         monkeypatch.undo()
         result = pretrain.run(small_config(tables, tmp_path / "short"))
         assert not events_of(result.run_uri), "two seconds are too short for one"
