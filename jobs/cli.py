@@ -68,7 +68,7 @@ STAGES = {
         ray="workers",
     ),
     "evaluate": _stage(
-        "kNN and linear probe beside random initialisation and pixels",
+        "kNN, linear and attentive probe beside random initialisation and pixels",
         "evaluate:EvaluateConfig",
         ray="never",
     ),

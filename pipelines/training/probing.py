@@ -96,10 +96,9 @@ class Prober:
         """A probe, if it is affordable: figures as an event."""
         if not self.affordable(step):
             return
-        start = monotonic()
+        images, start = self._images(), monotonic()
         objective.eval()
         figures: dict[str, float] = self.fixed.loss(objective)
-        images = self._images()
         layers = candidate_layers(self.config.probe, self.config.model.depth)
         features = self._features(objective, images, layers)
         objective.train()
@@ -140,7 +139,9 @@ class Prober:
 
     def _images(self) -> LabelledImages:
         if self.images is None:
+            start = monotonic()
             self.images = probe_images(self.config)
+            self.spent += monotonic() - start
         return self.images
 
     def _features(
