@@ -1,7 +1,7 @@
 """What training loops hold between their steps, and what they do at the end of a period.
 
-`pretrain` and `finetune` call it, and the order in which they do is theirs to read. No loop asks
-what happened elsewhere: all workers call the same methods after the same steps.
+`pretrain` and `finetune` call it, in an order that is theirs to read. All workers call the same
+methods after the same steps.
 """
 
 import contextlib
