@@ -13,6 +13,7 @@ MLflow is imported only when a run is started: its import takes seconds.
 import dataclasses
 import json
 import logging
+import shlex
 import shutil
 import sys
 import tempfile
@@ -343,7 +344,7 @@ def _where(filler: Filler, stored_in: str) -> tuple[str, str]:
     if not stored_in.startswith("http"):
         return "", (
             f"MLflow run {filler.run_id[:8]} in {stored_in}: `make ui` shows it "
-            f"(mlflow ui --backend-store-uri {stored_in})"
+            f"(mlflow ui --backend-store-uri {shlex.quote(stored_in)})"
         )
     experiment_id = filler.client.get_run(filler.run_id).info.experiment_id
     # Without this switch MLflow opens its view for language-model traces.

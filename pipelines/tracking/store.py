@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import logging
+import os
 import re
 import time
 import warnings
@@ -64,7 +65,7 @@ def connect(tracking_uri: str) -> "MlflowClient":
     from mlflow import MlflowClient
 
     try:
-        with _alone_with_file(tracking_uri):
+        with _alone_with_file(tracking_uri), _without_stray_directory(tracking_uri):
             client = MlflowClient(tracking_uri)
             client.search_experiments(max_results=1)
     except Exception as error:
@@ -121,6 +122,17 @@ def _alone_with_file(tracking_uri: str) -> Iterator[None]:
     with path.with_name(f".{path.name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def _without_stray_directory(tracking_uri: str) -> Iterator[None]:
+    """Takes away what MLflow makes for a SQLite file: the directory that the URI names before `%25`
+    and `%3F` are read."""
+    stray = Path(tracking_uri.removeprefix(SQLITE)).parent
+    is_new = tracking_uri.startswith(SQLITE) and not stray.exists()
+    yield
+    if is_new and stray.exists():
+        os.removedirs(stray)  # as far up as they are empty
 
 
 def experiment_id(client: "MlflowClient", config: TrackingConfig, tracking_uri: str) -> str:

@@ -16,7 +16,12 @@ from pipelines.preparation.decode_process import Rules
 from pipelines.preparation.source_plan import make_plan
 from pipelines.preparation.unit import PrepareTask, process_unit
 from pipelines.tables.image_table import ImageTable
-from pipelines.tracking.store import absolute_tracking_uri, artifact_location, database_path
+from pipelines.tracking.store import (
+    absolute_tracking_uri,
+    artifact_location,
+    connect,
+    database_path,
+)
 from tests.names import ODD_NAMES
 from tests.pipelines.image_sources import encoded, tar_bytes
 
@@ -109,6 +114,9 @@ def test_a_chain_in_a_directory_of_any_name(tmp_path, monkeypatch, capsys):
 def test_the_database_lies_where_it_is_meant(tmp_path, monkeypatch):
     (tmp_path / "50% what?").mkdir()
     monkeypatch.chdir(tmp_path / "50% what?")
+    connect(absolute_tracking_uri("sqlite:///it's #1.db"))
+    assert [path.name for path in tmp_path.iterdir()] == ["50% what?"]
+    assert Path("it's #1.db").exists()
     uri = absolute_tracking_uri("")
     assert uri == absolute_tracking_uri(uri) == absolute_tracking_uri("sqlite:///mlflow.db")
     assert database_path(uri) == Path.cwd() / "mlflow.db"

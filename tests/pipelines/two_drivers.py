@@ -53,7 +53,7 @@ OF_STARTS = (
 
 
 def prepare_units(task, plan, todo, num_tasks):
-    return (prepare._outcome(task, None, unit, plan.listings[unit]) for unit in todo)
+    return (prepare._outcome(task, None, unit, plan.listings[unit]).check() for unit in todo)
 
 
 def tokenize_units(task, units, todo, images):
@@ -95,7 +95,7 @@ def stages(root):
     configs = {
         "prepare": (
             prepare.run,
-            lambda out: prepare_config(root / "pictures", out, part_mb=0.004, unit_items=4),
+            lambda out: prepare_config(root / "pictures", out, part_mb=0.004),
         ),
         "train-tokenizer": (
             train_tokenizer.run,
@@ -202,9 +202,11 @@ def play(root, number, seed, name, stage, alone):
     log.write_text("")
     begin = time.monotonic()
     at = draw.randrange(1, renames + 1) if kind == "before a rename" else 0
-    first = start(stage, output, rename=at)
+    first, codes = start(stage, output, rename=at), {}
     if at:
-        os.waitpid(first, os.WUNTRACED)  # it may also have ended before: then it stays so
+        status = os.waitpid(first, os.WUNTRACED)[1]
+        if not os.WIFSTOPPED(status):  # it had fewer files to write than the one that was alone
+            codes[first] = os.waitstatus_to_exitcode(status)
     else:
         time.sleep(seconds * draw.random())
     if kind == "killed":
@@ -212,14 +214,14 @@ def play(root, number, seed, name, stage, alone):
     elif kind == "still":
         os.kill(first, signal.SIGSTOP)
     second = start(stage, output)
-    codes = {}
     if kind == "still":
         while "waiting until" not in log.read_text() and not ended(second):
             time.sleep(0.05)
         time.sleep(EXPIRES * 4 * draw.random())  # taken over meanwhile, or not
     elif at:
         codes[second] = os.waitstatus_to_exitcode(os.waitpid(second, 0)[1])
-    os.kill(first, signal.SIGCONT)
+    if first not in codes:
+        os.kill(first, signal.SIGCONT)
     for child in {first, second} - codes.keys():
         codes[child] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     codes = [codes[first], codes[second]]
