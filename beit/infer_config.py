@@ -28,7 +28,10 @@ def infer_config(
         dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
         hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{source}: not a BEiT; no usable {error}") from error
+        raise ValueError(
+            f"{source}: not a BEiT; no usable {error}. Give weights of BEiT, BEiT v2 or MAE; a "
+            "tokenizer's go to beit import-tokenizer"
+        ) from error
     blocks = {int(n.split(".")[1]) for n in state if re.match(r"blocks\.\d+\.", n)}
     tables = [value for name, value in state.items() if name.endswith(TABLE)]
     if tables:

@@ -25,7 +25,11 @@ PARTS = {
     "tokenizer": ["-m", "benchmarks.tokenizer", "--device", "cuda", "--batch", "256"],
     "teacher": ["-m", "benchmarks.teacher", "--batch", "64"],
     "train": ["-m", "benchmarks.train", "--device", "cuda", "--model", "base", "--batch", "256",
-              "--precision", "bf16", "--compile"],
+              "--precision", "bf16", "--compile", "--images", "1024", "--steps", "20",
+              "--threads", "12"],
+    "precompute": ["-m", "benchmarks.precompute", "--images", "2048", "--rows_per_unit", "256",
+                   "--hidden_dim", "256", "--batch_size", "256", "--num_gpus", "1",
+                   "--precision", "float16"],
 }  # fmt: skip
 LIMIT_SECONDS = 1800
 

@@ -34,7 +34,10 @@ def openai_layout(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         renamed[name] = tensor.to(torch.float32)
     if "blocks.input.w" not in renamed or "blocks.output.conv.w" not in renamed:
         some = ", ".join(sorted(renamed)[:3])
-        raise ValueError(f"no DALL-E network: {_LAYOUT} expected, found {some or 'nothing'}, ...")
+        raise ValueError(
+            f"no DALL-E network: {_LAYOUT} expected, found {some or 'nothing'}, ...; give "
+            "encoder.pkl, a copy of it, or a VQ-KD file"
+        )
     assert_finite(renamed)
     return renamed
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from beit.images import decode_image, image_digest
@@ -30,6 +31,7 @@ from pipelines.tables import token_table
 from pipelines.tables.image_files import ImageRow, write_part
 from pipelines.tables.image_table import ImageTable, commit_manifest
 from pipelines.tables.token_files import Identity, TokenFile, encode_file, file_name
+from pipelines.training.data import WorkerData
 
 GRID = (8, 8)
 SIDE = 32
@@ -263,3 +265,21 @@ def dies_after(count):
             return next(self.stream)
 
     return lambda *args, **options: Stream(real(*args, **options))
+
+
+def poison(monkeypatch, positions):
+    """Makes the patch-view pixels of these batches NaN after normalisation."""
+    real = WorkerData.batches
+
+    def batches(self, segments):
+        for batch in real(self, segments):
+            self.poisoned = batch.host.step in positions
+            yield batch
+
+    normalise = WorkerData.normalise
+    monkeypatch.setattr(WorkerData, "batches", batches)
+    monkeypatch.setattr(
+        WorkerData,
+        "normalise",
+        lambda self, pixels: normalise(self, pixels) * (torch.nan if self.poisoned else 1.0),
+    )

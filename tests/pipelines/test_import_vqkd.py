@@ -77,6 +77,11 @@ def test_what_does_not_fit_is_named(published, tmp_path):
         with pytest.raises(InputError, match=match):
             run(settings(tmp_path / "bad.pth", tmp_path / "out"))
 
+    encoder = {"patch_embed.proj.weight": torch.ones(64, 3, 8, 8)}
+    torch.save({"model": encoder}, tmp_path / "beit.pth")
+    with pytest.raises(InputError, match=r"source = .*no DALL-E network: .*or a VQ-KD file"):
+        run(settings(tmp_path / "beit.pth", tmp_path / "out"))
+
     refused(r"no VQ-KD file has: head\.weight", **{"head.weight": torch.ones(2, 2)})
     refused(r"all zeros", **{"quantize.embedding.weight": torch.zeros(700, 8)})
     refused(r"no square", **{"encoder.pos_embed": torch.zeros(1, 16, 128)})

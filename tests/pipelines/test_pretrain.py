@@ -37,6 +37,7 @@ from tests.pipelines.pretrain_fixtures import (
     make_tables,
     metrics_of,
     per_step,
+    poison,
     replaced,
     small_config,
     weight_bytes,
@@ -296,24 +297,6 @@ class TestRefusals:
     def test_a_fixed_number_of_workers_divides_the_shards(self, tables, tmp_path):
         with pytest.raises(InputError, match=r"scaling\.num_workers = 3 .* choose 2 workers"):
             pretraining.check_workers(small_config(tables, tmp_path, scaling={"num_workers": 3}))
-
-
-def poison(monkeypatch, positions):
-    """Makes the patch-view pixels of these batches NaN after normalisation."""
-    real = train_data.WorkerData.batches
-
-    def batches(self, segments):
-        for batch in real(self, segments):
-            self.poisoned = batch.host.step in positions
-            yield batch
-
-    normalise = train_data.WorkerData.normalise
-    monkeypatch.setattr(train_data.WorkerData, "batches", batches)
-    monkeypatch.setattr(
-        train_data.WorkerData,
-        "normalise",
-        lambda self, pixels: normalise(self, pixels) * (torch.nan if self.poisoned else 1.0),
-    )
 
 
 class TestHealth:

@@ -37,6 +37,7 @@ from tests.pipelines.pretrain_fixtures import (
     make_tables,
     metrics_of,
     per_step,
+    poison,
     small_config,
     weight_bytes,
 )
@@ -124,6 +125,17 @@ def test_accumulation_and_recomputing_change_nothing(finished, tables, tmp_path)
     scaling = {"accumulate_steps": 3, "activation_checkpointing": True}
     result = pretrain.run(config_for(kind, tables, tmp_path / "run", scaling=scaling))
     assert losses(result.run_uri) == pytest.approx(losses(whole.run_uri), abs=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_nan_rolls_back_and_skips_the_window(kind, tables, tmp_path, monkeypatch):
+    poison(monkeypatch, {5})
+    result = pretrain.run(config_for(kind, tables, tmp_path / "run"))
+    found, rolled = events_of(result.run_uri)
+    assert (found["event"], found["step"]) == ("non_finite", 5)
+    assert (rolled["event"], rolled["to_step"], rolled["skipped_batches"]) == ("rolled_back", 4, 4)
+    assert len(losses(result.run_uri)) == 12
+    assert all(math.isfinite(loss) for loss in losses(result.run_uri))
 
 
 def test_an_official_file_keeps_what_only_pretraining_needs(finished, tmp_path):

@@ -1,0 +1,56 @@
+"""What of the benchmarks can go wrong unseen: those for a GPU on machines that have none."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import attention, gpu
+
+# The benchmarks of `beit` alone, which must run where no cluster is installed.
+MODEL_ONLY = "benchmarks.attention, benchmarks.model, benchmarks.objectives, benchmarks.teacher"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_measured(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu", "--results", str(tmp_path)])
+    assert gpu.main() == 2
+    assert "finds no CUDA device here; run this on a machine" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_part_has_its_section_also_when_it_fails(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(
+        sys, "argv", ["gpu", "--results", str(tmp_path), "--only", "tests", "model"]
+    )
+    parts = {"tests": ["-c", "print('begun'); 1 / 0"], "model": ["-c", "print('# Steps')"]}
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    assert gpu.main() == 1
+    text = (tmp_path / "gpu-nvidia-h100-80gb-hbm3.md").read_text()
+    assert text.startswith("2 x NVIDIA H100 80GB HBM3, torch ")
+    assert "FAILED" in text.partition("# model")[0]
+    assert "begun" in text
+    assert "ZeroDivisionError" in text
+    assert text.endswith("\n# Steps\n")
+    assert capsys.readouterr().out.endswith("failed: tests\n")
+
+
+def test_every_benchmark_of_the_gpu_is_there():
+    for arguments in gpu.PARTS.values():
+        if arguments[1] != "pytest":
+            assert (gpu.ROOT / (arguments[1].replace(".", "/") + ".py")).is_file()
+
+
+def test_benchmarks_of_the_model_need_no_cluster():
+    code = f"import sys; sys.modules.update(ray=None, mlflow=None); import {MODEL_ONLY}"
+    subprocess.run([sys.executable, "-c", code], cwd=gpu.ROOT, check=True)
+
+
+@pytest.mark.parametrize("way", ["sdpa", "written"])
+def test_ways_of_attention_compute_the_same(way):
+    cpu = torch.device("cpu")
+    assert attention.error_of(attention.ways(cpu)[way], 2, torch.float32, cpu) < 1e-5
