@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from beit import cpu_attention
 from benchmarks import attention, gpu
 
 # The benchmarks of `beit` alone, which must run where no cluster is installed.
@@ -50,7 +51,6 @@ def test_benchmarks_of_the_model_need_no_cluster():
     subprocess.run([sys.executable, "-c", code], cwd=gpu.ROOT, check=True)
 
 
-@pytest.mark.parametrize("way", ["sdpa", "written"])
+@pytest.mark.parametrize("way", [attention.sdpa, cpu_attention.attention])
 def test_ways_of_attention_compute_the_same(way):
-    cpu = torch.device("cpu")
-    assert attention.error_of(attention.ways(cpu)[way], 2, torch.float32, cpu) < 1e-5
+    assert attention.error_of(way, 2, torch.float32, torch.device("cpu")) < 1e-5
