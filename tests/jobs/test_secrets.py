@@ -15,7 +15,7 @@ from tests.pipelines.pretrain_fixtures import small_config, write_images, write_
 from tests.s3_server import ACCESS_KEY, SECRET_KEY, start_s3
 from tests.servers import free_port, mlflow_server, running
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 REPOSITORY = Path(__file__).parents[2]
 PLANTED = b"geheim"
 VARIABLES = {
