@@ -1,6 +1,7 @@
 """What MLflow knows of runs that are to be compared."""
 
 import json
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,7 +114,7 @@ def _runs_of(client: "MlflowClient", name: str, experiment: str) -> "list[Run]":
             return _search(
                 client, name.removeprefix("experiment:"), "tags.`beit.stage` = 'pretrain'"
             )
-        if "=" in name or ">" in name or "<" in name:
+        if not record and ("=" in name or ">" in name or "<" in name):
             return _search(client, experiment, name)
     except MlflowException as error:
         raise InputError(f"runs: {name!r}: {error}") from error
@@ -124,7 +125,9 @@ def _runs_of(client: "MlflowClient", name: str, experiment: str) -> "list[Run]":
 
 
 def _is_place(name: str) -> bool:
-    return not name.startswith("experiment:") and not set("='<>`") & set(name)
+    # The options of a URI have the marks of a query, too.
+    is_uri = re.match(r"\w+://[^\s'`]+$", name) is not None
+    return is_uri or (not name.startswith("experiment:") and not set("='<>`") & set(name))
 
 
 def _search(client: "MlflowClient", experiment: str, condition: str) -> "list[Run]":

@@ -23,6 +23,7 @@ from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError
 from pipelines.evaluation.probes import accuracy_interval, seeds_half_width
 from pipelines.pictures.canvas import SERIES
+from pipelines.reporting import facts
 from pipelines.reporting.facts import facts_of
 from tests.pipelines.tracking_fixtures import dataset, start
 
@@ -183,7 +184,9 @@ def test_runs_are_named_in_every_way(made, tmp_path):
     assert [run.info.run_id for run in found] == [runs[2], runs[0], runs[3]]
     with pytest.raises(InputError, match="3 runs, max_runs = 2"):
         report.chosen_runs(client, asked, "beit", 2)
-    for wrong in ("/nowhere", "0" * 32, "params.seed ="):
+    assert facts._is_place("s3://b/run?endpoint_override=http%3A%2F%2Fs3&region=eu"), "no query"
+    assert not facts._is_place("params.images = 's3://b/images'")
+    for wrong in ("/nowhere", "0" * 32, "params.seed =", "file:///nowhere?a=b"):
         with pytest.raises(InputError, match="runs: "):
             report.chosen_runs(client, [wrong], "beit", 10)
 
