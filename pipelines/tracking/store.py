@@ -131,8 +131,9 @@ def _without_stray_directory(tracking_uri: str) -> Iterator[None]:
     stray = Path(tracking_uri.removeprefix(SQLITE)).parent
     is_new = tracking_uri.startswith(SQLITE) and not stray.exists()
     yield
-    if is_new and stray.exists():
-        os.removedirs(stray)  # as far up as they are empty
+    if is_new:
+        with contextlib.suppress(OSError):
+            os.removedirs(stray)  # as far up as they are empty
 
 
 def experiment_id(client: "MlflowClient", config: TrackingConfig, tracking_uri: str) -> str:
