@@ -252,11 +252,10 @@ print("equal" if weight_bytes(one) == weight_bytes(other) else "weights differ")
 
 
 def nothing_is_left(chain):
-    """No process, no lease, no file beside the store, no run that is open, no secret in a log."""
+    """No driver, no lease, no file beside the store, no run that is open, no secret in a log."""
     world = chain.world
     assert world.drivers() == {}
     for name in ("head", "cpu", "gpu"):
-        world.wait(lambda name=name: not workers(world.hosts[name]), f"the workers of {name}", 60)
         found = {path.name for path in (world.directory / name).iterdir()}
         assert not found & {"images", "tokens", "run", "mlruns", "mlflow.db"}
     # What was given up says so; what is finished has none.
@@ -271,13 +270,6 @@ def nothing_is_left(chain):
     ]  # fmt: skip
     for log in world.directory.glob("*.log"):
         assert worlds.SHELL["AWS_SECRET_ACCESS_KEY"] not in log.read_text()
-
-
-def workers(host):
-    """Processes of Ray that do a job's work, or did."""
-    idle = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
-    lines = host.processes().values()
-    return [line for line in lines if line.startswith("ray::") and not line.startswith(idle)]
 
 
 RUNS = """
