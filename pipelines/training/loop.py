@@ -74,8 +74,12 @@ class LoopState:
     def __enter__(self) -> Self:
         books = self.log.books
         if self.fresh:
-            with books.spend("checkpoint"):
-                self.save()
+            try:
+                with books.spend("checkpoint"):
+                    self.save()
+            except BaseException:
+                self.__exit__()  # which Python calls only of a context that was entered
+                raise
         books.switch("compute")
         books.pace()
         return self

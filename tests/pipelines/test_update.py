@@ -23,6 +23,7 @@ from pipelines.errors import InputError
 from pipelines.reading import ingest
 from pipelines.training import loop
 from pipelines.training.checkpoint import load_newest
+from pipelines.training.data import WorkerData
 from pipelines.training.distributed import World, autocast, clip_gradients, whole, wrap_model
 from pipelines.training.health import HealthMonitor
 from pipelines.training.run_dir import RunDir
@@ -165,6 +166,23 @@ class TestFp16:
     def test_tokenizers_are_not_trained_in_it(self):
         with pytest.raises(InputError, match=r"scaling\.precision = 'fp16': choose auto"):
             ScalingConfig(precision="fp16")
+
+
+def test_what_was_opened_is_closed_where_the_first_checkpoint_fails(tables, tmp_path, monkeypatch):
+    closed = []
+
+    def full(self):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(loop.LoopState, "save", full)
+    for kind in (loop.Saver, WorkerData):
+        original = kind.close
+        monkeypatch.setattr(
+            kind, "close", lambda self, close=original: (closed.append(type(self)), close(self))
+        )
+    with pytest.raises(OSError, match="no space left"):
+        pretrain.run(small_config(tables, tmp_path / "run"))
+    assert closed == [WorkerData, loop.Saver]
 
 
 def objective_and_inputs(kind, device="cpu"):
