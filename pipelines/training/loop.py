@@ -225,6 +225,13 @@ class LoopState:
         found = resume_point(log.run.checkpoints, self.world, rejected=log.checkpoint_rejected)
         if found is None:
             return None
+        if (before := found.state["precision"]) != self.precision:
+            # `auto` goes by the GPUs of each start, and no precision repeats another's steps.
+            log.event(
+                "precision_changed",
+                step=found.step,
+                message=f"precision: {before} up to step {found.step}, {self.precision} from there",
+            )
         restore(self.model, self.optimizer, found.weights, found.moments)
         self.monitor.restore(found.state["health"])
         if self.scaler.is_enabled() and (scaler := found.state["scaler"]):

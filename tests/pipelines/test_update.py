@@ -147,6 +147,17 @@ class TestFp16:
         newest = load_newest(RunDir(resumed.run_uri).checkpoints, rejected=print)
         assert newest.state["scaler"] == state["scaler"]
 
+    def test_a_start_in_another_precision_is_told(self, tables, tmp_path, monkeypatch):
+        config = small_config(tables, tmp_path / "run", optim={"steps": 6, "warmup_steps": 1})
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(ingest, "train_batches", dies_after(5))
+            pretrain.run(config)
+        monkeypatch.setattr(pretrain, "resolve_precision", lambda *_: "bf16")  # another GPU's
+        pretrain.run(config)
+        [told] = [e for e in events_of(config.output) if e["event"] == "precision_changed"]
+        step = told["step"]
+        assert told["message"] == f"precision: float32 up to step {step}, bf16 from there"
+
     def test_it_is_near_float32(self, tables, tmp_path):
         half = pretrain.run(self.config(tables, tmp_path / "half"))
         full = pretrain.run(small_config(tables, tmp_path / "full"))
