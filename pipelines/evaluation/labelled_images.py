@@ -71,12 +71,9 @@ def read_labelled(
     rows = spread_rows(table, protocol)
     labels = np.full(len(rows), -1, np.int64)
     groups = np.empty(len(rows), dtype=object)
-    for chosen, piece in table.read_scattered(rows, ("key", "label", "group")):
+    for chosen, piece in table.read_scattered(rows, ("label", *table.group_columns)):
         labels[chosen] = piece["label"].fill_null(-1).to_numpy()
-        groups[chosen] = [
-            key if group is None else group
-            for key, group in zip(piece["key"].to_pylist(), piece["group"].to_pylist(), strict=True)
-        ]
+        groups[chosen] = table.group_names(piece)
     kept = np.flatnonzero(labels >= 0)
     if protocol.one_per_group and not test:
         _, first = np.unique(groups[kept].astype(str), return_index=True)

@@ -276,12 +276,24 @@ class ImageParts:
         return np.concatenate([np.zeros(0, np.int32), *chunks])
 
     def groups(self) -> list[str]:
-        """Leak group of each row; a row without one is a group of its own, named by its key."""
-        names: list[str] = []
-        for part in self.iter_parts(["key", "group"]):
-            rows = zip(part["key"].to_pylist(), part["group"].to_pylist(), strict=True)
-            names.extend(key if group is None else group for key, group in rows)
-        return names
+        """Leak group of each row."""
+        parts = self.iter_parts(self.group_columns)
+        return [name for part in parts for name in self.group_names(part)]
+
+    @property
+    def group_columns(self) -> tuple[str, str]:
+        """The columns that `group_names` asks for."""
+        # Keys of a joined table repeat where images differ. The digest of an image that is there
+        # twice keeps both rows on one side of a split.
+        return ("digest" if self.joined else "key", "group")
+
+    def group_names(self, rows: pa.Table) -> list[str]:
+        """Leak groups of some rows of this table; a row without one is a group of its own."""
+        alone, groups = (rows[name].to_pylist() for name in self.group_columns)
+        if self.joined:
+            alone = [digest.hex() for digest in alone]
+        pairs = zip(alone, groups, strict=True)
+        return [name if group is None else group for name, group in pairs]
 
     def held_out(self, share: float, *, seed: int = 0) -> np.ndarray:
         """bool (num_rows,): True for about `share` of the groups, never for part of a group."""

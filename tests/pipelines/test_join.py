@@ -11,9 +11,11 @@ import pytest
 from pipelines import audit, join
 from pipelines.config.audit import AuditConfig
 from pipelines.config.join import JoinConfig
+from pipelines.config.protocol import ProtocolConfig
 from pipelines.config.tokenize_images import TokenizeConfig
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError, StageFailed
+from pipelines.evaluation.labelled_images import read_labelled
 from pipelines.reading.encoded_rows import open_training_tables
 from pipelines.tables import image_table
 from pipelines.tables.image_table import ImageTable
@@ -129,6 +131,19 @@ def test_an_audit_reads_the_parts_where_they_are(root, tmp_path):
     table = ImageTable.open(str(tmp_path / "ab"))
     with pytest.raises(InputError, match=r"b/part-00000\.parquet is missing .1 of 3 parts"):
         table.check_parts()
+
+
+def test_rows_without_a_group_are_grouped_by_their_image(root, tmp_path):
+    world.make_images(str(tmp_path / "c"), count=40, parts=1, side=56)  # keys of "a", other images
+    joined(root / "a", tmp_path / "c", output=tmp_path / "ac")
+    protocol = ProtocolConfig(num_folds=2)
+    assert len(read_labelled(str(tmp_path / "ac"), protocol)) == 80
+    held_out = ImageTable.open(str(tmp_path / "ac")).held_out(0.5)
+    assert (held_out[:40] != held_out[40:]).any()
+    # Images 30 to 39 are rows of both tables.
+    assert len(read_labelled(str(root / "ab"), protocol)) == 60
+    held_out = ImageTable.open(str(root / "ab")).held_out(0.5)
+    np.testing.assert_array_equal(held_out[30:40], held_out[40:50])
 
 
 def test_tokens_are_those_of_the_tables(root):
