@@ -275,6 +275,9 @@ class ProbeConfig(ProtocolConfig):
     def __post_init__(self) -> None:
         check(self, "probe.")
         require(
+            min(self.layers, default=1) >= 1, "probe.layers", self.layers, "blocks count from 1"
+        )
+        require(
             bool(self.images) or not self.tokens, "probe.tokens", self.tokens, "name probe.images"
         )
 

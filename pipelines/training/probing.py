@@ -27,7 +27,7 @@ from pipelines.tracking.datasets import short_name
 from pipelines.training.data import WorkerData
 from pipelines.training.distributed import World
 from pipelines.training.fixed_images import FixedImages
-from pipelines.training.log import TrainLog
+from pipelines.training.log import TrainLog, tolerated
 
 BATCH = 64
 
@@ -131,7 +131,9 @@ class Prober:
         """The probes of the whole run, over all its starts, as a picture."""
         if not log.active:
             return
-        told = [event for event in log.run.events() if event["event"] == "probe"]
+        told: list[dict[str, Any]] = []
+        with tolerated():
+            told = log.run.events("probe")
         where = f"{short_name(run_uri(self.config))}, step {step:,}"
         drawn = probe_curve(told, title=f"Probes over training · {where}")
         if drawn is not None:
@@ -234,16 +236,20 @@ def probe_images(config: PretrainConfig) -> LabelledImages:
 
 
 def probe_curve(events: Sequence[Mapping[str, Any]], *, title: str) -> Image.Image | None:
-    """Accuracies over steps with their intervals; None where there are fewer than two points."""
+    """Accuracies over steps with their intervals; None where there are fewer than two points.
+
+    `events`: oldest first. Of a step that was done again the last one counts; one of a version
+    that told no intervals is passed over.
+    """
     series: dict[str, tuple[list[int], list[float]]] = {}
     bands: dict[str, tuple[list[float], list[float]]] = {}
     for kind in PROBES:
         name = f"probe/{kind}_accuracy"
-        points = sorted((e["step"], e["figures"]) for e in events if name in e["figures"])
-        if len(points) < 2:
+        at = {e["step"]: e["figures"] for e in events if f"{name}_low" in e["figures"]}
+        if len(at) < 2:
             continue
-        steps = [step for step, _ in points]
-        values = {end: [f[name + end] for _, f in points] for end in ("", "_low", "_high")}
+        steps = sorted(at)
+        values = {end: [at[step][name + end] for step in steps] for end in ("", "_low", "_high")}
         series[kind] = steps, values[""]
         bands[kind] = values["_low"], values["_high"]
     if not series:

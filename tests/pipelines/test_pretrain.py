@@ -243,6 +243,7 @@ class TestRefusals:
         for probe, message in (
             ({"images": str(tmp_path / "typo")}, "typo"),
             ({"images": unlabelled.uri}, "labelled images of 0 classes"),
+            ({"layers": [0, 2]}, r"probe.layers = \[0, 2\]: blocks count from 1"),
             ({"layers": [3]}, r"probe.layers = \[3\]: the network has 2 blocks"),
             ({"images": tables[0], "num_folds": 99}, "num_folds = 99 needs as many"),
             ({"tokens": [tables[1]]}, "name probe.images"),
@@ -505,6 +506,18 @@ class TestProbes:
         groups = image_table.ImageTable.open(labelled).row_groups
         assert len(groups) < image_table.ImageTable.open(labelled).num_rows / 4
         assert len(reads) == len(set(reads)) == len(groups)
+
+    def test_the_curve_bears_probes_made_again_and_those_of_an_older_version(self, monkeypatch):
+        def event(step, value, ends=("", "_low", "_high")):
+            figures = {f"probe/linear_accuracy{end}": value for end in ends}
+            return {"step": step, "figures": figures, "images": 9}
+
+        drawn = []
+        monkeypatch.setattr(probing.pictures, "curve", lambda series, **_: drawn.append(series))
+        old = event(2, 0.1, ends=("",))
+        probing.probe_curve([old, event(4, 0.2), event(8, 0.3), event(4, 0.4)], title="t")
+        assert drawn == [{"linear": ([4, 8], [0.4, 0.3])}]
+        assert probing.probe_curve([old, event(4, 0.2), event(4, 0.4)], title="t") is None
 
     def test_the_fixed_loss_is_of_the_same_images_and_masks_in_every_run(self, tables, tmp_path):
         """Whatever the seed, and with other images where they are given with their tokens."""
