@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -185,16 +186,18 @@ def read_features(
     *,
     device: str | torch.device = "cpu",
     label: str = "",
+    into: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
     """What each reader makes of `count` images: (L, count, ...), from one pass over them.
 
     The arrays lie in temporary files (below TMPDIR), without names, that go when they do: memory
-    holds a batch, and what of the arrays the system has room for.
+    holds a batch, and what of the arrays the system has room for. `into`: those that were made
+    before, by reader.
 
     Raises:
         InputError: there is no room for them.
     """
-    found: dict[str, np.ndarray] = {}
+    found = dict(into or {})
     progress, done = Progress(count, label, "images") if label else None, 0
     with exact_products():
         for batch in batches:
@@ -217,19 +220,39 @@ def read_features(
 def on_disk(shape: tuple[int, ...], dtype: npt.DTypeLike) -> np.ndarray:
     """An array in a file without a name, which goes when the array does.
 
+    Its room is taken at once: a file with holes that finds none later ends the process (SIGBUS).
+
     Raises:
         InputError: there is no room for it.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
+    check_disk(size)
     with tempfile.TemporaryFile() as file:
-        free = shutil.disk_usage(file.fileno()).free
-        if size > free:
-            raise InputError(
-                f"{size / 1e9:.1f} GB are needed on disk, {tempfile.gettempdir()} has "
-                f"{free / 1e9:.1f}: set TMPDIR to a larger disk, or take less (max_images, layers; "
-                "attentive: false)"
-            )
+        try:
+            if hasattr(os, "posix_fallocate"):  # macOS has none
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            raise InputError(_no_room(size, error.strerror or "")) from error
         return np.memmap(file, dtype, "w+", shape=shape)
+
+
+def check_disk(size: int) -> None:
+    """Raises InputError where TMPDIR has no room for `size` bytes."""
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    if size > free:
+        raise InputError(_no_room(size, f"{free / 1e9:.1f} GB are free"))
+
+
+def _no_room(size: int, why: str) -> str:
+    return (
+        f"{size / 1e9:.1f} GB are needed on disk, in {tempfile.gettempdir()}: {why}; set TMPDIR to "
+        "a larger disk, or take less (max_images, layers; attentive: false)"
+    )
+
+
+def num_features(dim: int, pooling: str, grid_size: tuple[int, int]) -> int:
+    """How many features `pooled` makes of an image."""
+    return dim * math.prod(min(side, GRID_REGIONS) for side in grid_size if pooling == "grid")
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from beit.objectives import Objective
 from pipelines import pictures
 from pipelines.config.pretrain import PretrainConfig, run_uri
 from pipelines.errors import InputError
-from pipelines.evaluation.features import block_reader, on_disk, read_features
+from pipelines.evaluation.features import block_reader, num_features, on_disk, read_features
 from pipelines.evaluation.labelled_images import LabelledImages, read_labelled, unlabelled
 from pipelines.evaluation.probes import rankme, seconds_of_chosen_linear
 from pipelines.evaluation.protocol import PROBES, candidate_layers, probe, score, splits_of
@@ -77,12 +77,11 @@ class Prober:
             return cost  # too much already: labels need not be read
         if self.fitting is None:
             images = self._images()
-            regions = 16 if protocol.pooling == "grid" else 1
             self.fitting = (
                 protocol.num_folds
                 * seconds_of_chosen_linear(
                     len(images),
-                    model.dim * regions,
+                    num_features(model.dim, protocol.pooling, model.grid_size),
                     num_layers=len(candidate_layers(protocol, model.depth)),
                     num_classes=len(images.class_names),
                     device=self.world.device,
@@ -93,14 +92,18 @@ class Prober:
         return cost + self.fitting
 
     def run(self, objective: Objective, log: TrainLog, step: int) -> None:
-        """A probe, if it is affordable: figures as an event."""
+        """A probe, if it is affordable: figures as an event. One without room is left out."""
         if not self.affordable(step):
             return
         images, start = self._images(), monotonic()
+        layers = candidate_layers(self.config.probe, self.config.model.depth)
+        room = self._room(images, len(layers), log, step)
+        if room is None:
+            self.spent += monotonic() - start
+            return
         objective.eval()
         figures: dict[str, float] = self.fixed.loss(objective)
-        layers = candidate_layers(self.config.probe, self.config.model.depth)
-        features = self._features(objective, images, layers)
+        features = self._features(objective, images, layers, room)
         objective.train()
         scores: dict[str, Score] = {}
         if log.active:
@@ -146,20 +149,41 @@ class Prober:
             self.spent += monotonic() - start
         return self.images
 
-    def _features(
-        self, objective: Objective, images: LabelledImages, layers: list[int]
-    ) -> np.ndarray:
-        """Features (L, n, d) of all images on worker 0; of nobody's use on the others.
+    def _room(
+        self, images: LabelledImages, num_layers: int, log: TrainLog, step: int
+    ) -> np.ndarray | None:
+        """Reads this worker's pixels, and takes the room (L, n, d) for their features.
+
+        None, told as an event, where a worker has no room: all must know it before they wait for
+        each other in the network.
 
         Each worker takes neighbouring rows, so that none reads the whole table. All make the same
         number of passes, for a sharded model waits for everyone: the last row fills up, and what
         it filled is cut off after gathering.
         """
+        model, protocol, why = self.config.model, self.config.probe, ""
         share = -(-len(images) // self.world.size)
         mine = np.minimum(self.world.rank * share + np.arange(share), len(images) - 1)
-        if self.pixels is None:
-            self.pixels = self._read(images, mine)
-        data = self.config.data
+        width = num_features(model.dim, protocol.pooling, model.grid_size)
+        room: np.ndarray | None = None
+        try:
+            if self.pixels is None:
+                self.pixels = self._read(images, mine)
+            room = on_disk((num_layers, share, width), np.float32)
+        except InputError as error:
+            why = str(error)
+        if self.world.largest(float(room is None)) == 0:
+            return room
+        why = why or "another worker lacks what this one has"
+        log.event("probe_left_out", step=step, message=f"step {step}: no probe: {why}")
+        return None
+
+    def _features(
+        self, objective: Objective, images: LabelledImages, layers: list[int], room: np.ndarray
+    ) -> np.ndarray:
+        """Features (L, n, d) of all images on worker 0; of nobody's use on the others."""
+        assert self.pixels is not None
+        share, data = len(self.pixels), self.config.data
         reader = block_reader(
             objective.network,
             layers=layers,
@@ -169,7 +193,8 @@ class Prober:
         )
         batches = (self.pixels[at : at + BATCH] for at in range(0, share, BATCH))
         device = self.world.device
-        own = read_features({"own": reader}, batches, share, device=device)["own"]
+        into = {"own": room}
+        own = read_features({"own": reader}, batches, share, device=device, into=into)["own"]
         gathered = [
             torch.cat(self.world.gather(torch.from_numpy(block).to(device)))[: len(images)].cpu()
             for block in own

@@ -1,8 +1,11 @@
 """The training loop without Ray: what a step does, what health and books say, what is refused."""
 
 import dataclasses
+import errno
 import itertools
 import json
+import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -506,6 +509,25 @@ class TestProbes:
         groups = image_table.ImageTable.open(labelled).row_groups
         assert len(groups) < image_table.ImageTable.open(labelled).num_rows / 4
         assert len(reads) == len(set(reads)) == len(groups)
+
+    def test_one_without_room_on_disk_is_left_out(self, finished, tables, tmp_path, monkeypatch):
+        sizes, real = [], os.posix_fallocate
+
+        def full(file, offset, size):
+            sizes.append(size)
+            if len(sizes) in (1, 3):  # of the pixels, then of the features
+                raise OSError(errno.ENOSPC, "No space left on device")
+            real(file, offset, size)
+
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        probe = {"every_steps": 4, "max_share": 1, "num_folds": 2}
+        result = pretrain.run(small_config(tables, tmp_path / "run", probe=probe))
+        told = [(event["event"], event["step"]) for event in events_of(result.run_uri)]
+        assert told == [("probe_left_out", 4), ("probe_left_out", 8), ("probe", 12)]
+        message = events_of(result.run_uri)[0]["message"]
+        assert re.search(r"needed on disk, in .*: No space left on device; set TMPDIR", message)
+        assert sizes == [size := 96 * 3 * 32 * 32, size, room := 2 * 96 * 32 * 4, room]
+        assert weight_bytes(result.run_uri) == weight_bytes(finished[1].run_uri)
 
     def test_the_curve_bears_probes_made_again_and_those_of_an_older_version(self, monkeypatch):
         def event(step, value, ends=("", "_low", "_high")):
