@@ -1,6 +1,5 @@
 """Variables of the processes of a command: what all get, what workers get, what is hidden."""
 
-import contextlib
 import json
 import os
 import re
@@ -39,7 +38,7 @@ JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _SECRET = re.compile(
     r"SECRET|TOKEN(?![A-Z])|PASSW|PASSPHRASE|CREDENTIAL|ACCESS_?KEY|ACCOUNT_?KEY|API_?KEY|PRIVATE_?KEY"
 )
-SECRETS_FILE = "secrets.json"
+SECRETS_FILE = ".beit-secrets.json"
 """Of a job's working directory."""
 TAKE_SECRETS = "jobs.environment.take_secrets"
 LEAST_SECRET = 6  # characters; shorter values stand in too many words
@@ -77,9 +76,11 @@ def is_secret(name: str, value: str) -> bool:
 def take_secrets() -> None:
     """Variables that came as a file of the job's working directory. In the driver, and by Ray in
     each worker of the job before anything else: Ray logs and shows what a job's `env_vars` say.
+
+    Raises:
+        FileNotFoundError: none came. A worker of a job that has secrets must not go on without.
     """
-    with contextlib.suppress(FileNotFoundError):
-        os.environ.update(json.loads(Path(SECRETS_FILE).read_text()))
+    os.environ.update(json.loads(Path(SECRETS_FILE).read_text()))
 
 
 def named_variables(names: Sequence[str], source: str) -> dict[str, str]:

@@ -36,7 +36,7 @@ def included_files(include: Sequence[str]) -> list[tuple[Path, Path]]:
     """(source, place in the package) of every file that the user adds by name.
 
     Raises:
-        InputError: there is no such file or directory.
+        InputError: there is no such file or directory, or it would stand where ours does.
     """
     pairs: list[tuple[Path, Path]] = []
     for name in include:
@@ -49,6 +49,9 @@ def included_files(include: Sequence[str]) -> list[tuple[Path, Path]]:
             pairs += [(file, Path(top.name) / file.relative_to(top)) for file in files]
         else:
             raise InputError(f"--include {name}: no such file or directory")
+    for source, place in pairs:
+        if str(place) in (CONFIG_FILE, SECRETS_FILE):
+            raise InputError(f"--include {source}: a job has a {place} of its own; rename yours")
     return pairs
 
 
@@ -77,7 +80,9 @@ def write_package(
         (target / "pipelines" / CODE_VERSION_FILE).write_text(json.dumps(version))
     (target / CONFIG_FILE).write_text(config_text)
     if secrets:
-        (target / SECRETS_FILE).write_text(json.dumps(dict(secrets)))
+        file = target / SECRETS_FILE
+        file.touch(mode=0o600)  # Ray keeps the mode on the nodes
+        file.write_text(json.dumps(dict(secrets)))
     return total + len(config_text.encode())
 
 

@@ -16,6 +16,7 @@ from jobs import submit
 from jobs.environment import (
     ENVIRONMENT,
     JOB_CONFIG,
+    SECRETS_FILE,
     TAKE_SECRETS,
     hide_secrets,
     take_secrets,
@@ -115,7 +116,8 @@ def test_a_submission_hands_secrets_over_in_one_file_alone(shell, tmp_path, caps
     def take(client, **job):
         folder = Path(job["runtime_env"]["working_dir"])
         files = {path.name: path.read_text() for path in folder.rglob("*") if path.is_file()}
-        sent.update(job, secrets=files.pop("secrets.json"), files=files.values())
+        assert (folder / SECRETS_FILE).stat().st_mode & 0o777 == 0o600
+        sent.update(job, secrets=files.pop(SECRETS_FILE), files=files.values())
 
     shell.setattr(cluster, "connect", lambda *_: None)
     shell.setattr(cluster, "newest_attempt", lambda *_: (0, None))
@@ -152,9 +154,9 @@ def test_a_submission_hands_secrets_over_in_one_file_alone(shell, tmp_path, caps
 def test_secrets_are_taken_from_the_file_of_the_job(shell, tmp_path):
     shell.chdir(tmp_path)
     shell.delenv("HF_TOKEN")
-    take_secrets()  # none came
-    assert "HF_TOKEN" not in os.environ
-    Path("secrets.json").write_text(json.dumps({"HF_TOKEN": "geheim"}))
+    with pytest.raises(FileNotFoundError):
+        take_secrets()
+    Path(SECRETS_FILE).write_text(json.dumps({"HF_TOKEN": "geheim"}))
     module, _, name = TAKE_SECRETS.rpartition(".")
     getattr(importlib.import_module(module), name)()
     assert os.environ["HF_TOKEN"] == "geheim"

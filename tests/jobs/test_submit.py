@@ -60,6 +60,18 @@ def test_too_much_is_refused_by_name_and_nothing_is_copied(tmp_path):
     assert list(target.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["job.yaml", ".beit-secrets.json"])
+def test_an_included_file_takes_no_place_of_the_jobs_own(name, tmp_path):
+    (tmp_path / "sent").mkdir()
+    mine = tmp_path / name
+    mine.write_text("{}")
+    with pytest.raises(InputError, match=f"--include {mine}: a job has a {name} of its own"):
+        package.write_package(
+            tmp_path / "sent", config_text="", with_code=False, include=[str(mine)]
+        )
+    assert list((tmp_path / "sent").iterdir()) == []
+
+
 def test_this_checkout_is_small(tmp_path):
     code = tmp_path / "code"
     code.mkdir()
