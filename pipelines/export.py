@@ -78,6 +78,8 @@ def run(config: ExportConfig) -> ExportResult:
         except ValueError as error:
             raise InputError(f"run = {config.run}: {error}") from error
         difference = _difference(config, network, folder)
+        # A lease clears its output up, and a folder of somebody else is none of our business.
+        _refuse_others(folder, output, config)
         with lease.held(output, config.lease, stage="export") as holder:
             _refuse_others(folder, output, config)
             storage.store_dir(folder, output, last="config.json", check=holder.fence.check)

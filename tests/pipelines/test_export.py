@@ -96,8 +96,11 @@ def test_an_export_that_was_killed_goes_on_and_another_one_is_refused(run_uri, t
     export(run_uri, tmp_path, format="hf")
     assert {path.name: path.read_bytes() for path in Path(output).iterdir()} == whole
     Path(output, "model.safetensors").write_bytes(b"another")
+    Path(output, ".draft.0123abcd.tmp").write_text("half written, and not by us")
+    there = sorted(Path(output).rglob("*"))
     with pytest.raises(InputError, match=r"holds files already, the first is 'model.safetensors'"):
         export(run_uri, tmp_path, format="hf")
+    assert sorted(Path(output).rglob("*")) == there
 
 
 def test_hugging_face_encoder_only(run_uri, tmp_path, model):
