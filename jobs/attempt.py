@@ -185,9 +185,10 @@ class KeptLog:
                 storage.write_bytes(storage.join(self.place, name), text.encode())
             except (OSError, InputError):
                 return  # the cluster has it, too
-            self.kept = len(data)
-            if len(data) > SEGMENT_BYTES:
-                self.number, self.begin, self.kept = self.number + 1, self.begin + len(data), 0
+            if len(data) <= SEGMENT_BYTES:
+                self.kept = len(data)
+                return  # what was printed meanwhile goes with the next one: each sends all again
+            self.number, self.begin, self.kept = self.number + 1, self.begin + len(data), 0
 
     def _piece(self) -> bytes:
         """The file that grows; empty if all of it is stored."""

@@ -4,10 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
 import pytest
+
+from jobs.attempt import KeptLog
+from pipelines import storage
 
 REPOSITORY = Path(__file__).parents[2]
 # A stage without cluster: `prepare`, whose place is taken by a few lines.
@@ -165,6 +169,25 @@ def test_a_piece_whose_storing_failed_is_stored_later(tmp_path):
     )
     assert attempt(output, body).returncode == 0
     assert "what would be lost\nwhat came after" in "".join(kept(output))
+
+
+def test_a_log_that_grows_while_it_is_stored_waits_for_its_next_turn(monkeypatch):
+    log = KeptLog.__new__(KeptLog)  # without taking this process's descriptors
+    log.place, log.name, log.number, log.begin, log.kept = "memory://logs", "log", 0, 0, 0
+    sent = []
+
+    def store(_, data):
+        sent.append(data)
+        assert len(sent) < 3
+        log.spool.write(b"meanwhile\n")
+
+    monkeypatch.setattr(storage, "write_bytes", store)
+    with tempfile.TemporaryFile(buffering=0) as log.spool:
+        log.spool.write(b"first\n")
+        log._flush()
+        assert sent == [b"first\n"]
+        log._flush()
+        assert sent[1:] == [b"first\nmeanwhile\n"]
 
 
 def test_nobody_who_reads_stops_no_job(tmp_path):
