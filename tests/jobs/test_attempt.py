@@ -219,10 +219,17 @@ def test_a_library_may_print_much_while_it_holds_the_gil(tmp_path):
 def test_an_end_of_all_processes_of_a_job_is_told(tmp_path):
     """As `scancel` does it: the processes that copy the log get the signal, too."""
     body = (
-        "import os, signal, subprocess\n"
-        "pids = subprocess.check_output(['pgrep', '-P', str(os.getpid())], text=True).split()\n"
+        "import os, signal\n"
+        "from pathlib import Path\n"
+        "def parent(stat):\n"
+        "    try:\n"
+        "        return int(stat.read_text().rpartition(')')[2].split()[1])\n"
+        "    except OSError:  # ended in this moment\n"
+        "        return None\n"
+        "stats = Path('/proc').glob('[0-9]*/stat')\n"
+        "pids = [int(stat.parent.name) for stat in stats if parent(stat) == os.getpid()]\n"
         "assert len(pids) == 2, pids\n"
-        "[os.kill(int(pid), signal.SIGTERM) for pid in pids]\n"
+        "[os.kill(pid, signal.SIGTERM) for pid in pids]\n"
         "raise KeyboardInterrupt('Asked to end (SIGTERM).')"
     )
     done = attempt(tmp_path / "images", body)
