@@ -188,7 +188,12 @@ def _judgement(client: "MlflowClient", run: "Run") -> Judgement:
         pairing = Pairing(hits=hits, groups=np.array(kept["groups"]))
     if "evaluation.json" in files:
         identity = dict(json.loads(_file(client, run_id, "evaluation.json"))["identity"])
-        identity.pop("weights", None)
+        options = identity.pop("options", {})
+        # What is no part of the linear probe; of tables the fingerprints stay.
+        for name in ("weights", "baseline", "attentive", "baselines", "test_images"):
+            identity.pop(name, None)
+            options.pop(name, None)
+        identity["options"] = options
     return Judgement(
         accuracy=values["linear_accuracy"],
         low=values["linear_accuracy_low"],

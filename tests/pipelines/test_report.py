@@ -64,7 +64,10 @@ def trained(config, setting, seed):
         )  # fmt: skip
         kept = {"linear": "".join(map(str, hits.astype(int))), "groups": list(range(NUM_IMAGES))}
         judge.log_artifact_file("hits.json", json.dumps(kept).encode())
-        identity = {"weights": run.run_id, "image_table": "I" * 32}
+        more = setting == "wide"  # judged beside other things, which the linear probe is not of
+        identity = {"weights": run.run_id, "image_table": "I" * 32, "baseline": "B" * more,
+                    "options": {"num_folds": 5, "attentive": more, "baselines": not more,
+                                "test_images": "/t" * more}}  # fmt: skip
         judge.log_artifact_file("evaluation.json", json.dumps({"identity": identity}).encode())
     return run.run_id
 
