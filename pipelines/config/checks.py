@@ -139,8 +139,9 @@ def changed_fields(
     declares as `Before`; one that this version lacks is named, with `NO_FIELD`. `may_change` names
     fields and whole sections. Secrets of URIs are no difference: records are without them.
     """
-    before, after = flatten(_defaults_then(config)) | flatten(old), flatten(to_dict(config))
-    before, after = redacted_values(before), redacted_values(after)
+    new = to_dict(config)
+    was = filled_record(type(config), {**_required(type(config), new), **old})
+    before, after = redacted_values(was), redacted_values(flatten(new))
     return {
         name: (value, after.get(name, NO_FIELD))
         for name, value in before.items()
@@ -150,15 +151,20 @@ def changed_fields(
     }
 
 
-def _defaults_then(config: Any) -> dict[str, Any]:
-    """What a record that lacks a field means by it. Fields without default are in every record."""
-    required = {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
+def filled_record(kind: Any, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted fields of a record, with what it means by those that it lacks.
+
+    Fields without default are in every record.
+    """
+    return flatten(_plain(_then(kind(**_required(kind, record))))) | flatten(record)
+
+
+def _required(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        field.name: values[field.name]
+        for field in dataclasses.fields(kind)
         if field.default is MISSING and field.default_factory is MISSING
     }
-    then: dict[str, Any] = _plain(_then(type(config)(**required)))
-    return then
 
 
 def _then(section: Any) -> dict[str, Any]:

@@ -12,8 +12,12 @@ import numpy as np
 import yaml
 
 from pipelines import storage
-from pipelines.config.checks import flatten
+from pipelines.config.checks import filled_record, flatten
+from pipelines.config.finetune import FinetuneConfig
+from pipelines.config.pretrain import PretrainConfig
+from pipelines.config.train_tokenizer import TrainTokenizerConfig
 from pipelines.errors import InputError
+from pipelines.tracking.datasets import STAGE_TAG
 from pipelines.tracking.lineage import LineageNode, node_of
 from pipelines.tracking.page import FIGURES, evaluations_of
 
@@ -22,7 +26,16 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 # Fields that say where and how something runs, and with what seed: not what is compared.
-NO_SETTING = ("output", "name", "seed", "tracking", "log_every", "pictures_every", "checkpoint")
+NO_SETTING = (
+    "output", "name", "seed", "tracking", "log_every", "pictures_every", "checkpoint", "probe",
+    "health", "lease",
+)  # fmt: skip
+# Of stages whose runs keep their configuration.
+KINDS = {
+    "pretrain": PretrainConfig,
+    "finetune": FinetuneConfig,
+    "train-tokenizer": TrainTokenizerConfig,
+}
 MAX_POINTS = 500
 
 
@@ -58,7 +71,7 @@ class Facts:
     name: str
     status: str
     config: dict[str, Any]
-    """Flat."""
+    """Flat; of a run of an earlier version with what it did where later ones have a field."""
     curves: dict[str, tuple[list[int], list[float]]]
     """Metric -> steps, values."""
     judgement: Judgement | None
@@ -146,11 +159,12 @@ def facts_of(client: "MlflowClient", run: "Run", metrics: Sequence[str]) -> Fact
     config = yaml.safe_load(_file(client, run_id, "config.yaml")) if "config.yaml" in files else {}
     report = json.loads(_file(client, run_id, "report.json")) if "report.json" in files else {}
     judged = evaluations_of(client, run)
+    kind = KINDS.get(run.data.tags.get(STAGE_TAG, ""))
     return Facts(
         run_id=run_id,
         name=run.info.run_name or run_id[:8],
         status=run.info.status,
-        config=flatten(config or run.data.params),
+        config=filled_record(kind, config) if kind and config else flatten(run.data.params),
         curves={name: _curve(client, run_id, name) for name in metrics if name in run.data.metrics},
         judgement=_judgement(client, judged[0]) if judged else None,
         pictures={

@@ -18,12 +18,15 @@ from mlflow.entities import Metric
 from PIL import Image
 
 from pipelines import report
+from pipelines.config.checks import to_dict
+from pipelines.config.pretrain import PretrainConfig, ProbeConfig
 from pipelines.config.report import ReportConfig
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError
 from pipelines.evaluation.probes import accuracy_interval, seeds_half_width
 from pipelines.pictures.canvas import SERIES
 from pipelines.reporting import facts
+from pipelines.reporting.compare import differing
 from pipelines.reporting.facts import facts_of
 from tests.pipelines.tracking_fixtures import dataset, start
 
@@ -202,6 +205,24 @@ def test_one_run_is_one_run(made, tmp_path):
     assert "<h1>1 run of beit</h1>" in output.read_text()
 
 
+def test_seeds_of_earlier_versions_and_otherwise_watched_are_of_one_setting(made):
+    client = MlflowClient(made[0].uri)
+
+    def facts_with(change, **options):
+        written = to_dict(PretrainConfig(images="/data/emoji", output="/runs/x", **options))
+        change(written)
+        run = client.create_run("1", tags={"beit.stage": "pretrain"})
+        client.log_text(run.info.run_id, yaml.safe_dump(written), "config.yaml")
+        return facts_of(client, client.get_run(run.info.run_id), [])
+
+    new = facts_with(lambda written: None, probe=ProbeConfig(every_steps=7), seed=1)
+    old = facts_with(lambda written: (written.pop("init"), written["optim"].pop("lr")))
+    other = facts_with(lambda written: written["optim"].update(lr=0.5))
+    assert new.setting == old.setting != other.setting
+    assert differing([new, old]) == {"seed": [1, 0]}
+    assert list(differing([new, other])) == ["optim.lr", "seed"]
+
+
 def test_of_other_images_there_is_no_paired_difference(made):
     config, runs, _, _ = made
     client = MlflowClient(config.uri)
@@ -251,7 +272,8 @@ def quickly_trained(client, number, sheet):
     values = 5 / (1 + np.arange(MANY_POINTS)) + setting / 10
     metrics = [Metric("loss", float(v), 1000 + i, i) for i, v in enumerate(values)]
     client.log_batch(run_id, metrics)
-    written = {"optim": {"lr": (1 + setting) * 1e-4}, "seed": seed, "model": {"dim": 192}}
+    written = {"optim": {"lr": (1 + setting) * 1e-4}, "seed": seed, "model": {"dim": 192},
+               "images": "/data/emoji", "output": f"/runs/{number}"}  # fmt: skip
     client.log_text(run_id, yaml.safe_dump(written), "config.yaml")
     client.log_image(run_id, sheet, artifact_file="figures/reconstruction.png")
     drawn = np.random.default_rng(7).random(MANY_IMAGES)
