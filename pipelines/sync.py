@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipelines import lease, lease_store, storage
+from pipelines.config.lease import LeaseConfig
 from pipelines.config.sync import SyncConfig
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError, StageFailed
@@ -154,11 +155,17 @@ def _is_at_work(uri: str, pause: Callable[[float], None] = time.sleep) -> bool:
         claims = lease_store.read_claims(place)
         return [claim for claim in claims if not claim.ended and not claim.owner.is_gone()]
 
-    first = living()
+    def signs(claims: list[lease_store.Claim]) -> set[tuple[str, bytes]]:
+        return {(claim.name, claim.beat) for claim in claims}
+
+    before = living()
     for _ in range(30):
-        if not first:
+        if not before:
             return False
-        pause(first[-1].expires / 60)
-        if (now := living()) != first:
-            return bool(now)
+        pause((before[-1].expires or LeaseConfig.expires_seconds) / 60)
+        now = living()
+        # A new claim or another beat is a sign of life; that one has gone is none.
+        if signs(now) - signs(before):
+            return True
+        before = now
     return False

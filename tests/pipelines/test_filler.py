@@ -299,6 +299,26 @@ def test_a_run_whose_driver_waits_for_nodes_is_not_dead(tmp_path):
     assert not sync._is_at_work(str(tmp_path), pause=lambda _: holder.beat())
 
 
+def test_a_claim_that_cannot_be_read_is_watched_like_any_other(tmp_path):
+    """As one of a later version is."""
+    claim, beat = tmp_path / "_lease/000001-a.json", tmp_path / "_lease/000001-a.beat"
+    claim.parent.mkdir()
+    claim.write_text("{}")
+    pauses = []
+    assert not sync._is_at_work(str(tmp_path), pause=pauses.append)
+    assert sum(pauses) == 30  # half a lease of one minute
+    assert sync._is_at_work(str(tmp_path), pause=lambda seconds: beat.write_text(str(seconds)))
+
+
+def test_a_claim_that_was_taken_back_is_no_sign_of_life(tmp_path):
+    folder = tmp_path / "_lease"
+    folder.mkdir()
+    for name in ("000001-dead.json", "000002-brief.json"):
+        (folder / name).write_text("{}")
+    brief = folder / "000002-brief.json"
+    assert not sync._is_at_work(str(tmp_path), pause=lambda _: brief.unlink(missing_ok=True))
+
+
 def test_a_driver_that_ends_while_sync_is_at_work_keeps_its_last_words(
     config, tmp_path, monkeypatch
 ):
