@@ -88,7 +88,7 @@ def run(config: ExportConfig) -> ExportResult:
         output=output,
         files=tuple(files),
         largest_difference=difference,
-        use=USE[config.format].format(output=output, cls=_transformers_class(config, network)),
+        use=_use(output, config, network),
     )
 
 
@@ -105,6 +105,14 @@ def _open(config: ExportConfig) -> tuple[Whole, dict[str, Any]]:
     if isinstance(network, BeitV2MIM | MaeNetwork) and not (kind and isinstance(network, kind)):
         network = network.plain()
     return network.eval(), stored.extra
+
+
+def _use(output: str, config: ExportConfig, network: Whole) -> str:
+    """One line that loads it: libraries open folders of a disk."""
+    local = storage.is_local(output)
+    folder = output if local else output.partition("?")[0].rstrip("/").rpartition("/")[2]
+    line = USE[config.format].format(output=folder, cls=_transformers_class(config, network))
+    return line if local else f"copied to a disk: {line}"
 
 
 def _refuse_others(folder: Path, output: str, config: ExportConfig) -> None:

@@ -103,6 +103,12 @@ def test_an_export_that_was_killed_goes_on_and_another_one_is_refused(run_uri, t
     assert sorted(Path(output).rglob("*")) == there
 
 
+def test_what_lies_in_a_store_is_copied_before_libraries_open_it(run_uri):
+    output = "memory://exports/hf?a=b"
+    result = run(ExportConfig(run=run_uri, output=output, format="hf", encoder_only=True))
+    assert result.use == "copied to a disk: BeitModel.from_pretrained('hf')"
+
+
 def test_hugging_face_encoder_only(run_uri, tmp_path, model):
     _, output = export(run_uri, tmp_path, format="hf", encoder_only=True)
     network, info = BeitModel.from_pretrained(output, output_loading_info=True)
