@@ -41,10 +41,7 @@ class FixedImages:
     @property
     def held_out(self) -> bool:
         """Whether they are not trained on, as far as the configuration says."""
-        return bool(
-            self.config.probe.tokens
-            or (self.config.probe.images and self.config.objective.kind == "mae")
-        )
+        return are_held_out(self.config)
 
     @functools.cached_property
     def batch(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -90,8 +87,8 @@ class FixedImages:
         Tokens are shown by the decoder of the tokenizer or the patches nearest to its codes;
         without either, as maps of colours. An objective that predicts no tokens paints pixels.
         """
-        every = max(1, FIXED // PICTURES)
-        pixels, mask, ids = (None if x is None else x[::every] for x in self.batch)
+        every = max(1, len(self.batch[0]) // PICTURES)
+        pixels, mask, ids = (None if x is None else x[::every][:PICTURES] for x in self.batch)
         assert pixels is not None
         assert mask is not None
         device, patch_size = self.world.device, self.config.model.patch_size
@@ -138,6 +135,12 @@ class FixedImages:
             ),
             step,
         )
+
+
+def are_held_out(config: PretrainConfig) -> bool:
+    """Whether the fixed images are those of `probe.images`."""
+    probe = config.probe
+    return bool(probe.tokens or (probe.images and config.objective.kind == "mae"))
 
 
 def held_out_tables(config: PretrainConfig, trained: TrainingTables) -> TrainingTables:

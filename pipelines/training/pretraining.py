@@ -15,7 +15,7 @@ from pipelines.tables.image_table import ImageTable
 from pipelines.tables.token_table import TokenTable
 from pipelines.tracking import Dataset
 from pipelines.training.data import make_order, open_tables
-from pipelines.training.fixed_images import held_out_tables
+from pipelines.training.fixed_images import are_held_out, held_out_tables
 from pipelines.training.objective import build_objective, flops_per_image, warm_start
 from pipelines.training.probing import probe_images
 from pipelines.training.weights_run import (
@@ -173,7 +173,7 @@ def check_probe(config: PretrainConfig, data: TrainingTables) -> None:
         )
     if config.probe.images and config.probe.every_steps:
         probe_images(config)
-    if config.probe.tokens:
+    if are_held_out(config):
         held_out_tables(config, data)
 
 

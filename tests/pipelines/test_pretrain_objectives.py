@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from PIL import Image
 from pydantic import TypeAdapter
 
 from beit.foreign import load_whole
@@ -22,13 +23,14 @@ from pipelines.config.export import ExportConfig
 from pipelines.config.pretrain import MAY_CHANGE, PretrainConfig
 from pipelines.errors import InputError
 from pipelines.reading import ingest
+from pipelines.training import fixed_images
 from pipelines.training.checkpoint import load_newest
 from pipelines.training.data import WorkerData, open_tables
 from pipelines.training.distributed import World
 from pipelines.training.fixed_images import FixedImages
 from pipelines.training.log import TrainLog
 from pipelines.training.objective import build_objective
-from pipelines.training.pretraining import input_datasets, make_plan
+from pipelines.training.pretraining import input_datasets, make_plan, plan_run
 from pipelines.training.run_dir import RunDir
 from tests.pipelines.pretrain_fixtures import (
     Killed,
@@ -240,6 +242,28 @@ class TestMae:
             pretrain.run(config_for("mae", tables, tmp_path / "run", tokenizer="T"))
         with pytest.raises(InputError, match=r"tokens = .*--objective\.kind mae"):
             pretrain.run(small_config(tables, tmp_path / "run", tokens=[]))
+
+    def test_held_out_images_that_are_not_there_are_refused_at_the_start(self, tables, tmp_path):
+        """Pictures and losses want them, whether probes do or not."""
+        probe = {"images": str(tmp_path / "typo"), "every_steps": 0}
+        with pytest.raises(InputError, match="typo"):
+            plan_run(config_for("mae", tables, tmp_path / "run", probe=probe))
+
+    @pytest.mark.parametrize(("count", "shown"), [(5, 5), (20, 8), (64, 8)])
+    def test_eight_pictures_are_shown_where_there_are_so_many(
+        self, tables, tmp_path, monkeypatch, count, shown
+    ):
+        config, world = config_for("mae", tables, tmp_path), World(0, 1, torch.device("cpu"))
+        data, seen = WorkerData(config, world), []
+        monkeypatch.setattr(fixed_images, "FIXED", count)
+        monkeypatch.setattr(
+            fixed_images.pictures,
+            "painted_grid",
+            lambda pixels, *_, **__: seen.append(len(pixels)) or Image.new("RGB", (1, 1)),
+        )
+        FixedImages(config, data, world).log_pictures(build_objective(config, None), Log(), 4)
+        data.close()
+        assert seen == [shown]
 
     def test_its_pictures_are_painted(self, tables, tmp_path):
         config, world = config_for("mae", tables, tmp_path), World(0, 1, torch.device("cpu"))
