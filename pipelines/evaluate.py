@@ -28,11 +28,13 @@ from pipelines.evaluation.features import (
     Reader,
     Weights,
     block_reader,
+    check_disk,
     head_classes,
     head_hits,
     head_reader,
     open_weights,
     patch_reader,
+    patches_size,
     pixel_reader,
     read_features,
 )
@@ -43,6 +45,7 @@ from pipelines.evaluation.protocol import (
     Found,
     Split,
     candidate_layers,
+    check_layers,
     probe,
     score,
     splits_of,
@@ -56,7 +59,7 @@ from pipelines.evaluation.result import (
     RANDOM,
     Report,
     Result,
-    Score,
+    result_of,
 )
 from pipelines.progress import Progress
 from pipelines.records import read_values, write_record
@@ -84,9 +87,7 @@ def run(config: EvaluateConfig) -> Result:
             raise InputError(f"{name} = '': give its directory or URI")
     weights = _weights(config.run)
     output = config.output or storage.join(storage.absolute(config.run), "evaluation")
-    layers = candidate_layers(config, weights.model.depth)
-    if max(layers) > weights.model.depth:
-        raise InputError(f"layers = {layers}: this network has {weights.model.depth} blocks")
+    layers = check_layers(config, weights.model.depth, "this network")
     baseline = _baseline(config, weights) if config.baseline else None
     data, test = _read(config, weights.model)
     identity = {
@@ -102,11 +103,11 @@ def run(config: EvaluateConfig) -> Result:
     }
     report_uri = storage.join(output, "evaluation.json")
     if (report := _found(config, report_uri, identity)) is not None:
-        return _result(report, output, already_done=True)
+        return result_of(report, output, already_done=True)
     with lease.held(output, config.lease, stage="evaluate") as holder:
         # Who had the lease before may have done it.
         if (report := _found(config, report_uri, identity)) is not None:
-            result = _result(report, output, already_done=True)
+            result = result_of(report, output, already_done=True)
         else:
             result = _run(
                 config, weights, baseline, data, test, layers, identity, output, holder.fence
@@ -168,7 +169,7 @@ def _run(
         tracked.log_artifact_file("hits.json", storage.canonical_json(hits))
         place = storage.join(output, "evaluation.json")
         write_record(place, redacted_values(report), check=fence.check)
-        result = _result(report, output, already_done=False)
+        result = result_of(report, output, already_done=False)
         record(tracked, result, report, inputs[-1], shown)
     return result
 
@@ -221,6 +222,7 @@ def _baseline(config: EvaluateConfig, weights: Weights) -> Weights:
             f"baseline = {config.baseline}: its images are of {found.model.image_size} pixels, "
             f"those of the run of {weights.model.image_size}; evaluate each by itself"
         )
+    check_layers(config, found.model.depth, f"the network of baseline = {config.baseline}")
     return found
 
 
@@ -311,6 +313,13 @@ def _evaluate(
     known = {
         name: candidate_layers(config, each.model.depth) for name, each in compared.items()
     } | {PIXELS: [0]}
+    if config.attentive:  # last, and by far the largest
+        check_disk(
+            sum(
+                patches_size(each.model, len(data), min(len(splits), len(known[name])))
+                for name, each in compared.items()
+            )
+        )
     features = _features(config, weights, compared, data, known, device)
     logits = features.pop(HEAD, None)
     tested = np.concatenate([split.test for split in splits])
@@ -381,20 +390,3 @@ def _same(found: dict[str, Any] | None, wanted: dict[str, Any], config: Evaluate
     if found is None or changed_fields(found["options"], config, MAY_CHANGE):
         return False
     return found | {"options": None} == wanted | {"options": None}
-
-
-def _result(report: dict[str, Any], output: str, *, already_done: bool) -> Result:
-    return Result(
-        scores={
-            name: {probe: Score(**score) for probe, score in probes.items()}
-            for name, probes in report["scores"].items()
-        },
-        head=tuple(report["head"]) if report.get("head") else None,
-        gains={name: tuple(values) for name, values in report["gains"].items()},
-        majority=report["majority"],
-        num_images=report["num_images"],
-        class_names=report["class_names"],
-        layers=report["layers"],
-        output=output,
-        already_done=already_done,
-    )

@@ -151,6 +151,11 @@ def patch_reader(
     return lambda pixels: network.pooled_blocks(normalised(pixels, mean, std), layers, patches)
 
 
+def patches_size(network: BeitEncoder, num_images: int, num_layers: int) -> int:
+    """Bytes of what `patch_reader` reads."""
+    return 2 * num_layers * num_images * network.num_patches * network.dim
+
+
 def head_reader(weights: "Weights") -> Reader:
     """Logits of a classifier's own head."""
     return lambda pixels: [weights.model(normalised(pixels, weights.mean, weights.std))]

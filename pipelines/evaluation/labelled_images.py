@@ -85,10 +85,12 @@ def read_labelled(
             f"{field}: {uri} has labelled images of {len(classes)} classes; probes need "
             f"{least}. Prepare a table with labels"
         )
-    if not test and len(set(groups[kept])) < protocol.num_folds:
+    # Beside each fold there are groups to fit on, and others to choose by.
+    folds, num_groups = protocol.num_folds, len(set(groups[kept]))
+    if not test and num_groups < (needed := 4 if folds == 2 else folds):
         raise InputError(
-            f"{field}: {uri} has labelled images of {len(set(groups[kept]))} groups; num_folds = "
-            f"{protocol.num_folds} needs as many. Give a table with more groups, or fewer folds"
+            f"{field}: {uri} has labelled images of {num_groups} groups; num_folds = {folds} needs "
+            f"{needed}. Give a table with more groups, or another number of folds"
         )
     return LabelledImages(
         sources=((table, rows[kept]),),

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from pipelines.config.protocol import ProtocolConfig
+from pipelines.errors import InputError
 from pipelines.evaluation.features import exact_products
 from pipelines.evaluation.probes import (
     Device,
@@ -153,3 +154,15 @@ def score(
 def candidate_layers(protocol: ProtocolConfig, depth: int) -> list[int]:
     """The blocks to choose from."""
     return protocol.layers or list(range(1, depth + 1))
+
+
+def check_layers(protocol: ProtocolConfig, depth: int, network: str) -> list[int]:
+    """The blocks to choose from, of a network that has `depth`.
+
+    Raises:
+        InputError: it has fewer; names `network`.
+    """
+    layers = candidate_layers(protocol, depth)
+    if max(layers) > depth:
+        raise InputError(f"layers = {layers}: {network} has {depth} blocks")
+    return layers

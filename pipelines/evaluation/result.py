@@ -1,5 +1,6 @@
 """What an evaluation found, and how it is told."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NotRequired
 
@@ -83,3 +84,21 @@ class Result:
         text += f", k-NN {100 * knn:.1f} %, most frequent class {100 * self.majority:.1f} %"
         text += f", {self.num_images} images"
         return text + (", was done already" if self.already_done else "")
+
+
+def result_of(report: Mapping[str, Any], output: str, *, already_done: bool) -> Result:
+    """What a report in `output` says."""
+    return Result(
+        scores={
+            name: {probe: Score(**score) for probe, score in probes.items()}
+            for name, probes in report["scores"].items()
+        },
+        head=tuple(report["head"]) if report.get("head") else None,
+        gains={name: tuple(values) for name, values in report["gains"].items()},
+        majority=report["majority"],
+        num_images=report["num_images"],
+        class_names=report["class_names"],
+        layers=report["layers"],
+        output=output,
+        already_done=already_done,
+    )

@@ -1,6 +1,7 @@
 """Probes against scikit-learn, splits against leaks, and the stage against a table of shapes."""
 
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from beit.mim import BeitMIM
 from beit.weights import save_weights
 from pipelines import evaluate, storage
 from pipelines.config.evaluate import EvaluateConfig
+from pipelines.config.protocol import ProtocolConfig
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError
 from pipelines.evaluation import attentive, probes
@@ -28,7 +30,7 @@ from pipelines.evaluation.features import (
     pooled,
     read_features,
 )
-from pipelines.evaluation.labelled_images import LabelledImages, joined
+from pipelines.evaluation.labelled_images import LabelledImages, joined, read_labelled
 from pipelines.evaluation.probes import (
     accuracy_interval,
     chosen_linear,
@@ -37,6 +39,7 @@ from pipelines.evaluation.probes import (
     knn_predict,
     rankme,
 )
+from pipelines.evaluation.protocol import splits_of
 from pipelines.tables.image_files import ImageRow, write_part
 from pipelines.tables.image_table import commit_manifest
 from pipelines.tables.weights_store import weights_fingerprint
@@ -354,6 +357,10 @@ def test_another_checkpoint_is_a_baseline_image_by_image(shapes, trained_run, tm
     assert evaluate.run(EvaluateConfig(**options, baseline=str(deeper))).already_done
     with pytest.raises(InputError, match=r"baseline = .*larger: its images are of \(32, 32\)"):
         evaluate.run(EvaluateConfig(**options, baseline=str(larger)))
+    shallow = tmp_path / "shallow"
+    save_weights(small_model(depth=2), shallow, extra=extra)
+    with pytest.raises(InputError, match=r"layers = \[3\]: the network of .*shallow has 2 blocks"):
+        evaluate.run(EvaluateConfig(**options, layers=[3], baseline=str(shallow)))
     with pytest.raises(InputError, match=r"baseline: nothing at .*nowhere"):
         evaluate.run(EvaluateConfig(**options, baseline=str(tmp_path / "nowhere")))
 
@@ -488,6 +495,36 @@ def test_bad_input_is_named(shapes, trained_run, tmp_path):
     table = write_table(tmp_path / "none", [(picture(generator, 0), None, None)] * 3)
     with pytest.raises(InputError, match=r"labelled images of 0 classes"):
         evaluate.run(EvaluateConfig(run=trained_run, images=table, tracking=OFF))
+
+
+@pytest.mark.parametrize(
+    ("num_folds", "too_few", "message"),
+    [(2, 3, "of 3 groups; num_folds = 2 needs 4"), (3, 2, "of 2 groups; num_folds = 3 needs 3")],
+)
+def test_every_fold_leaves_groups_to_fit_on_and_to_choose_by(tmp_path, num_folds, too_few, message):
+    protocol = ProtocolConfig(num_folds=num_folds)
+    generator = np.random.default_rng(0)
+    few, enough = (
+        write_table(tmp_path / f"{n}", [(picture(generator, i % 2), i % 2, None) for i in range(n)])
+        for n in (too_few, too_few + 1)
+    )
+    with pytest.raises(InputError, match=message):
+        read_labelled(few, protocol)
+    for split in splits_of(protocol, read_labelled(enough, protocol).groups):
+        assert min(map(len, (split.train, split.validation, split.test))) > 0
+
+
+def test_a_full_disk_is_told_before_anything_is_computed(
+    shapes, trained_run, tmp_path, monkeypatch
+):
+    need = 2 * 2 * 135 * small_model().num_patches * small_model().dim * 2
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=need - 1))
+    monkeypatch.setattr(evaluate, "read_features", None)
+    config = EvaluateConfig(
+        run=trained_run, images=shapes, output=str(tmp_path), num_folds=2, tracking=OFF
+    )
+    with pytest.raises(InputError, match=r"are needed on disk, .*attentive: false"):
+        evaluate.run(config)
 
 
 def test_weights_are_found_in_a_run_or_by_themselves(trained_run):

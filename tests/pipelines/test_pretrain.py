@@ -248,7 +248,7 @@ class TestRefusals:
             ({"images": unlabelled.uri}, "labelled images of 0 classes"),
             ({"layers": [0, 2]}, r"probe.layers = \[0, 2\]: blocks count from 1"),
             ({"layers": [3]}, r"probe.layers = \[3\]: the network has 2 blocks"),
-            ({"images": tables[0], "num_folds": 99}, "num_folds = 99 needs as many"),
+            ({"images": tables[0], "num_folds": 99}, "num_folds = 99 needs 99"),
             ({"tokens": [tables[1]]}, "name probe.images"),
         ):
             with pytest.raises(InputError, match=message):
