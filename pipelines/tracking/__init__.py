@@ -298,6 +298,8 @@ def start_run(
         status="RUNNING",
         error="",
         started=earlier.get("started", time.time()),
+        # Earlier versions had the first step at 0: where one has sent some, the rest goes on so.
+        curves_from=earlier.get("curves_from", 0 if earlier or resume_run_id else 1),
         complete=False,
         stored_in=redacted(tracking_uri),
     )

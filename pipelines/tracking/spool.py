@@ -101,15 +101,15 @@ class Spool:
             text = storage.read_bytes(self.at(name)).decode()
         except FileNotFoundError:
             return
+        # A line of a training names the last step that it covers, and the first one is 0.
+        shift = self.record().get("curves_from", 0) if name == PERIODS else 0
         for line in text.splitlines():
             try:
                 found = json.loads(line)
                 step, when = int(found.pop("step")), float(found.pop("time", 0))
             except (ValueError, KeyError, AttributeError):
                 continue
-            # A line of a training names the last step that it covers, and the first one is 0.
-            done = step + (name == PERIODS)
-            yield Values(step=done, timestamp=int(1000 * when), metrics=_numbers(found))
+            yield Values(step=step + shift, timestamp=int(1000 * when), metrics=_numbers(found))
 
     def events(self) -> list[str]:
         """Names of all events."""

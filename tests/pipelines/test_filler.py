@@ -1,5 +1,6 @@
 """MLflow is filled from files: everything once, whatever dies, against a real MLflow store."""
 
+import json
 import shutil
 import time
 
@@ -48,7 +49,7 @@ def written(path, *, periods=PERIODS, status="FINISHED"):
     spool.update(
         stage="pretrain", name="base", params={"lr": "1"}, tags={"a": "b"}, inputs=[],
         status=status, error="" if status == "FINISHED" else "ValueError: no", ended=2e9,
-        started=1e9, complete=False, stored_in="",
+        started=1e9, complete=False, stored_in="", curves_from=1,
     )  # fmt: skip
     return spool
 
@@ -123,6 +124,24 @@ def test_a_failure_is_taken_back_by_the_start_that_mends_it(config, tmp_path):
     spool.update(status="FINISHED", error="")
     Filler(client, run.run_id, spool).fill(final=True)
     check_whole(client, run, periods=3)
+
+
+def test_what_an_earlier_version_began_keeps_its_steps(config, tmp_path):
+    """They counted from 0, and the first of them kept no record beside the lines."""
+    lines, record = tmp_path / "run/metrics.jsonl", tmp_path / "run/tracking.json"
+    with start(config) as run:
+        pass
+    client = MlflowClient(config.uri)
+    for step in range(3):
+        LinesFile(str(lines), start_step=step).append({"step": step, "loss": 0.5})
+        client.log_metric(run.run_id, "loss", 0.5, step=step)
+    for step in (3, 4):
+        LinesFile(str(lines), start_step=step).append({"step": step, "loss": 0.5})
+        with start(config, stage="pretrain", spool=str(lines.parent), resume_run_id=run.run_id):
+            pass
+        assert steps(client, run, "loss") == list(range(step + 1))
+        kept = json.loads(record.read_text())
+        record.write_text(json.dumps({k: v for k, v in kept.items() if k != "curves_from"}))
 
 
 class Away:
