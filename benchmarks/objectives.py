@@ -6,7 +6,8 @@
 One step is forward, loss, backward, AdamW, as in training; the images are the same, the masks are
 each method's own: 75 of 196 patches (BEiT, BEiT v2), 147 (MAE), whose decoder is the published one
 (8 blocks, width 512). Steps take turns, round by round; the ratio to BEiT is taken within a round
-and its median reported. Process CPU time on a CPU, float32; on CUDA wall time, bfloat16, compiled.
+and its median reported. Process CPU time on a CPU, float32; on CUDA wall time, bfloat16,
+compiled by block as in training.
 No tokenizer runs: BEiT's tokens come from a table.
 """
 
@@ -23,6 +24,7 @@ from beit.mim import BeitMIM, BeitV2MIM, model_config
 from beit.objectives import Beit, BeitV2, Objective
 from beit.optim import parameter_groups
 from benchmarks.model import BATCH, NUM_PATCHES, machine, timed
+from pipelines.training.distributed import World, wrap_model
 
 MASKED = {"beit": 75, "beitv2": 75, "mae": 147}
 
@@ -47,8 +49,7 @@ def step_of(kind: str, size: str, device: torch.device) -> tuple[Callable[[], No
     targets = torch.randint(8192, (batch * masked,), generator=generator).to(device)
     objective = objective_of(kind, size).to(device).train()
     optimiser = torch.optim.AdamW(parameter_groups(objective.network, 0.05), lr=1e-4, fused=True)
-    if cuda:
-        objective.compile()
+    wrap_model(objective, World(0, 1, device), strategy="ddp", compiled=cuda)
 
     def step() -> None:
         optimiser.zero_grad(set_to_none=True)

@@ -36,7 +36,7 @@ from pipelines.config.pretrain import (
 from pipelines.reading import ingest
 from pipelines.training import goodput
 from pipelines.training.data import WorkerData
-from pipelines.training.distributed import autocast, join_world, resolve_precision
+from pipelines.training.distributed import autocast, join_world, resolve_precision, wrap_model
 from pipelines.training.objective import build_objective, flops_per_image
 from pipelines.training.update import adamw, update
 
@@ -58,8 +58,8 @@ class Trainer:
             parameter_groups(self.objective.network, config.optim.weight_decay), config.optim
         )
         self.parameters = list(self.objective.parameters())
-        if config.scaling.compile:
-            self.objective.compile()
+        scaling = config.scaling
+        wrap_model(self.objective, self.world, strategy=scaling.strategy, compiled=scaling.compile)
         self.tokenizer = None
         if online:
             self.tokenizer = DalleTokenizer(image_size=112, has_decoder=False)
