@@ -255,7 +255,7 @@ def measure_job(directory, options):
         tracking=TrackingConfig(enabled=False),
     )
     table = image_table.ImageTable.open(config.images)
-    task, _ = plan_task(config, table, load_tokenizer(config))
+    task = plan_task(config, table, load_tokenizer(config))
     part = table.parts[0]
     planned = plan_units([part.name], [part.rows], options.rows_per_unit)
     units = [

@@ -22,11 +22,12 @@ from pipelines.tables.image_table import ImageParts
 from pipelines.tables.token_table import TokenTable, build_manifest
 from pipelines.tokenization import pool as token_pool
 from pipelines.tokenization import report as token_report
+from pipelines.tokenization import task as token_task
 from pipelines.tokenization.gate import Gate
 from pipelines.tokenization.ledger import Ledger, Units, plan_units
 from pipelines.tokenization.report import TokenizeResult
-from pipelines.tokenization.reuse import Origins, find_origins, reused_datasets
-from pipelines.tokenization.task import TokenizeTask, finished_manifest, load_tokenizer, plan_task
+from pipelines.tokenization.reuse import Origins, find_origins, older_tables, reused_datasets
+from pipelines.tokenization.task import TokenizeTask
 from pipelines.tokenization.work import Unit
 from pipelines.units import Outcome, counted_attempts, work_uri
 
@@ -48,9 +49,7 @@ def run(config: TokenizeConfig, *, start_ray: Callable[[], None] = ray_is_there)
             raise InputError(f"{name} is empty: give a URI with --{name}")
     images = ImageParts.open(config.images)
     images.check_parts()
-    tokenizer = load_tokenizer(config)
-    start_ray()  # how it is computed follows from what the cluster has
-    task, libraries = plan_task(config, images, tokenizer)
+    tokenizer = token_task.load_tokenizer(config)
     units = plan_units(
         [part.name for part in images.parts],
         [part.rows for part in images.parts],
@@ -58,20 +57,28 @@ def run(config: TokenizeConfig, *, start_ray: Callable[[], None] = ray_is_there)
     )
     if not len(units):
         raise InputError(f"{images.uri}: the image table has no rows; prepare images first")
+    output = storage.absolute(config.output)
+    libraries = token_task.known_libraries()
     options = {"rows_per_unit": config.rows_per_unit, "libraries": libraries}
-    # What can be refused is refused before anything is waited for or written.
-    ledger = Ledger(task.output, units)
-    done = _take_up(config, task, ledger, options)
-    if done and not storage.exists(work_uri(task.output)):
-        return _already_done(config, task, ledger)
+    # What can be refused is refused before anything is waited for or written: first without Ray.
+    known = token_task.settled(config, images, tokenizer)
+    done = _take_up(config, ledger := Ledger(output, units), known | options)
+    if done and not storage.exists(work_uri(output)):
+        return _already_done(config, ledger)
+    # A table that is done needs none of those that it was copied from.
+    older = () if done else older_tables(config, images, known, libraries)
+    start_ray()  # how it is computed follows from what the cluster has
+    task = token_task.plan_task(config, images, tokenizer, older)
+    wanted = task.identity.to_dict() | options
+    _take_up(config, ledger := Ledger(output, units), wanted)
     if config.dry_run:
         unverified = np.zeros(0) if ledger.finished else ledger.load()
         return _dry_run(task, ledger, len(unverified))
     with lease.held(task.output, config.lease, stage="tokenize") as holder:
         ledger = Ledger(task.output, units, holder.fence)
         # Who had the lease before may have finished the table.
-        if _take_up(config, task, ledger, options):
-            result = _already_done(config, task, ledger)
+        if _take_up(config, ledger, wanted):
+            result = _already_done(config, ledger)
         else:
             result = _tokenize(config, task, ledger, images, options)
         ledger.clear()
@@ -79,17 +86,17 @@ def run(config: TokenizeConfig, *, start_ray: Callable[[], None] = ray_is_there)
     return result
 
 
-def _take_up(
-    config: TokenizeConfig, task: TokenizeTask, ledger: Ledger, options: dict[str, Any]
-) -> bool:
+def _take_up(config: TokenizeConfig, ledger: Ledger, wanted: dict[str, Any]) -> bool:
     """Takes over a finished table, less the files that are gone; whether nothing is left to do.
 
     Raises:
         InputError: the output was made, or begun, with other options.
     """
-    finished = finished_manifest(task, {"rows_per_unit": options["rows_per_unit"]})
+    # Other libraries do not unmake a finished table.
+    of_tokens = {name: value for name, value in wanted.items() if name != "libraries"}
+    finished = token_task.finished_manifest(ledger.uri, of_tokens)
     if finished is None:
-        ledger.refuse_other(task.identity, options)
+        ledger.refuse_other(wanted)
         return False
     ledger.load_manifest(finished)
     lost = ledger.changed_files()
@@ -98,10 +105,10 @@ def _take_up(
     return not lost and not (config.retry_rejected and ledger.rejected)
 
 
-def _already_done(config: TokenizeConfig, task: TokenizeTask, ledger: Ledger) -> TokenizeResult:
-    rows = task.identity.num_rows
-    say(f"{task.output}: already done, {rows:,} images; nothing to do")
-    return _result(config, task, ledger, TokenTable.open(task.output), computed=0, seconds=0)
+def _already_done(config: TokenizeConfig, ledger: Ledger) -> TokenizeResult:
+    table = TokenTable.open(ledger.uri)
+    say(f"{ledger.uri}: already done, {table.num_rows:,} images; nothing to do")
+    return _result(config, ledger, table, computed=0, seconds=0)
 
 
 def _tokenize(
@@ -140,9 +147,7 @@ def _tokenize(
         computed, seconds, reused = _compute(config, task, ledger, images, record)
         _check_complete(config, ledger)
         table = _commit(task, ledger, images, config.rows_per_unit, options["libraries"])
-        result = _result(
-            config, task, ledger, table, computed=computed, seconds=seconds, reused=reused
-        )
+        result = _result(config, ledger, table, computed=computed, seconds=seconds, reused=reused)
         record.set_output(
             tracking.Dataset(name="token_table", uri=task.output, digest=table.fingerprint)
         )
@@ -367,7 +372,6 @@ def _commit(
 
 def _result(
     config: TokenizeConfig,
-    task: TokenizeTask,
     ledger: Ledger,
     table: TokenTable,
     *,
@@ -378,7 +382,7 @@ def _result(
     usage = token_report.table_usage(table)
     rows = int(ledger.units.sizes.mean() * computed)
     return TokenizeResult(
-        uri=task.output,
+        uri=ledger.uri,
         fingerprint=table.fingerprint,
         num_rows=table.num_rows,
         num_views=config.num_views,

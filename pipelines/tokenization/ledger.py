@@ -118,14 +118,15 @@ class Ledger:
         Raises:
             InputError: it was begun with another one; names the field and both values.
         """
-        if not self.refuse_other(identity, extra):
-            record = storage.canonical_json(identity.to_dict() | extra)
+        wanted = identity.to_dict() | extra
+        if not self.refuse_other(wanted):
+            record = storage.canonical_json(wanted)
             if not storage.create(work_uri(self.uri, IDENTITY), record):
-                self.refuse_other(identity, extra)
+                self.refuse_other(wanted)
 
-    def refuse_other(self, identity: Identity, extra: dict[str, Any]) -> bool:
-        """Whether the output was begun. Raises InputError if it was with another identity."""
-        wanted = json.loads(storage.canonical_json(identity.to_dict() | extra))
+    def refuse_other(self, wanted: dict[str, Any]) -> bool:
+        """Whether the output was begun. Raises InputError if it was with other values of these."""
+        wanted = json.loads(storage.canonical_json(wanted))
         try:
             found = read_values(work_uri(self.uri, IDENTITY), IdentityRecord, REMEDY)
         except FileNotFoundError:

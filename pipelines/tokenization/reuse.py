@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,11 +43,12 @@ class Older:
 
 
 def older_tables(
-    config: TokenizeConfig, images: ImageParts, identity: Identity, libraries: dict[str, str]
+    config: TokenizeConfig, images: ImageParts, wanted: dict[str, Any], libraries: dict[str, str]
 ) -> tuple[Older, ...]:
     """The tables of `reuse`, checked to hold the tokens that are asked for.
 
-    `libraries` are the versions that this run computes with; others are said, not refused.
+    `wanted` is an identity, or what is known of it; `libraries` are the versions that this run
+    computes with; others are said, not refused.
 
     Raises:
         InputError: one was made otherwise, or the image table that it is of is not given; names
@@ -60,7 +62,7 @@ def older_tables(
     first = 0
     for uri in map(storage.absolute, config.reuse):
         table = TokenTable.open(uri)
-        _refuse_other_tokens(table, identity)
+        _refuse_other_tokens(table, wanted)
         if table.image_fingerprint not in by_fingerprint:
             raise InputError(
                 f"reuse = {uri}: it is of an image table with the fingerprint "
@@ -81,14 +83,19 @@ def older_tables(
     return tuple(found)
 
 
-def _refuse_other_tokens(table: TokenTable, identity: Identity) -> None:
+def refuse_other_tokens(older: Sequence[Older], wanted: dict[str, Any]) -> None:
     """Raises InputError unless tokens of equal images would be equal."""
-    ours, theirs = identity.to_dict(), table.identity.to_dict()
+    for table in older:
+        _refuse_other_tokens(TokenTable.open(table.tokens), wanted)
+
+
+def _refuse_other_tokens(table: TokenTable, wanted: dict[str, Any]) -> None:
+    theirs = table.identity.to_dict()
     free = dict.fromkeys(OF_THE_IMAGES)
-    difference = differing_field(theirs | free, ours | free)
-    begin, end = identity.views
+    difference = differing_field({name: theirs[name] for name in wanted} | free, wanted | free)
+    begin, end = wanted["views"]
     if difference is None and not (table.views.start <= begin and end <= table.views.stop):
-        difference = f"views: {theirs['views']} != {ours['views']}"
+        difference = f"views: {theirs['views']} != {wanted['views']}"
     if difference:
         raise InputError(
             f"reuse = {table.uri}: {difference} (older table != what is asked for): its tokens are "

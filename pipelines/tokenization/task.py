@@ -16,7 +16,7 @@ from pipelines.tables.image_table import ImageParts
 from pipelines.tables.token_files import Identity
 from pipelines.tables.token_table import MAX_VOCAB_SIZE, read_manifest
 from pipelines.tokenization.ledger import refuse_other_options
-from pipelines.tokenization.reuse import Older, older_tables
+from pipelines.tokenization.reuse import Older, refuse_other_tokens
 
 LIBRARIES = ("numpy", "pillow", "pyarrow", "torch")
 
@@ -70,16 +70,59 @@ def load_tokenizer(config: TokenizeConfig) -> ImageTokenizer:
     return tokenizer
 
 
-def plan_task(
+def known_libraries() -> dict[str, str]:
+    """Versions of what computes tokens."""
+    return {name: version(name) for name in LIBRARIES}
+
+
+def settled(
     config: TokenizeConfig, images: ImageParts, tokenizer: ImageTokenizer
-) -> tuple[TokenizeTask, dict[str, str]]:
+) -> dict[str, Any]:
+    """What is known of the identity without a cluster."""
+    gpus = config.encoders.num_gpus
+    values = _identity(config, images, tokenizer, gpus or 0).to_dict()
+    if gpus is None:
+        del values["device"]
+        if config.precision == "auto":
+            del values["precision"]
+    return values
+
+
+def plan_task(
+    config: TokenizeConfig,
+    images: ImageParts,
+    tokenizer: ImageTokenizer,
+    older: tuple[Older, ...] = (),
+) -> TokenizeTask:
     """Everything the workers must know, decided once: what the user left open is filled in."""
     if not ray.is_initialized():
         raise RuntimeError("Ray is not running: call ray.init first (jobs/ does)")
     gpus = ray.cluster_resources().get("GPU", 0)
     encoders = config.encoders
     num_gpus = (1.0 if gpus else 0.0) if encoders.num_gpus is None else encoders.num_gpus
-    identity = Identity(
+    identity = _identity(config, images, tokenizer, num_gpus)
+    refuse_other_tokens(older, identity.to_dict())
+    task = TokenizeTask(
+        images_uri=images.uri,
+        tokenizer_uri=storage.absolute(config.tokenizer),
+        output=storage.absolute(config.output),
+        identity=identity,
+        num_gpus=num_gpus,
+        num_cpus=encoders.num_cpus,
+        decode_cpus=encoders.decode_cpus,
+        min_actors=encoders.min_actors,
+        max_actors=_most_actors(encoders, num_gpus),
+        rows_per_unit=min(config.rows_per_unit, max(part.rows for part in images.parts)),
+        older=older,
+    )
+    _check_room(task, encoders)
+    return task
+
+
+def _identity(
+    config: TokenizeConfig, images: ImageParts, tokenizer: ImageTokenizer, num_gpus: float
+) -> Identity:
+    return Identity(
         image_fingerprint=images.fingerprint,
         num_rows=images.num_rows,
         tokenizer_fingerprint=tokenizer.fingerprint(),
@@ -94,22 +137,6 @@ def plan_task(
         # A unit smaller than a batch would be filled up with views nobody wants.
         batch_size=min(config.batch_size, config.rows_per_unit * config.num_views),
     )
-    libraries = {name: version(name) for name in LIBRARIES}
-    task = TokenizeTask(
-        images_uri=images.uri,
-        tokenizer_uri=storage.absolute(config.tokenizer),
-        output=storage.absolute(config.output),
-        identity=identity,
-        num_gpus=num_gpus,
-        num_cpus=encoders.num_cpus,
-        decode_cpus=encoders.decode_cpus,
-        min_actors=encoders.min_actors,
-        max_actors=_most_actors(encoders, num_gpus),
-        rows_per_unit=min(config.rows_per_unit, max(part.rows for part in images.parts)),
-        older=older_tables(config, images, identity, libraries),
-    )
-    _check_room(task, encoders)
-    return task, libraries
 
 
 def _precision(config: TokenizeConfig, tokenizer: ImageTokenizer, num_gpus: float) -> str:
@@ -165,15 +192,15 @@ def _check_room(task: TokenizeTask, encoders: ActorsConfig) -> None:
         )
 
 
-def finished_manifest(task: TokenizeTask, options: dict[str, Any]) -> dict[str, Any] | None:
+def finished_manifest(output: str, wanted: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest that is already there, if it is of this table.
 
     Raises:
         InputError: it is of another one; names the field and both values.
     """
     try:
-        manifest = read_manifest(task.output)
+        manifest = read_manifest(output)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    refuse_other_options(task.output, manifest, task.identity.to_dict() | options)
+    refuse_other_options(output, manifest, wanted)
     return manifest

@@ -2,7 +2,9 @@
 
 import errno
 import importlib
+import json
 import os
+import shutil
 import signal
 import site
 import subprocess
@@ -261,6 +263,12 @@ NOPE = "/not/there"
         ("train-tokenizer", [*IMAGES, "--data.global_batch_size", "1000"], "global_batch_size"),
         ("tokenize", ["--images", NOPE, *TOKENIZER], NOPE),
         ("tokenize", [*IMAGES, "--tokenizer", NOPE], NOPE),
+        ("tokenize", [*IMAGES, *TOKENIZER, "--reuse", NOPE], NOPE),
+        (
+            "tokenize",
+            [*IMAGES, *TOKENIZER, "--reuse", str(DATA / "tokens")],
+            "batch_size: 10 != 64",
+        ),
         ("pretrain", ["--images", NOPE, "--tokens", NOPE], NOPE),
         ("pretrain", [*IMAGES, "--tokens", NOPE], NOPE),
         ("pretrain", [*IMAGES, "--tokens", str(DATA / "tokens")], "image_size"),
@@ -284,3 +292,34 @@ def test_what_needs_no_ray_is_refused_before_ray_starts(
     assert cli.main([stage, *flags, "--output", str(tmp_path / "out")]) == 2
     assert named in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_tokens_that_are_there_are_said_or_refused_before_ray_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the older tables that they were copied from are gone."""
+
+    def too_late() -> None:
+        raise AssertionError("Ray was started first")
+
+    monkeypatch.setattr(command, "connect_to_ray", too_late)
+    monkeypatch.setattr(command, "prepare_environment", lambda: None)
+    tokens = tmp_path / "tokens"
+    shutil.copytree(DATA / "tokens", tokens)
+    record = json.loads((tokens / "manifest.json").read_text())
+    flags = ["tokenize", *IMAGES, *TOKENIZER, "--output", str(tokens), "--reuse", NOPE]
+    for name in ("rows_per_unit", "batch_size"):
+        flags += [f"--{name}", str(record[name])]
+    flags += ["--num_views", str(record["views"][1]), "--policy.seed"]
+    assert cli.main([*flags, "7"]) == 0
+    assert "already done, 40 images" in capsys.readouterr().err
+    assert cli.main([*flags, "7", "--encoders.num_gpus", "1"]) == 2
+    assert "device: 'cpu' != 'cuda'" in capsys.readouterr().err
+    # A run that was begun, and would go on otherwise.
+    (tokens / "manifest.json").unlink()
+    (tokens / "_work").mkdir()
+    kept = ("files", "kind", "fingerprint", "parts", "rejected", "schema_version")
+    begun = {name: value for name, value in record.items() if name not in kept}
+    (tokens / "_work/identity.json").write_text(json.dumps(begun))
+    assert cli.main([*flags, "8"]) == 2
+    assert "policy.seed: 7 != 8" in capsys.readouterr().err

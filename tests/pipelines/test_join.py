@@ -163,7 +163,7 @@ def test_tokens_are_those_of_the_tables(root):
         reuse=[tokens["a"].uri, tokens["b"].uri],
         reuse_images=[tables["a"].uri, tables["b"].uri],
     )
-    older = older_tables(config, tables["ab"], tokens["ab"].identity, {})
+    older = older_tables(config, tables["ab"], tokens["ab"].identity.to_dict(), {})
     assert Origins(tables["ab"], older).num_reused == 70
     # Training reads row by row what it would read of each.
     data = open_training_tables(str(root / "ab"), [tokens["ab"].uri], labelled=True)

@@ -51,7 +51,7 @@ def opened(root, config=None, **identity):
     wanted = dataclasses.replace(
         same, image_fingerprint=images.fingerprint, num_rows=images.num_rows, **identity
     )
-    return images, wanted, older_tables(config or config_of(root), images, wanted, {})
+    return images, wanted, older_tables(config or config_of(root), images, wanted.to_dict(), {})
 
 
 def origin_of(origins, rows):
@@ -143,13 +143,13 @@ def test_the_images_of_an_older_table_are_asked_for(root):
     images = ImageParts.open(str(root / "a"))
     identity = TokenTable.open(str(root / "a-tokens")).identity
     config = config_of(root, reuse=[str(root / "a-tokens")], reuse_images=[])
-    (older,) = older_tables(config, images, identity, {})
+    (older,) = older_tables(config, images, identity.to_dict(), {})
     assert Origins(images, [older]).runs(0, 40) == [(0, 0, 40)]
 
 
 def test_other_versions_are_said(root, capsys):
     images, identity, _ = opened(root)
-    older_tables(config_of(root), images, identity, {"torch": "9.9"})
+    older_tables(config_of(root), images, identity.to_dict(), {"torch": "9.9"})
     assert "made with other versions (torch: None != '9.9')" in capsys.readouterr().err
 
 
