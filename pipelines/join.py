@@ -5,16 +5,18 @@ in several tables are rows of each, which is said.
 """
 
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from pipelines import storage, tracking
 from pipelines.config.checks import flatten
 from pipelines.config.join import JoinConfig
 from pipelines.errors import InputError
+from pipelines.redaction import redacted
 from pipelines.steps import say_step
 from pipelines.tables.digests import num_repeated
 from pipelines.tables.image_files import Part
-from pipelines.tables.image_table import ImageParts, JoinedRecord, commit_manifest
+from pipelines.tables.image_table import MANIFEST, ImageParts, JoinedRecord, commit_manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,8 @@ def run(config: JoinConfig) -> JoinResult:
         InputError: an input is no sound table or is given twice, or another table is at `output`.
     """
     output = storage.absolute(config.output)
+    _refuse_others(output)
+    _refuse_passwords(config.images)
     sources = [ImageParts.open(uri) for uri in config.images]
     for source in sources:
         source.check_parts()
@@ -57,6 +61,7 @@ def run(config: JoinConfig) -> JoinResult:
             f"images = {','.join(config.images)}: {twice or 'no table'} is there twice or is the "
             "output; give every table once, and another --output"
         )
+    _refuse_passwords(uris)
     inputs = [
         tracking.Dataset(name="image_table", uri=s.uri, digest=s.fingerprint, rows=s.num_rows)
         for s in sources
@@ -91,6 +96,26 @@ def run(config: JoinConfig) -> JoinResult:
         )
         record.set_note(result.summary())
     return result
+
+
+def _refuse_others(output: str) -> None:
+    """Raises InputError where files are that no joined table has: those of a prepare, perhaps."""
+    for file in storage.list_files(output):
+        if file.path != MANIFEST:
+            raise InputError(
+                f"output = {output}: holds other files, the first is {file.path!r}; a joined table "
+                "is a manifest alone: give an empty folder"
+            )
+
+
+def _refuse_passwords(uris: Sequence[str]) -> None:
+    """Raises InputError where addresses of parts, which are kept for ever, would tell a secret."""
+    for uri in uris:
+        if redacted(uri) != uri:
+            raise InputError(
+                f"images = {redacted(uri)}: the address holds a secret, which would stand in the "
+                "joined manifest; pass it by the store's variables or profile"
+            )
 
 
 def _comparable(name: str) -> str:

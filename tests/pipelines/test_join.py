@@ -116,6 +116,24 @@ def test_a_table_given_twice_is_refused(root, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_an_output_that_is_something_else_is_refused(root, tmp_path):
+    (tmp_path / "x/_lease").mkdir(parents=True)
+    (tmp_path / "x/_lease/000001-1.json").touch()  # of a prepare that has written nothing yet
+    with pytest.raises(
+        InputError, match=r"holds other files, the first is '_lease/000001-1\.json'"
+    ):
+        joined(root / "a", root / "b", output=tmp_path / "x")
+    assert not (tmp_path / "x/manifest.json").exists()
+
+
+def test_no_secret_gets_into_the_manifest(root, tmp_path, monkeypatch):
+    for uri in ("ftp://me:hunter2@host/a", "s3://bucket/a?secret_key=hunter2"):
+        monkeypatch.setattr(join.ImageParts, "open", lambda _: pytest.fail("opened it"))
+        with pytest.raises(InputError, match="by the store's variables or profile") as caught:
+            joined(uri, root / "b", output=tmp_path / "x")
+        assert "hunter2" not in str(caught.value)
+
+
 def test_an_audit_reads_the_parts_where_they_are(root, tmp_path):
     assert audit.run(AuditConfig(table=str(root / "ab"))).num_files == 3
     for name in "ab":
