@@ -1,9 +1,10 @@
 """What one node answers: what it sees and may write, what it is made of, whether its GPUs work."""
 
+import json
 import platform
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -147,12 +148,28 @@ def _read(place: Place, _: str) -> str:
     uri = existing_part(place.uri)
     for name in IDENTITIES:
         try:
-            return storage.digest(storage.read_bytes(storage.join(uri, name)))
+            identity = storage.read_bytes(storage.join(uri, name))
         except (FileNotFoundError, NotADirectoryError):
             continue
+        return storage.digest(b"".join([identity, *_joined(identity)]))
     if not storage.exists(uri):
         raise FileNotFoundError(place.uri)
     return _names(uri) if storage.is_local(uri) else "there"
+
+
+def _joined(manifest: bytes) -> Iterator[bytes]:
+    """Manifests of the tables whose parts a joined image table has: a stage reads those."""
+    if b'"tables"' not in manifest:
+        return
+    try:
+        uris = [str(table["uri"]) for table in json.loads(manifest)["tables"]]
+    except (ValueError, TypeError, KeyError):
+        return  # the stage says what is wrong there
+    for uri in uris:
+        try:
+            yield storage.read_bytes(storage.join(uri, "manifest.json"))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise InputError(f"the table {uri}, which is joined there, is not seen") from error
 
 
 def existing_part(uri: str) -> str:

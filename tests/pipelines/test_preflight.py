@@ -1,6 +1,7 @@
 """What a node answers, whether there is room, whether GPUs are GPUs; without a cluster."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,18 @@ def test_equal_paths_with_other_contents_are_other_places(table):
     (asked,) = as_seen_by_another(ask(photos), photos)
     (table.parent / "more").touch()
     assert "something else" in sentences(ask(asked))[0]
+
+
+def test_a_joined_table_is_seen_where_its_tables_are(table, tmp_path):
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all/manifest.json").write_text(json.dumps({"tables": [{"uri": str(table)}]}))
+    place = Place(field="images", uri=str(tmp_path / "all"))
+    (asked,) = as_seen_by_another(ask(place), place)
+    assert ask(asked).troubles == ()
+    (table / "manifest.json").write_text('{"another": 1}')
+    assert "something else" in sentences(ask(asked))[0]
+    (table / "manifest.json").unlink()
+    assert f"the table {table}, which is joined there, is not seen" in sentences(ask(asked))[0]
 
 
 @pytest.mark.parametrize(
