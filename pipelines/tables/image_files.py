@@ -219,22 +219,26 @@ def read_row_groups(
 ) -> pa.Table:
     """Some row groups of one part, all columns or some. Raises as `read_part`."""
     name = part.uri or storage.join(uri, part.name)
+    of_part = part.uri.rpartition("/")[0] or uri
     try:
         opened = _OPEN.get(
             name,
             content_hash=part.hash,
             num_bytes=part.bytes,
             row_groups=part.row_groups,
-            remedy="`beit audit` lists all damage, prepare the table again",
+            remedy=f"`beit audit` lists all damage, prepare the table {of_part} again",
         )
         table = opened.read(indices, schema_of(columns))
     except FileNotFoundError as error:
+        again = "prepare the table again"
+        if part.uri:
+            again = f"delete the manifest of {uri} and `beit join` the tables where they are now"
         raise InputError(
-            f"{name}: missing, though the manifest lists it; restore it or prepare the table again"
+            f"{name}: missing, though the manifest lists it; restore it or {again}"
         ) from error
     if part.labels is None or "label" not in table.column_names:
         return table
-    with parsing(name, "`beit audit` lists all damage, prepare the table again"):
+    with parsing(name, f"the manifest of {uri} has no label for it: `beit join` its tables again"):
         labels = pa.array(part.labels, pa.int32()).take(table["label"])
         return table.set_column(table.column_names.index("label"), LABEL, labels)
 

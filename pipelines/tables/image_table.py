@@ -29,7 +29,10 @@ MANIFEST = "manifest.json"
 REJECTED = "rejected.parquet"
 IGNORED = "ignored.parquet"
 
-REMEDY = "the manifest was changed after it was written: prepare the table again"
+REMEDY = (
+    "the manifest was changed after it was written: prepare the table again, or if it is a joined "
+    "one, delete the manifest and `beit join` its tables again"
+)
 
 
 class JoinedRecord(TypedDict):

@@ -17,8 +17,9 @@ from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError, StageFailed
 from pipelines.evaluation.labelled_images import read_labelled
 from pipelines.reading.encoded_rows import open_training_tables
-from pipelines.tables import image_table
+from pipelines.tables import image_files, image_table
 from pipelines.tables.image_table import ImageTable
+from pipelines.tables.open_parts import OpenParts
 from pipelines.tables.token_table import TokenTable
 from pipelines.tokenization.reuse import Origins, older_tables
 from tests.chaos import world
@@ -149,6 +150,16 @@ def test_an_audit_reads_the_parts_where_they_are(root, tmp_path):
     table = ImageTable.open(str(tmp_path / "ab"))
     with pytest.raises(InputError, match=r"b/part-00000\.parquet is missing .1 of 3 parts"):
         table.check_parts()
+
+
+def test_a_part_that_has_gone_is_joined_again(root, tmp_path, monkeypatch):
+    shutil.copytree(root / "b", tmp_path / "b")
+    joined(root / "a", tmp_path / "b", output=tmp_path / "ab")
+    (tmp_path / "b/part-00000.parquet").unlink()
+    monkeypatch.setattr(image_files, "_OPEN", OpenParts(1))  # a process that has not read it
+    table = ImageTable.open(str(tmp_path / "ab"))
+    with pytest.raises(InputError, match=r"b/part.* delete the manifest of .*/ab and `beit join`"):
+        table.read_rows(60, 61)
 
 
 def test_rows_without_a_group_are_grouped_by_their_image(root, tmp_path):
