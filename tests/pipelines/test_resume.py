@@ -20,6 +20,7 @@ import pytest
 
 from beit.schedules import warmup_cosine
 from pipelines import pretrain, storage
+from pipelines.training import update
 from pipelines.training.run_dir import RunDir
 from tests.pipelines.pretrain_fixtures import (
     events_of,
@@ -229,11 +230,11 @@ def stop_at(step, config, plan, world, log):
     def schedule(at, **values):
         return warmup_cosine(at, **{**values, "total_steps": total})
 
-    pretrain.warmup_cosine = schedule
+    update.warmup_cosine = schedule
     try:
         TRAIN_LOOP(config, dataclasses.replace(plan, total_steps=step), world, log)
     finally:
-        pretrain.warmup_cosine = warmup_cosine
+        update.warmup_cosine = warmup_cosine
 
 
 def run_until(config, step):
