@@ -21,12 +21,15 @@ from pipelines.errors import InputError
 from pipelines.steps import say_step
 from pipelines.tables.digests import buckets, deal, digest_records, read_bucket
 from pipelines.tables.image_table import ImageParts
-from pipelines.tables.token_files import Identity, differing_field
+from pipelines.tables.token_files import ROW_GROUP_ROWS, Identity, differing_field
 from pipelines.tables.token_table import MISSING, TokenTable
 from pipelines.tracking.datasets import Dataset
 
-# Wanted rows of an older table with no more than so many others between them are read as one range.
-MAX_GAP = 32
+# Wanted rows of an older table that are no further apart are read as one range: then hardly a row
+# group is read twice, or in vain.
+MAX_GAP = ROW_GROUP_ROWS
+# A range ends at multiples of so many rows, which bounds its memory.
+RANGE_ROWS = 16 * ROW_GROUP_ROWS
 # Fields of the identity that may differ: of each view of each image the tokens are the same.
 OF_THE_IMAGES = ("image_fingerprint", "num_rows", "views")
 
@@ -201,7 +204,8 @@ def copied_tokens(
         rows = np.flatnonzero((origins >= table.first) & (origins < table.first + table.rows))
         rows = rows[np.argsort(origins[rows], kind="stable")]
         there = origins[rows] - table.first
-        gaps = np.flatnonzero(np.diff(there) > MAX_GAP) + 1
+        ends = (np.diff(there) > MAX_GAP) | (np.diff(there // RANGE_ROWS) > 0)
+        gaps = np.flatnonzero(ends) + 1
         for some, wanted in zip(np.split(rows, gaps), np.split(there, gaps), strict=True):
             if len(some):
                 expected = [digests[row] for row in some]
