@@ -191,6 +191,7 @@ def train_loop(  # noqa: PLR0915
                 if at_pictures:
                     fixed.log_pictures(objective, log, state.step)
                     prober.log_curve(log, state.step)
+        prober.tell_left_out(log, state.step)
 
         # --- The end: the encoder as later stages load it, and nothing left in flight.
         with books.spend("checkpoint"):

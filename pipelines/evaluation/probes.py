@@ -21,6 +21,8 @@ WEIGHT_DECAYS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
 """Tried from strong to weak, each starting from the one before."""
 TRIAL_WEIGHT_DECAY = 0.03
 """With which blocks are compared before the weight decay is chosen for the best of them."""
+SPAN_ROWS, KNN_ROWS = 512, 256
+"""Sizes that the time of larger ones is reckoned from."""
 CHUNK = 2**26
 """Entries of a matrix of similarities or logits that is held at a time (256 MB)."""
 
@@ -179,6 +181,7 @@ def seconds_of_chosen_linear(
     """What `chosen_linear` takes, reckoned high from one look at a problem of that size.
 
     Each solution looks up to 50 times; what torch's L-BFGS does between is taken for three looks.
+    With more features than rows each problem also wants a basis of its span.
     """
     rows = torch.zeros(count, min(count, dim), device=device)
     labels = torch.zeros(count, dtype=torch.int64, device=device)
@@ -188,8 +191,36 @@ def seconds_of_chosen_linear(
     for _ in range(2):  # the first one warms up
         start = time.monotonic()
         float(_loss_and_gradient(rows, labels, weight, bias)[0])
+    look = time.monotonic() - start
     looks = 50 * (num_layers + len(WEIGHT_DECAYS) + 1)
-    return 4 * looks * (time.monotonic() - start)
+    spans = (num_layers + 1) * _seconds_of_span(count, dim, device) if dim > count else 0.0
+    return 4 * looks * look + spans
+
+
+def _seconds_of_span(count: int, dim: int, device: Device) -> float:
+    """Reckoned from a smaller one: its time grows with the cube of the side, or less."""
+    smaller = min(1.0, SPAN_ROWS / count)
+    shape = int(count * smaller), int(dim * smaller)
+    rows = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    start = 0.0
+    for _ in range(2):  # the first one warms up
+        start = time.monotonic()
+        float(_span(rows)[0, 0])
+    return (time.monotonic() - start) / smaller**3
+
+
+def seconds_of_knn(
+    count: int, dim: int, *, num_layers: int, num_classes: int, device: Device = "cpu"
+) -> float:
+    """What k-NN of a fold takes at most, reckoned from a few rows against all."""
+    rows, labels = np.zeros((count, dim), np.float32), np.zeros(count, np.int64)
+    few = rows[:KNN_ROWS]
+    start = 0.0
+    for _ in range(2):  # the first one warms up
+        start = time.monotonic()
+        knn_predict(rows, labels, few, num_classes=num_classes, device=device)
+    # A half against the other half, for each layer to choose from and the chosen one.
+    return (num_layers + 1) * (time.monotonic() - start) * max(1.0, count / 4 / len(few))
 
 
 @torch.no_grad()

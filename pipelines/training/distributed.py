@@ -7,10 +7,11 @@ by the number of workers, and hide what is wrapped.
 import contextlib
 import functools
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,11 @@ from pipelines.config import common
 from pipelines.errors import InputError
 
 LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+HEARTBEAT = 2.0
+"""Seconds; stalls are told after 10 at the earliest."""
+
+Result = TypeVar("Result")
 
 # Moments of AdamW, and its own step count, as they are named in optimizer.state.
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -74,6 +80,26 @@ class World:
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
         dist.all_gather(parts, tensor)
         return parts
+
+    def on_first(self, work: Callable[[], Result]) -> Result | None:
+        """What `work` gives, done by worker 0; None for the others, who wait however long it takes.
+
+        They hear of it every few seconds: a collective that lasts as long as `work` would be taken
+        for a stall, and end them.
+        """
+        if self.size == 1:
+            return work()
+        if self.rank > 0:
+            while self.broadcast(None):
+                pass
+            return None
+        # Threads of torch are set for each thread, and figures must not depend on this one.
+        threads = torch.get_num_threads()
+        with ThreadPoolExecutor(1, "first", torch.set_num_threads, (threads,)) as pool:
+            future = pool.submit(work)
+            while self.broadcast(bool(wait([future], HEARTBEAT).not_done)):
+                pass
+            return future.result()
 
     def barrier(self) -> None:
         """Waits for all workers."""

@@ -4,6 +4,7 @@ All workers take part, since the model may be sharded. Nothing here touches the 
 the weights, or any generator that training draws from.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from time import monotonic
@@ -19,7 +20,7 @@ from pipelines.config.pretrain import PretrainConfig, run_uri
 from pipelines.errors import InputError
 from pipelines.evaluation.features import block_reader, num_features, on_disk, read_features
 from pipelines.evaluation.labelled_images import LabelledImages, read_labelled, unlabelled
-from pipelines.evaluation.probes import rankme, seconds_of_chosen_linear
+from pipelines.evaluation.probes import rankme, seconds_of_chosen_linear, seconds_of_knn
 from pipelines.evaluation.protocol import PROBES, candidate_layers, probe, score, splits_of
 from pipelines.evaluation.result import Score
 from pipelines.tables.image_table import ImageTable
@@ -52,44 +53,63 @@ class Prober:
         self.began = monotonic()
         self.spent = 0.0
         self.cost: float | None = None  # of the last probe, in seconds
-        self.fitting: float | None = None  # of its linear probes, reckoned before the first
+        self.fitting: float | None = None  # of its k-NN and linear probes, reckoned once
+        self.left_out = ""  # why the last that was due was
         self.images: LabelledImages | None = None
         self.pixels: np.ndarray | None = None
 
     def affordable(self, step: int) -> bool:
         """Whether one more keeps probes within their share of the time since the start."""
-        elapsed = monotonic() - self.began
-        cost = self.cost
-        if cost is None and self.world.rank == 0:
-            cost = self._first_cost((step - self.first_step) / elapsed)
-        share = self.config.probe.max_share
-        within = share >= 1 or self.spent + (cost or 0.0) <= share * elapsed
-        return bool(self.world.broadcast(within))
+        why = ""
+        if self.world.rank == 0:
+            elapsed, share = monotonic() - self.began, self.config.probe.max_share
+            cost = self.cost
+            if cost is None:
+                cost = self._first_cost((step - self.first_step) / elapsed)
+            if share < 1 and self.spent + cost > share * elapsed:
+                why = f"it would take about {cost:.0f} s of {elapsed:.0f}"
+        self.left_out = str(self.world.broadcast(why))
+        return not self.left_out
+
+    def tell_left_out(self, log: TrainLog, step: int) -> None:
+        """An event, at the end of a training of which no probe was made since its start."""
+        if self.cost is None and self.left_out:
+            log.event(
+                "probe_left_out",
+                step=step,
+                message=f"no probe: {self.left_out}; see --probe.max_share",
+            )
 
     def _first_cost(self, steps_per_second: float) -> float:
         """Seconds that nobody has measured: features are taken for the training of as many images
-        (three times their computation), linear probes for the longest that they can take."""
+        (three times their computation), fits for the longest that they can take."""
         protocol, model = self.config.probe, self.config.model
-        rows = self.data.tables.num_rows
+        rows = self._num_rows
         rate = steps_per_second * self.config.data.global_batch_size
         cost = min(protocol.max_images or rows, rows) / rate if rate > 0 else math.inf
         if cost > protocol.max_share * (monotonic() - self.began):
             return cost  # too much already: labels need not be read
         if self.fitting is None:
             images = self._images()
-            self.fitting = (
-                protocol.num_folds
-                * seconds_of_chosen_linear(
-                    len(images),
-                    num_features(model.dim, protocol.pooling, model.grid_size),
-                    num_layers=len(candidate_layers(protocol, model.depth)),
-                    num_classes=len(images.class_names),
-                    device=self.world.device,
+            count, classes = len(images), len(images.class_names)
+            width = num_features(model.dim, protocol.pooling, model.grid_size)
+            layers = len(candidate_layers(protocol, model.depth))
+            one_fold = 0.0
+            if classes:
+                device = self.world.device
+                one_fold = seconds_of_knn(
+                    count, width, num_layers=layers, num_classes=classes, device=device
+                ) + seconds_of_chosen_linear(
+                    count, width, num_layers=layers, num_classes=classes, device=device
                 )
-                if images.class_names
-                else 0.0
-            )
+            self.fitting = protocol.num_folds * one_fold
         return cost + self.fitting
+
+    @functools.cached_property
+    def _num_rows(self) -> int:
+        """Of the table that is probed."""
+        probed = self.config.probe.images
+        return ImageTable.open(probed).num_rows if probed else self.data.tables.num_rows
 
     def run(self, objective: Objective, log: TrainLog, step: int) -> None:
         """A probe, if it is affordable: figures as an event. One without room is left out."""
@@ -105,10 +125,9 @@ class Prober:
         figures: dict[str, float] = self.fixed.loss(objective)
         features = self._features(objective, images, layers, room)
         objective.train()
-        scores: dict[str, Score] = {}
+        scores = self.world.on_first(lambda: self._scores(features, images, layers)) or {}
         if log.active:
             figures["probe/rankme"] = rankme(features[-1], device=self.world.device)
-            scores = self._scores(features, images, layers)
             for kind, found in scores.items():
                 name = f"probe/{kind}_accuracy"
                 figures |= {

@@ -199,7 +199,7 @@ def small_config(tables: tuple[str, str], output: Path | str, **sections: dict) 
         scaling=build(ScalingConfig, "scaling", num_workers=0, peak_tflops=0.05),
         checkpoint=build(CheckpointConfig, "checkpoint", every_steps=4),
         health=build(HealthConfig, "health", data_starvation="off", accuracy_floor="off"),
-        probe=build(ProbeConfig, "probe"),
+        probe=build(ProbeConfig, "probe", every_steps=0),
         tracking=build(TrackingConfig, "tracking", enabled=False),
     )
 

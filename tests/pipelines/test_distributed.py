@@ -1,12 +1,19 @@
 """How workers share the model: what is compiled, and when its gradients are ready."""
 
 import functools
+import queue
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
 
+import pytest
 import torch
 from torch import nn
 
 from beit.mim import BeitMIM
 from beit.objectives import Beit
+from pipelines.errors import InputError
+from pipelines.training import distributed
 from pipelines.training.distributed import World, wrap_model
 
 SMALL = {
@@ -20,6 +27,47 @@ SMALL = {
     "relative_positions": "shared",
     "layer_scale_init": 0.1,
 }
+
+
+class Pair(World):
+    """Two workers that are threads: what worker 0 broadcasts goes through a queue."""
+
+    said: ClassVar[queue.Queue] = queue.Queue()
+    heard: ClassVar[list] = []
+
+    def broadcast(self, value):
+        if self.rank == 0:
+            self.said.put(value)
+            return value
+        self.heard.append(self.said.get(timeout=10))
+        return self.heard[-1]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_others_hear_of_the_first_while_it_works(monkeypatch, fails):
+    """A collective as long as the work would be taken for a stall."""
+    monkeypatch.setattr(distributed, "HEARTBEAT", 0.02)
+    Pair.heard.clear()
+    first, second = (Pair(rank, 2, torch.device("cpu")) for rank in (0, 1))
+
+    def work():
+        until = time.monotonic() + 10
+        while len(Pair.heard) < 3 and time.monotonic() < until:
+            time.sleep(0.01)
+        if fails:
+            raise InputError("no such column")
+        return torch.get_num_threads()
+
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(second.on_first, work)
+        if fails:
+            with pytest.raises(InputError, match="no such column"):
+                first.on_first(work)
+        else:
+            assert first.on_first(work) == torch.get_num_threads()
+        assert other.result(timeout=10) is None
+    assert len(Pair.heard) >= 4
+    assert Pair.heard == [True] * (len(Pair.heard) - 1) + [False]
 
 
 def node_that_gives(gradient_of, root):

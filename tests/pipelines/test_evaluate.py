@@ -1,6 +1,7 @@
 """Probes against scikit-learn, splits against leaks, and the stage against a table of shapes."""
 
 import io
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -96,6 +97,21 @@ def test_probes_are_the_same_in_any_number_of_parts(monkeypatch):
     whole = found()
     monkeypatch.setattr(probes, "CHUNK", 600)
     assert np.array_equal(found(), whole)
+
+
+def test_more_features_than_rows_are_reckoned_with_their_span(monkeypatch):
+    """It is done for each block and the final probe, and grows with the cube of the rows."""
+    spans, real = [], probes._span
+    monkeypatch.setattr(probes, "SPAN_ROWS", 16)
+    monkeypatch.setattr(probes, "_span", lambda x: spans.append(tuple(x.shape)) or real(x))
+    monkeypatch.setattr(probes.time, "monotonic", itertools.count().__next__)
+    options = {"num_layers": 3, "num_classes": 2}
+    looks = 4 * 50 * (3 + len(probes.WEIGHT_DECAYS) + 1)
+    assert probes.seconds_of_chosen_linear(64, 32, **options) == looks
+    assert not spans
+    assert probes.seconds_of_chosen_linear(64, 128, **options) == looks + 4 * 4**3
+    assert spans == [(16, 32)] * 2
+    assert probes.seconds_of_knn(4096, 8, **options) == 4 * 4096 / 4 / probes.KNN_ROWS
 
 
 def test_rankme_is_its_formula():

@@ -487,10 +487,15 @@ class TestProbes:
         assert all(0 < event["share_of_time"] <= 0.7 for event in told)
         monkeypatch.setattr(probing, "seconds_of_chosen_linear", lambda *_, **__: 60.0)
         result = pretrain.run(small_config(tables, tmp_path / "fits", probe=probe))
-        assert not events_of(result.run_uri), "fits alone would take too long"
+        [event] = events_of(result.run_uri)
+        assert event["event"] == "probe_left_out"
+        assert re.match(
+            r"no probe: it would take about 1\d\d s of \d+; see --probe", event["message"]
+        )
         monkeypatch.undo()
-        result = pretrain.run(small_config(tables, tmp_path / "short"))
-        assert not events_of(result.run_uri), "two seconds are too short for one"
+        result = pretrain.run(small_config(tables, tmp_path / "short", probe={"every_steps": 500}))
+        [event] = events_of(result.run_uri)
+        assert event["event"] == "probe_left_out", "two seconds are too short for one"
 
     def test_their_images_are_read_once(self, tables, tmp_path, monkeypatch):
         labelled = str(tmp_path / "labelled")
