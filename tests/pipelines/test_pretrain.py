@@ -251,6 +251,7 @@ class TestRefusals:
             ({"images": tables[0], "num_folds": 99}, "num_folds = 99 needs 99"),
             ({"tokens": [tables[1]]}, "name probe.images"),
         ):
+            probe = {"every_steps": 500, **probe}  # noqa: PLW2901
             with pytest.raises(InputError, match=message):
                 pretrain.run(small_config(tables, tmp_path / "run", probe=probe))
 
