@@ -31,7 +31,7 @@ from typing_extensions import TypedDict
 
 from beit.weights import CONFIG_FILE, WEIGHTS_FILE
 from pipelines import storage
-from pipelines.config.checks import changed_fields, to_dict
+from pipelines.config.checks import changed_fields, flatten, to_dict
 from pipelines.errors import InputError, parsing
 from pipelines.lease import Fence
 from pipelines.records import Count, check_values, read_record, read_values, write_record
@@ -146,7 +146,9 @@ class RunDir:
         path = self.at("config.yaml")
         data = storage.read_bytes(path)
         with parsing(path, REMEDY):
-            return dict(yaml.safe_load(data))
+            config = dict(yaml.safe_load(data))
+            flatten(config)  # a key that is no text is one that was damaged
+            return config
 
     def record(self) -> dict[str, Any]:
         """run.json. Raises FileNotFoundError, or InputError if it is damaged."""
