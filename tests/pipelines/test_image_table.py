@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.errors import InputError
@@ -65,6 +65,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> ImageTable:
     return ImageTable.open(uri)
 
 
+@settings(deadline=None)
 @given(cut=st.lists(st.integers(0, NUM_PARTS * ROWS_PER_PART), min_size=2, max_size=2))
 def test_any_row_range_comes_back(table: ImageTable, cut: list[int]) -> None:
     start, stop = sorted(cut)
@@ -85,6 +86,7 @@ def test_columns_can_be_chosen(table: ImageTable) -> None:
         table.read_rows(0, table.num_rows + 1)
 
 
+@settings(deadline=None)
 @given(rows=st.lists(st.integers(0, NUM_PARTS * ROWS_PER_PART - 1), max_size=40))
 def test_scattered_rows_come_back_and_each_row_group_is_read_once(
     table: ImageTable, rows: list[int]

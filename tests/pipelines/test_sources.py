@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines import storage
@@ -111,6 +111,7 @@ def test_globs(pattern: str, matches: list[str], others: list[str]) -> None:
     assert [name for name in matches + others if Glob(pattern).matches(name)] == matches
 
 
+@settings(deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 500), max_size=60),
     unit_bytes=st.integers(1, 900),
