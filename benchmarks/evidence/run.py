@@ -1,0 +1,117 @@
+"""Runs the cells of the evidence that have no result yet, one at a time, and writes the document.
+
+    python -m benchmarks.evidence.run [--work work/evidence] [--experiment views] [--most 3]
+
+Killed, it goes on where it was: finished cells stand in benchmarks/results/evidence.json, the
+stages of an unfinished one resume by themselves.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.evidence import document
+from benchmarks.evidence.cells import BATCH, Cell, experiments
+from benchmarks.evidence.stages import Places, commands
+from pipelines.training.run_dir import RunDir
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "evidence.json"
+DOCUMENT = ROOT / "docs" / "evidence.md"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("work/evidence"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--document", type=Path, default=DOCUMENT)
+    parser.add_argument("--experiment", default="", help="only this one")
+    parser.add_argument("--most", type=int, default=sys.maxsize, help="cells run before it ends")
+    options = parser.parse_args()
+    run(
+        options.work.absolute(), options.results, options.document, options.experiment, options.most
+    )
+
+
+def run(
+    work: Path, results: Path, page: Path, experiment: str = "", most: int = sys.maxsize
+) -> None:
+    """Runs at most so many missing cells; after each, results and page are written anew."""
+    found = read(results)
+    chosen = [e for e in experiments() if experiment in ("", e.name)]
+    cells = dict.fromkeys(cell for e in chosen for cell in e.cells())
+    missing = [cell for cell in cells if cell.name not in found]
+    for cell in missing[:most]:
+        found[cell.name] = measured(cell, work)
+        write(results, found)
+        document.write(page, found)
+    document.write(page, found)
+    print(f"{max(len(missing) - most, 0)} cells are left; {page}")
+
+
+def measured(cell: Cell, work: Path) -> dict[str, Any]:
+    """Runs a cell's stages and reads what they found."""
+    print(f"\n=== {cell.name}", flush=True)
+    for stage, flags in commands(cell, work):
+        command = [sys.executable, "-m", "jobs", stage, *flags, *tracking(work)]
+        subprocess.run(command, check=True, cwd=ROOT)
+    run = Places(work, cell).run
+    report = json.loads((run / "report.json").read_text())
+    evaluation = json.loads((run / "evaluation" / "evaluation.json").read_text())
+    hits = json.loads((run / "evaluation" / "hits.json").read_text())
+    looks = [event for event in RunDir(str(run)).events() if event["event"] == "probe"]
+    return {
+        **dataclasses.asdict(cell),
+        "scores": {
+            name: {probe: round(score["accuracy"], 5) for probe, score in probes.items()}
+            for name, probes in evaluation["scores"].items()
+        },
+        "rows": evaluation["identity"]["groups"],
+        "hits": hits["linear"],
+        "held_out_loss": looks[-1]["figures"]["held_out/loss"],
+        "images_seen": report["steps"] * BATCH,
+        "training_seconds": round(report["goodput"]["seconds"]["compute"]),
+        "commit": commit(),
+        "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, "
+        f"torch {torch.__version__}",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def tracking(work: Path) -> list[str]:
+    """Every stage is recorded in one MLflow experiment."""
+    return [
+        f"--tracking.uri=sqlite:///{work / 'mlflow.db'}",
+        "--tracking.experiment=evidence",
+    ]
+
+
+def commit() -> str:
+    """The commit that is checked out, with a `+` for changes."""
+    described = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=12"]
+    return subprocess.run(described, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Results by the cells' names."""
+    return dict(json.loads(path.read_text())["cells"]) if path.exists() else {}
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    """All results, at once or not at all."""
+    beside = path.with_suffix(".new")
+    beside.write_text(json.dumps({"cells": results}, indent=1, sort_keys=True) + "\n")
+    beside.replace(path)
+
+
+if __name__ == "__main__":
+    main()

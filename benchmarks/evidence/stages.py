@@ -1,0 +1,132 @@
+"""The commands that make one cell: every one of them a stage that a user runs alike."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.evidence import data
+from benchmarks.evidence.cells import VIEW_EDGES, Cell
+
+HERE = Path(__file__).parent
+POLICY = [
+    "--policy.min_area=0.3", "--policy.brightness=0", "--policy.contrast=0",
+    "--policy.saturation=0",
+]  # fmt: skip
+SIDE = {"emoji": 64, "fashion": 32}  # 8 x 8 patches of either
+TEACHER_LAYER = 3
+TOKENIZERS = {
+    "dvae": [f"--config={HERE / 'dvae.yaml'}"],
+    "kmeans": ["--model.kind=kmeans", "--model.image_size=32", "--model.patch_size=4"],
+    "projection": ["--model.kind=projection", "--model.image_size=32", "--model.patch_size=4"],
+    "vqkd-efficientnet": [f"--config={HERE / 'vqkd.yaml'}", "--teacher=efficientnet-lite0"],
+    "vqkd-own": [f"--config={HERE / 'vqkd.yaml'}", f"--layer={TEACHER_LAYER}"],
+}
+OBJECTIVES = {
+    "beit": [],
+    "beitv2": ["--objective.early_layer=3", "--masking.exact=true"],
+    "mae": [
+        "--model.relative_positions=none", "--objective.decoder_dim=64",
+        "--objective.decoder_depth=1", "--objective.decoder_heads=4", *POLICY,
+    ],
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where the artefacts of a cell lie; cells that share one share its place."""
+
+    work: Path
+    cell: Cell
+
+    @property
+    def pictures(self) -> Path:
+        return self.work / self.cell.data / "pictures"
+
+    @property
+    def images(self) -> Path:
+        return self.work / self.cell.data / f"images{self.cell.images or ''}"
+
+    def table(self, name: str) -> Path:
+        """`probe` or `held_out`."""
+        return self.work / self.cell.data / name
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.images / "tokenizers" / self.cell.tokenizer
+
+    def tokens(self, first: int, end: int) -> Path:
+        return self.images / "tokens" / f"{self.cell.tokenizer}-{first}-{end}"
+
+    @property
+    def held_out_tokens(self) -> Path:
+        return self.images / "tokens" / f"{self.cell.tokenizer}-held-out"
+
+    @property
+    def run(self) -> Path:
+        return self.work / "runs" / self.cell.name
+
+
+def commands(cell: Cell, work: Path) -> Iterator[tuple[str, list[str]]]:
+    """(stage, flags) in the order they run; stages that are done say so and end."""
+    at = Places(work, cell)
+    folders = data.write(cell.data, at.pictures, cell.images)
+    yield "prepare", _prepare(folders["train"], at.images)
+    for name in ("probe", "held_out"):
+        yield "prepare", _prepare(folders[name], at.table(name))
+    tables = []
+    if cell.tokenizer:
+        if cell.tokenizer == "vqkd-own":  # its teacher is the reference cell
+            teacher = dataclasses.replace(cell, tokenizer="dvae", objective="beit", seed=0)
+            yield from commands(teacher, work)
+        yield "train-tokenizer", _tokenizer(at)
+        for first, end in itertools.pairwise(VIEW_EDGES):
+            if first < cell.views:
+                tables.append(str(at.tokens(first, end)))
+                yield "tokenize", _tokens(at, at.images, at.tokens(first, end), first, end)
+        yield "tokenize", _tokens(at, at.table("held_out"), at.held_out_tokens, 0, 1)
+    yield "pretrain", _pretrain(at, tables)
+    yield "evaluate", [
+        f"--run={at.run}", f"--images={at.table('probe')}", "--pooling=grid", "--attentive=false",
+        f"--baselines={str(cell == Cell(seed=cell.seed)).lower()}",
+    ]  # fmt: skip
+
+
+def _prepare(folder: Path, images: Path) -> list[str]:
+    return [
+        f"--source={folder}", f"--output={images}", f"--group_pattern={data.GROUP_PATTERN}",
+        "--part_mb=2", "--row_group_mb=0.25",
+    ]  # fmt: skip
+
+
+def _tokenizer(at: Places) -> list[str]:
+    kind = at.cell.tokenizer
+    flags = [*TOKENIZERS[kind], f"--images={at.images}", f"--output={at.tokenizer}"]
+    if kind in ("kmeans", "projection"):
+        flags += ["--model.vocab_size=512", "--scaling.num_workers=0"]
+    if kind == "vqkd-own":
+        teacher = dataclasses.replace(at.cell, tokenizer="dvae", objective="beit", seed=0)
+        flags += [f"--teacher={Places(at.work, teacher).run}"]
+    return flags
+
+
+def _tokens(at: Places, images: Path, output: Path, first: int, end: int) -> list[str]:
+    return [
+        f"--images={images}", f"--tokenizer={at.tokenizer}", f"--output={output}",
+        f"--first_view={first}", f"--num_views={end - first}", *POLICY,
+    ]  # fmt: skip
+
+
+def _pretrain(at: Places, tables: list[str]) -> list[str]:
+    cell, side = at.cell, SIDE[at.cell.data]
+    return [
+        f"--config={HERE / 'pretrain.yaml'}",
+        f"--images={at.images}", f"--output={at.run}", f"--seed={cell.seed}",
+        f"--tokens=[{', '.join(tables)}]", f"--probe.images={at.table('held_out')}",
+        f"--probe.tokens=[{at.held_out_tokens if tables else ''}]",
+        f"--model.image_size={side}", f"--model.patch_size={side // 8}",
+        f"--objective.kind={cell.objective}",
+        f"--masking.kind={cell.mask}", f"--masking.num_masked={cell.masked}",
+        f"--optim.steps={cell.steps}", f"--optim.warmup_steps={cell.steps // 10}",
+        *OBJECTIVES[cell.objective],
+    ]  # fmt: skip

@@ -1,0 +1,114 @@
+"""The evidence program: its table, its intervals, and a cell made from beginning to end."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.evidence import cells, data, document, run, statistics
+
+
+def result(setting, hits, **other):
+    return {
+        **dataclasses.asdict(setting), "rows": "r", "hits": hits, "held_out_loss": 4.5,
+        "images_seen": 1280, "training_seconds": 7, "commit": "c",
+        "machine": "m", "date": "2026-01-01",
+        "scores": {"pretrained": {"linear": 0.5, "knn": 0.4}}, **other,
+    }  # fmt: skip
+
+
+def results_of(experiment, hits):
+    return {cell.name: result(cell, hits(cell)) for cell in experiment.cells()}
+
+
+def test_no_two_cells_share_a_name():
+    found = {cell for experiment in cells.experiments() for cell in experiment.cells()}
+    assert len({cell.name for cell in found}) == len(found)
+    assert all(cell.views in cells.VIEW_EDGES for cell in found), "V views are whole token tables"
+
+
+def test_an_interval_covers_the_truth_as_often_as_it_says():
+    draw = np.random.default_rng(1)
+    covered = 0
+    for _ in range(40):
+        rows = draw.normal(0, 0.2, 300)
+        seeds = draw.normal(0, 0.02, (8, 1))
+        hits = draw.random((8, 300)) < np.clip(0.5 + rows + seeds, 0, 1)
+        found = statistics.accuracy(hits, draws=500)
+        covered += found.low <= 50 <= found.high
+    assert 34 <= covered <= 40  # eight seeds are few: a bootstrap is a little narrow
+
+
+def test_a_paired_difference_is_narrower_than_the_two_intervals():
+    draw = np.random.default_rng(2)
+    easy = draw.random(400)
+    one = draw.random((3, 400)) < easy
+    two = one.copy()
+    two[:, :8] = True
+    alone, paired = statistics.accuracy(two), statistics.difference(two, one)
+    assert paired.mean == pytest.approx(100 * (two.mean() - one.mean()))
+    assert paired.high - paired.low < 0.5 * (alone.high - alone.low)
+
+
+def test_what_was_not_run_is_open(tmp_path: Path):
+    document.write(tmp_path / "evidence.md", {})
+    page = (tmp_path / "evidence.md").read_text()
+    settings = sum(len(experiment.settings) for experiment in cells.experiments())
+    assert page.count("| open |") == settings
+    assert "rule for V is open" in page
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_the_rule_takes_the_fewest_views_that_cost_less_than_a_point(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(statistics, "DRAWS", 500)
+
+    def hits(cell):  # one view loses three points, all others none
+        return "1" * (57 if cell.views == 1 else 60) + "0" * (43 if cell.views == 1 else 40)
+
+    found = {}
+    for experiment in cells.experiments()[:2]:
+        found |= results_of(experiment, hits)
+    document.write(tmp_path / "evidence.md", found)
+    page = (tmp_path / "evidence.md").read_text()
+    assert "4 of 40, 4 of 120" in page
+    assert "-3.0 [" in page
+    assert (tmp_path / "pictures" / "evidence-views.svg").read_text().count("<svg") == 1
+
+
+def test_rows_of_other_images_are_not_compared(tmp_path: Path):
+    experiment = cells.experiments()[0]
+    found = results_of(experiment, lambda _: "10")
+    one = experiment.settings[1].name
+    found[one]["rows"] = "others"
+    with pytest.raises(ValueError, match="other images"):
+        document.write(tmp_path / "evidence.md", found)
+
+
+@pytest.mark.long
+def test_a_killed_program_goes_on_to_the_same_page(tmp_path: Path, monkeypatch):
+    small = cells.Cell(images=520, steps=4, views=1, tokenizer="kmeans")
+    trial = cells.Experiment(
+        name="trial", title="Trial", axis=("views", "objective"),
+        settings=(small, dataclasses.replace(cells.MAE, images=520, steps=4)),
+    )  # fmt: skip
+    for module in (run, document):
+        monkeypatch.setattr(module, "experiments", lambda: [trial])
+    for module in (cells, document):
+        monkeypatch.setattr(module, "SEEDS", (0,))
+    pictures = {name: members[:600] for name, members in data._emoji().items()}
+    monkeypatch.setattr(data, "_emoji", lambda: pictures)
+    results, page = tmp_path / "results.json", tmp_path / "evidence.md"
+    run.run(tmp_path / "work", results, page, most=1)
+    assert "open" in page.read_text()
+    run.run(tmp_path / "work", results, page)
+    first = json.loads(results.read_text())
+    assert len(first["cells"]) == 2
+    results.unlink()
+    run.run(tmp_path / "work", results, page)  # every stage says that it is done
+    again = json.loads(results.read_text())
+    for name, cell in first["cells"].items():
+        assert again["cells"][name]["hits"] == cell["hits"]
+        assert again["cells"][name]["scores"] == cell["scores"]
+    assert "open" not in page.read_text().split("# Where")[0].split("\n\n", 3)[-1]
