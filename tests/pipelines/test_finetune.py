@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -59,17 +58,12 @@ from tests.pipelines.pretrain_fixtures import (
     weight_bytes,
     write_images,
 )
+from tests.servers import free_port
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 80  # two seconds: long enough to be killed in mid-run
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -448,13 +442,6 @@ def test_three_workers_of_which_one_is_idle_have_the_losses_of_one(finished, inp
     tests = [event for event in events_of(output) if event["event"] == "test"]
     assert tests[-1]["images"] == 30
     assert tests[-1]["accuracy"] == pytest.approx(finished.test.accuracy, abs=0.04)
-
-
-def free_port():
-    """A TCP port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.ray

@@ -48,20 +48,9 @@ from tests.pipelines.pretrain_fixtures import (
     write_tokens,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GOLDEN = Path(__file__).parent / "golden" / "pretrain_losses.json"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tables(tmp_path_factory):
-    return make_tables(tmp_path_factory.mktemp("tables"))
 
 
 @pytest.fixture(scope="module")

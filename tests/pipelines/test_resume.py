@@ -24,7 +24,6 @@ from pipelines.training import update
 from pipelines.training.run_dir import RunDir
 from tests.pipelines.pretrain_fixtures import (
     events_of,
-    make_tables,
     per_step,
     small_config,
     weight_bytes,
@@ -46,11 +45,6 @@ def config_for(tables, output, workers=2, **sections):
         scaling={"num_workers": workers, "peak_tflops": 0.05, **sections.pop("scaling", {})},
         **sections,
     )
-
-
-@pytest.fixture(scope="module")
-def tables(tmp_path_factory):
-    return make_tables(tmp_path_factory.mktemp("tables"))
 
 
 @pytest.fixture(scope="module")

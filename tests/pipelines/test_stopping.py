@@ -16,7 +16,6 @@ from pipelines.config.checks import to_dict
 from pipelines.training.checkpoint import complete_steps
 from pipelines.training.run_dir import RunDir
 from tests.pipelines.pretrain_fixtures import (
-    make_tables,
     metrics_of,
     per_step,
     small_config,
@@ -25,11 +24,6 @@ from tests.pipelines.pretrain_fixtures import (
 
 REPOSITORY = Path(__file__).parents[2]
 LOG_EVERY, STEPS = 4, 160
-
-
-@pytest.fixture(scope="module")
-def tables(tmp_path_factory):
-    return make_tables(tmp_path_factory.mktemp("tables"))
 
 
 def config_for(tables, output, store, workers=0, **sections):

@@ -34,32 +34,20 @@ from tests.pipelines.pretrain_fixtures import (
     Killed,
     dies_after,
     events_of,
-    make_tables,
     metrics_of,
     per_step,
     small_config,
     weight_bytes,
 )
 from tests.pipelines.test_distributed import SMALL
-from tests.pipelines.test_finetune import free_port
+from tests.servers import free_port
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ALONE = World(0, 1, torch.device("cpu"))
 PLAN = TrainPlan(
     total_steps=20, warmup_steps=5, steps_per_epoch=4, flops_per_image=1.0, fingerprints={}
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tables(tmp_path_factory):
-    return make_tables(tmp_path_factory.mktemp("tables"))
 
 
 class TestRates:

@@ -29,10 +29,10 @@ from pipelines.training.run_dir import RunDir
 from pipelines.training.tokenizer_run import begin, make_plan
 from pipelines.training.tokenizer_step import build_tokenizer, sample_order
 from pipelines.training.vqkd_learner import Vqkd
-from tests.pipelines.test_pretrain_objectives import free_port
 from tests.pipelines.test_train_tokenizer import Interrupted, interrupt_at, replaced
 from tests.pipelines.tokenizer_fixtures import disc, image_table
 from tests.pipelines.vqkd_fixtures import MEAN, STD, make_teacher, vqkd_settings
+from tests.servers import free_port
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from beit.weights import load_weights, read_weights_config, save_weights
 from pipelines import pretrain, storage
 from pipelines.errors import InputError
 from pipelines.training.objective import build_objective, warm_start
-from tests.pipelines.pretrain_fixtures import make_tables, small_config
+from tests.pipelines.pretrain_fixtures import small_config
 
 SMALL = {
     "image_size": 32,
@@ -27,11 +27,6 @@ SMALL = {
     "layer_scale_init": 0.1,
 }
 PLAIN = {**SMALL, "absolute_positions": True, "relative_positions": "none"}
-
-
-@pytest.fixture(scope="module")
-def tables(tmp_path_factory):
-    return make_tables(tmp_path_factory.mktemp("tables"))
 
 
 def network(cls=BeitMIM, **changes):
