@@ -92,20 +92,21 @@ def run(config: ImportTokenizerConfig) -> ImportTokenizerResult:
     if config.decoder:
         decoder_file, decoder = _read(config.decoder, "decoder", "decoder", config.decoder_sha256)
         files.append(decoder_file)
-    source = {
-        "stage": STAGE,
-        "files": [{**asdict(file), "uri": file.uri.rpartition("/")[2]} for file in files],
-        "image_size": config.image_size,
-    }
-    if (manifest := _found(output, source)) is not None:
-        return _result(output, manifest, files, already_done=True)
     try:
         if encoder_file.role == VQKD:
             tokenizer = _vqkd(encoder, config)
         else:
-            tokenizer = tokenizer_from(encoder, decoder, image_size=config.image_size)
+            size = config.image_size or DALLE_SIZE
+            tokenizer = tokenizer_from(encoder, decoder, image_size=size)
     except ValueError as error:
         raise InputError(f"source = {config.source}: {error}") from error
+    source = {
+        "stage": STAGE,
+        "files": [{**asdict(file), "uri": file.uri.rpartition("/")[2]} for file in files],
+        "image_size": tokenizer.image_size,
+    }
+    if (manifest := _found(output, source)) is not None:
+        return _result(output, manifest, files, already_done=True)
     with lease.held(output, config.lease, stage=STAGE) as holder:
         # Who had the lease before may have finished it.
         already_done = (manifest := _found(output, source)) is not None
@@ -203,13 +204,7 @@ def _vqkd(tensors: dict[str, Tensor], config: ImportTokenizerConfig) -> ImageTok
         raise InputError(
             f"decoder = {config.decoder}: VQ-KD decodes to features, not to pictures; leave it out"
         )
-    tokenizer = vqkd_from(tensors)
-    if config.image_size not in (DALLE_SIZE, tokenizer.image_size):
-        raise InputError(
-            f"image_size = {config.image_size}: this VQ-KD is made for {tokenizer.image_size}; "
-            "leave it out"
-        )
-    return tokenizer
+    return vqkd_from(tensors, image_size=config.image_size)
 
 
 def _result(

@@ -21,9 +21,10 @@ class ImportTokenizerConfig:
     """URI of the tokenizer directory."""
     decoder: str = ""
     """Path or URI of decoder.pkl, for pictures of tokens; empty: none. Labels do not need it."""
-    image_size: Annotated[int, Ge(8)] = 112
-    """DALL-E: side of the square token view, in pixels; the grid is image_size / 8. BEiT uses 112
-    for patches of 16 at 224. VQ-KD's is in its file."""
+    image_size: Annotated[int | None, Ge(8)] = None
+    """Side of the square token view, in pixels. DALL-E: 112 if null, as BEiT has it for patches of
+    16 at 224; the grid is image_size / 8. VQ-KD: null is the size in its file; for another one
+    positions are interpolated as the official code does."""
     source_sha256: str = ""
     """SHA-256 that the source must have; empty: any. The hash is recorded in either case."""
     decoder_sha256: str = ""
@@ -37,8 +38,6 @@ class ImportTokenizerConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        remedy = "must be a multiple of 8, the stride of DALL-E"
-        require(self.image_size % 8 == 0, "image_size", self.image_size, remedy)
         for name in ("source_sha256", "decoder_sha256"):
             value = getattr(self, name)
             hexadecimal = len(value) == 64 and set(value.lower()) <= set("0123456789abcdef")

@@ -49,10 +49,20 @@ class PeerTransformer(nn.Module):
 
     def forward(self, x):
         x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)
-        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1) + self.pos_embed
+        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
+        x = x + self.positions(round((x.shape[1] - 1) ** 0.5))
         for block in self.blocks:
             x = block(x)
         return self.fc_norm(x[:, 1:])
+
+    def positions(self, side):
+        """Upstream's `interpolate_pos_encoding`, with its tenth of a patch."""
+        old = round((self.pos_embed.shape[1] - 1) ** 0.5)
+        if side == old:
+            return self.pos_embed
+        cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:].mT.unflatten(2, (old, old))
+        patches = F.interpolate(patches, scale_factor=((side + 0.1) / old,) * 2, mode="bicubic")
+        return torch.cat((cls, patches.flatten(2).mT), dim=1)
 
 
 class PeerQuantizer(nn.Module):
@@ -94,7 +104,6 @@ class PeerVqkd(nn.Module):
         self.quantize = PeerQuantizer(codes, code_dim, decay)
         self.encode_task_layer = self.task(dim, code_dim)
         self.decode_task_layer = self.task(dim, out_dim)
-        self.side = size // patch
 
     @staticmethod
     def task(dim, out_dim):
@@ -103,7 +112,8 @@ class PeerVqkd(nn.Module):
     def encode(self, pixels):
         """Pixels in [0, 255]."""
         states = self.encode_task_layer(self.encoder(pixels / 127.5 - 1))
-        maps = states.transpose(1, 2).unflatten(2, (self.side, self.side))
+        side = round(states.shape[1] ** 0.5)
+        maps = states.transpose(1, 2).unflatten(2, (side, side))
         return self.quantize(maps)
 
     def tokens(self, pixels):

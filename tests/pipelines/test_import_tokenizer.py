@@ -125,6 +125,8 @@ def test_again_and_into_another(published, tmp_path):
         run(dataclasses.replace(config, source=str(directory / "new-encoder.pkl")))
     with pytest.raises(InputError, match="holds another tokenizer"):
         run(dataclasses.replace(config, image_size=64))
+    with pytest.raises(InputError, match=r"image_size 100 is not a multiple of .* 8: choose 96"):
+        run(dataclasses.replace(config, image_size=100))
 
 
 def test_demanded_hashes(published, tmp_path):
@@ -232,7 +234,7 @@ def test_bad_settings_are_named():
         with pytest.raises(InputError, match=f"{empty} = '': give a path or URI"):
             run(config)
     for changes, message in (
-        ({"image_size": 100}, "image_size = 100"),
+        ({"image_size": 4}, "image_size = 4"),
         ({"num_images": 0}, "num_images = 0"),
         ({"source_sha256": "abc"}, "source_sha256 = 'abc'"),
         ({"decoder_sha256": "0" * 64}, "set decoder as well"),

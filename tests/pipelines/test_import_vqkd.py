@@ -52,6 +52,18 @@ def test_tokens_are_those_of_upstream(published, tmp_path, name):
     assert run(settings(directory / name, tmp_path / "out")).already_done
 
 
+@pytest.mark.parametrize("size", [32, 64, 112])
+def test_at_another_size_too(published, tmp_path, size):
+    directory, model = published
+    result = run(settings(directory / "mirror.pth", tmp_path / "out", image_size=size))
+    assert result.grid_size == (size // 8, size // 8)
+    images = pictures().repeat(1, 1, 4, 4)[:, :, :size, :size]
+    found = tokenizer_store.load(result.output).encode(images)
+    assert torch.equal(found, model.tokens(images.float()))
+    with pytest.raises(InputError, match="holds another tokenizer"):
+        run(settings(directory / "mirror.pth", tmp_path / "out", image_size=40))
+
+
 def test_it_is_scored_and_shown_by_patches(published, tmp_path):
     directory, _ = published
     table = image_table(str(tmp_path / "images"), [disc(seed) for seed in range(12)])
@@ -67,8 +79,8 @@ def test_what_does_not_fit_is_named(published, tmp_path):
     source = directory / "mirror.pth"
     with pytest.raises(InputError, match=r"decoder = .*: it holds a VQ-KD tokenizer, not a decod"):
         run(settings(source, tmp_path / "out", decoder=str(source)))
-    with pytest.raises(InputError, match=r"image_size = 64: this VQ-KD is made for 32; leave"):
-        run(settings(source, tmp_path / "out", image_size=64))
+    with pytest.raises(InputError, match=r"source = .*: image_size 20 is not .*: choose 16"):
+        run(settings(source, tmp_path / "out", image_size=20))
 
     def refused(match, **tensors):
         state = {name: value for name, value in (model.state_dict() | tensors).items()
