@@ -35,10 +35,11 @@ class Progress:
         self.start = time.monotonic()
         self.printed = self.start
         self.width = 0
+        self.told = False
 
     def update(self, done: int, **fields: object) -> None:
         """States that `done` units (in total) are finished; `fields` are shown at the end."""
-        self.done = done
+        self.done, self.told = done, False
         self.fields |= {name: str(value) for name, value in fields.items()}
         if time.monotonic() - self.printed >= self.every:
             self._print()
@@ -46,16 +47,18 @@ class Progress:
     def counted_from(self, done: int, seconds_ago: float) -> None:
         """Rate and estimate speak of what was done after `done`, in so many seconds up to now."""
         self.initial, self.start = done, time.monotonic() - seconds_ago
+        self.told = False
 
     def close(self) -> None:
-        """Prints the last state and ends the line."""
-        self._print()
+        """Prints the last state, unless it stands there, and ends the line."""
+        if not self.told:
+            self._print()
         if self.on_terminal:
             self.stream.write("\n")
             self.stream.flush()
 
     def _print(self) -> None:
-        self.printed = time.monotonic()
+        self.printed, self.told = time.monotonic(), True
         elapsed = self.printed - self.start
         meter = tqdm.format_meter(
             n=self.done,

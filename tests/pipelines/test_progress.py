@@ -26,6 +26,14 @@ def test_starting_up_is_in_no_rate():
     assert re.search(r"\[00:02<00:18, +[45]\.\d+ images/s\]", last_line(progress))
 
 
+def test_the_last_state_is_printed_once():
+    progress = Progress(2, "x", "images", stream=io.StringIO(), log_every=0)
+    progress.update(1)
+    progress.update(2)
+    progress.close()
+    assert re.findall(r"(\d)/2", progress.stream.getvalue()) == ["1", "2"]
+
+
 def test_a_training_counts_its_steps_from_its_own_books(tmp_path, capsys):
     run = RunDir(str(tmp_path / "run"))
     thread = ProgressThread(run, "pretrain", total_steps=100, start_step=40)
