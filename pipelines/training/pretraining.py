@@ -10,6 +10,7 @@ from pipelines import storage
 from pipelines.config.pretrain import PretrainConfig
 from pipelines.errors import InputError
 from pipelines.reading.ingest import TrainingTables
+from pipelines.steps import say_step
 from pipelines.tables import tokenizer_store
 from pipelines.tables.image_table import ImageTable
 from pipelines.tables.token_table import TokenTable
@@ -88,6 +89,11 @@ def plan_run(config: PretrainConfig) -> tuple[TrainingTables, PretrainPlan]:
     check_workers(config)
     check_tokenizer(config, tables)
     check_probe(config, tables)
+    if config.objective.kind == "mae" and config.model.layer_scale_init:
+        say_step(
+            f"model.layer_scale_init = {config.model.layer_scale_init}: MAE has no layer scale, so "
+            "beit export --format mae will refuse this run; null is MAE's own"
+        )
     return tables, plan
 
 
