@@ -113,6 +113,14 @@ class Mlp(nn.Module):
         return out
 
 
+class BlockNorm(nn.LayerNorm):
+    """A layer norm that computes in the type of its input: weights may be gathered in another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block with optional layer scale and drop-path."""
 
@@ -128,9 +136,9 @@ class Block(nn.Module):
         own_bias_grid: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm1 = BlockNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, num_heads, own_bias_grid)
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm2 = BlockNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, hidden_dim)
         self.drop_path = drop_path
         self.gamma_1: nn.Parameter | None = None

@@ -104,7 +104,11 @@ def train_loop(  # noqa: PLR0915
     ).to(world.device)
     network = classification.network  # what is optimised and checkpointed
     wrapped = wrap_model(
-        classification, world, strategy=config.scaling.strategy, compiled=config.scaling.compile
+        classification,
+        world,
+        strategy=config.scaling.strategy,
+        compiled=config.scaling.compile,
+        precision=precision,
     )
     decay, layer_decay = config.optim.weight_decay, config.optim.layer_decay
     optimizer = adamw(parameter_groups(network, decay, layer_decay=layer_decay), config.optim)

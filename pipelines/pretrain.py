@@ -5,6 +5,7 @@ by Ray Train workers, or right here for `scaling.num_workers = 0`. `train_loop` 
 one worker, in the order in which things happen. See docs/pretrain.md.
 """
 
+import copy
 import time
 from collections.abc import Callable
 
@@ -21,6 +22,7 @@ from pipelines.training.distributed import (
     autocast,
     check_device,
     resolve_precision,
+    unsharded,
     without_sync,
     wrap_model,
 )
@@ -97,10 +99,12 @@ def train_loop(  # noqa: PLR0915
     objective = build_objective(config, vocab_size)
     if config.init:
         warm_start(config, objective.network)
+    strategy, compiled = config.scaling.strategy, config.scaling.compile
+    spare = copy.deepcopy(objective) if strategy == "fsdp" else None
     objective = objective.to(world.device)
     model = objective.network  # what is optimised and checkpointed
     wrapped = wrap_model(
-        objective, world, strategy=config.scaling.strategy, compiled=config.scaling.compile
+        objective, world, strategy=strategy, compiled=compiled, precision=precision
     )
     optimizer = adamw(parameter_groups(model, config.optim.weight_decay), config.optim)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -185,12 +189,13 @@ def train_loop(  # noqa: PLR0915
             state.checkpoint()
 
             # Probe and pictures.
-            with books.spend("evaluation"):
-                if at_probe:
-                    prober.run(objective, log, state.step)
-                if at_pictures:
-                    fixed.log_pictures(objective, log, state.step)
-                    prober.log_curve(log, state.step)
+            if at_probe or at_pictures:
+                with books.spend("evaluation"), unsharded(objective, spare) as seen:
+                    if at_probe:
+                        prober.run(seen, log, state.step)
+                    if at_pictures:
+                        fixed.log_pictures(seen, log, state.step)
+                        prober.log_curve(log, state.step)
         prober.tell_left_out(log, state.step)
 
         # --- The end: the encoder as later stages load it, and nothing left in flight.

@@ -7,7 +7,7 @@ by the number of workers, and hide what is wrapped.
 import contextlib
 import functools
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from beit.mae import PixelLoss
-from beit.objectives import TokenLoss
+from beit.objectives import Objective, TokenLoss
 from beit.vit import Block
 from pipelines.config import common
 from pipelines.errors import InputError
@@ -163,16 +163,19 @@ def autocast(world: World, precision: str) -> torch.autocast:
     return torch.autocast(world.device.type, low, enabled=low is not None)
 
 
-def wrap_model(model: nn.Module, world: World, *, strategy: str, compiled: bool) -> nn.Module:
+def wrap_model(
+    model: nn.Module, world: World, *, strategy: str, compiled: bool, precision: str = "float32"
+) -> nn.Module:
     """The model as training calls it: DDP, FSDP2, or itself; compiled first if asked for.
 
     Gradients are summed over workers, not averaged: the loss is already a share of the global
-    mean. With FSDP2 the parameters of `model.network` become sharded.
+    mean. With FSDP2 the parameters of `model.network` become sharded, and blocks are gathered in
+    `precision` (see `autocast`).
     """
     if compiled:
         _compile(model)
     if strategy == "fsdp":
-        _shard(model.get_submodule("network"), world)
+        _shard(model.get_submodule("network"), world, precision)
         return model
     if not world.grouped:
         return model
@@ -223,19 +226,46 @@ def _sum_in_rank_order(size: int, bucket: GradBucket) -> torch.futures.Future[Te
     )
 
 
-def _shard(network: nn.Module, world: World) -> None:
+def _shard(network: nn.Module, world: World, precision: str) -> None:
+    """In bf16, weights of blocks are gathered as autocast would round them: half of the traffic.
+
+    Shards are float32, and so are gradients when they are summed, and what enters a block. In fp16
+    the gradients of what is small (layer scale) would overflow sooner than those of matrices.
+    """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(world.device.type, (world.size,))
+    policy = MixedPrecisionPolicy(
+        torch.bfloat16 if precision == "bf16" else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
     for block in [module for module in network.modules() if isinstance(module, Block)]:
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(network, mesh=mesh)
-    register_fsdp_forward_method(network, "pooled_blocks")
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+
+
+@contextlib.contextmanager
+def unsharded(objective: Objective, spare: Objective | None) -> Iterator[Objective]:
+    """The objective for probes and pictures: itself, or, where it is sharded, `spare`.
+
+    That is a copy, made before sharding; it gets all weights, in float32, and is on the device for
+    as long as this lasts. All workers must enter.
+    """
+    if spare is None:
+        yield objective
+        return
+    spare.to(next(objective.parameters()).device)
+    with torch.no_grad():
+        for mine, sharded in zip(spare.parameters(), objective.parameters(), strict=True):
+            mine.copy_(whole(sharded))
+    yield spare
+    spare.cpu()
 
 
 def without_sync(model: nn.Module, *, last: bool) -> AbstractContextManager[None]:

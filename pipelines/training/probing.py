@@ -174,11 +174,10 @@ class Prober:
         """Reads this worker's pixels, and takes the room (L, n, d) for their features.
 
         None, told as an event, where a worker has no room: all must know it before they wait for
-        each other in the network.
+        each other.
 
-        Each worker takes neighbouring rows, so that none reads the whole table. All make the same
-        number of passes, for a sharded model waits for everyone: the last row fills up, and what
-        it filled is cut off after gathering.
+        Each worker takes neighbouring rows, so that none reads the whole table. All take as many:
+        the last row fills up, and what it filled is cut off after gathering.
         """
         model, protocol, why = self.config.model, self.config.probe, ""
         share = -(-len(images) // self.world.size)

@@ -3,7 +3,6 @@
 import math
 import multiprocessing
 import shutil
-import socket
 import time
 from pathlib import Path
 
@@ -36,13 +35,15 @@ from tests.pipelines.pretrain_fixtures import (
     Killed,
     dies_after,
     events_of,
-    make_tables,
     metrics_of,
     per_step,
     poison,
     small_config,
     weight_bytes,
 )
+from tests.servers import free_port
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 KINDS = ("beitv2", "mae")
 SECTIONS = {
@@ -68,21 +69,17 @@ def config_for(kind, tables, output, **sections):
     return small_config(tables, output, **{**SECTIONS[kind], **sections})
 
 
+SHORT = {"steps": 6, "warmup_steps": 2}
+
+
+def start_workers(work, arguments, count):
+    """Children of one process that has imported everything once."""
+    multiprocessing.set_forkserver_preload(["pipelines.pretrain", "torch._dynamo"])
+    mp.start_processes(work, arguments, nprocs=count, start_method="forkserver")
+
+
 def losses(uri):
     return [loss for _, (loss, _) in sorted(per_step(uri).items())]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tables(tmp_path_factory):
-    return make_tables(tmp_path_factory.mktemp("tables"))
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -197,21 +194,29 @@ def test_a_probe_does_not_disturb(finished, tables, tmp_path):
 
 def train_as_worker(rank, size, port, tables, root):
     """One of `size` processes that train every objective, without Ray."""
+    world = join(rank, size, port)
+    for kind in KINDS:
+        train(config_for(kind, tables, f"{root}/{kind}", optim=SHORT), world)
+    dist.destroy_process_group()
+
+
+def join(rank, size, port):
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size
     )
-    world = World(rank, size, torch.device("cpu"))
-    for kind in KINDS:
-        config = config_for(kind, tables, f"{root}/{kind}", optim={"steps": 6, "warmup_steps": 2})
-        run = RunDir(config.output)
-        plan = make_plan(config, open_tables(config))
-        if rank == 0:
-            run.begin(config, plan.fingerprints, may_change=MAY_CHANGE)
-        world.barrier()
-        with TrainLog(run, world, launched_at=time.time()) as log:
-            pretrain.train_loop(config, plan, world, log)
-    dist.destroy_process_group()
+    return World(rank, size, torch.device("cpu"))
+
+
+def train(config, world):
+    """What the driver and its workers do, in processes of ours."""
+    run = RunDir(config.output)
+    plan = make_plan(config, open_tables(config))
+    if world.rank == 0:
+        run.begin(config, plan.fingerprints, may_change=MAY_CHANGE)
+    world.barrier()
+    with TrainLog(run, world, launched_at=time.time()) as log:
+        pretrain.train_loop(config, plan, world, log)
 
 
 class TestMae:
@@ -242,6 +247,14 @@ class TestMae:
             pretrain.run(config_for("mae", tables, tmp_path / "run", tokenizer="T"))
         with pytest.raises(InputError, match=r"tokens = .*--objective\.kind mae"):
             pretrain.run(small_config(tables, tmp_path / "run", tokens=[]))
+
+    @pytest.mark.parametrize(("value", "said"), [(0.1, True), (None, False)])
+    def test_layer_scale_which_its_files_cannot_hold_is_told(
+        self, tables, tmp_path, capsys, value, said
+    ):
+        model = {**SECTIONS["mae"]["model"], "layer_scale_init": value}
+        plan_run(config_for("mae", tables, tmp_path / "run", model=model))
+        assert ("layer_scale_init = 0.1: MAE has no layer scale" in capsys.readouterr().err) is said
 
     def test_held_out_images_that_are_not_there_are_refused_at_the_start(self, tables, tmp_path):
         """Pictures and losses want them, whether probes do or not."""
@@ -295,22 +308,12 @@ class Log:
 @pytest.mark.slow
 def test_three_workers_of_which_one_is_idle_have_the_losses_of_one(tables, tmp_path):
     """Equal up to the order of sums in float32; two of three divide the four shards."""
-    # Children of one process that has imported everything once.
-    multiprocessing.set_forkserver_preload(["pipelines.pretrain", "torch._dynamo"])
-    arguments = (3, free_port(), tables, str(tmp_path / "many"))
-    mp.start_processes(train_as_worker, arguments, nprocs=3, start_method="forkserver")
+    start_workers(train_as_worker, (3, free_port(), tables, str(tmp_path / "many")), 3)
     for kind in KINDS:
         output = tmp_path / "one" / kind
-        one = pretrain.run(config_for(kind, tables, output, optim={"steps": 6, "warmup_steps": 2}))
+        one = pretrain.run(config_for(kind, tables, output, optim=SHORT))
         expected, found = per_step(one.run_uri), per_step(str(tmp_path / "many" / kind))
         assert sorted(found) == list(range(6))
         for step, (loss, samples) in found.items():
             assert samples == expected[step][1]
             assert loss == pytest.approx(expected[step][0], abs=5e-5)
-
-
-def free_port():
-    """A TCP port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
