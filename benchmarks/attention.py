@@ -124,7 +124,9 @@ def report(args: argparse.Namespace, device: torch.device) -> str:
         except Exception as refused:  # a way that this device or build has not
             notes[name] = f"not here: {str(refused).strip().splitlines()[0][:120]}"
             continue
-        assert error < TOLERANCE[dtype], f"{name} is off by {error:.2g}"
+        if not error < TOLERANCE[dtype]:
+            notes[name] = f"not measured: off by {error:.2g}"
+            continue
         notes[name] = f"{error:.1e}"
         steps[name] = lambda way=way: results(way, inputs, args.heads)
         steps[name]()

@@ -1,7 +1,7 @@
 """One update of the weights: the rates of its step, loss scale, clipping, and AdamW."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from beit.schedules import warmup_cosine
 from pipelines.config.pretrain import OptimConfig
 from pipelines.training.distributed import clip_gradients
-from pipelines.training.weights_run import TrainPlan
+
+if TYPE_CHECKING:  # a benchmark of `beit` alone takes an update, and no driver
+    from pipelines.training.weights_run import TrainPlan
 
 
 def adamw(groups: Sequence[Mapping[str, Any]], optim: OptimConfig) -> torch.optim.AdamW:
@@ -24,7 +26,7 @@ def adamw(groups: Sequence[Mapping[str, Any]], optim: OptimConfig) -> torch.opti
 
 
 def set_rates(
-    optimizer: torch.optim.Optimizer, optim: OptimConfig, plan: TrainPlan, step: int
+    optimizer: torch.optim.Optimizer, optim: OptimConfig, plan: "TrainPlan", step: int
 ) -> dict[str, float]:
     """Sets what is scheduled, a pure function of the step, and returns it for the log."""
     lr = warmup_cosine(
