@@ -42,7 +42,8 @@ from pipelines.sample_order import SampleOrder
 from pipelines.tables import token_table
 from pipelines.tables.image_files import ImageRow, write_part
 from pipelines.tables.image_table import ImageTable, commit_manifest
-from pipelines.tables.token_files import Identity, TokenFile, encode_file, file_name
+from pipelines.tables.token_files import Identity, encode_file
+from pipelines.tables.unit_files import UnitFile, file_name
 
 POLICY = ViewPolicy(seed=0)
 MASKING = MaskingConfig()
@@ -155,7 +156,7 @@ def write_tables(root: Path, files: list[bytes]) -> tuple[str, str]:
     data = encode_file([row.key for row in rows], tokens, identity)
     name = file_name(part.name, 0, len(files))
     storage.write_bytes(storage.join(tokens_uri, name), data)
-    record = TokenFile(part=0, start=0, stop=len(files), size=len(data), hash=storage.digest(data))
+    record = UnitFile(part=0, start=0, stop=len(files), size=len(data), hash=storage.digest(data))
     manifest = token_table.build_manifest(
         identity=identity, part_names=[part.name], part_rows=[len(files)], files=[record],
         rejected=[], rows_per_unit=len(files), libraries={},

@@ -62,7 +62,8 @@ def drive(directory, rows_per_unit):
     from pipelines import storage, tokenize_images
     from pipelines.tables.image_table import ImageParts
     from pipelines.tables.token_files import Identity
-    from pipelines.tables.token_table import build_manifest, encode_manifest
+    from pipelines.tables.token_table import build_manifest
+    from pipelines.tables.unit_files import encode_manifest
     from pipelines.tokenization.ledger import Ledger, plan_units
     from pipelines.units import UNITS_PER_ROUND
 

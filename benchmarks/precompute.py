@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from beit.images import decode_image, image_digest
 from beit.tokenizers import DalleTokenizer
 from beit.views import ViewPolicy, render, sample_view
-from pipelines import tokenize_images
+from pipelines import tokenize_images, unit_tables
 from pipelines.config.tokenize_images import ActorsConfig, TokenizeConfig
 from pipelines.config.tracking import TrackingConfig
 from pipelines.tables import image_files, image_table, tokenizer_store
@@ -177,18 +177,18 @@ def loop_rate(task, units, tokenizer, output):
 
 def job_rates(config):
     """Views a second of the job in its steady state; seconds until the first unit; shares."""
-    book, times = tokenize_images._book, []
+    book, times = unit_tables.book, []
 
     def timed(outcome, ledger, options):
         times.append((time.monotonic(), dict(outcome.facts["seconds"])))
         return book(outcome, ledger, options)
 
-    tokenize_images._book = timed
+    unit_tables.book = timed
     begin = time.monotonic()
     try:
         result = tokenize_images.run(config)
     finally:
-        tokenize_images._book = book
+        unit_tables.book = book
     # Units of equal size: the first one booked only starts the clock.
     steady = times[-1][0] - times[0][0]
     views = config.rows_per_unit * config.num_views * (len(times) - 1)

@@ -57,6 +57,10 @@ STAGES = {
     "tokenize": _stage(
         "image table and tokenizer to a token table", "tokenize_images:TokenizeConfig"
     ),
+    "render": _stage(
+        "image table to a view table: stored pixels, where decoding is too slow",
+        "render:RenderConfig",
+    ),
     "pretrain": _stage(
         "image table and token tables to a pretrained BEiT",
         "pretrain:PretrainConfig",

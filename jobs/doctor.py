@@ -83,6 +83,10 @@ def _tokenize(config: Any) -> None:
     )
 
 
+def _render(config: Any) -> None:
+    importlib.import_module("pipelines.render").run(dataclasses.replace(config, dry_run=True))
+
+
 def _pretrain(config: Any) -> None:
     pretraining = importlib.import_module("pipelines.training.pretraining")
     pretraining.plan_run(pretraining.with_absolute_uris(config))
@@ -94,7 +98,12 @@ def _finetune(config: Any) -> None:
 
 
 # Stages that can say, without making anything, whether their inputs belong together.
-REHEARSALS = {"tokenize": _tokenize, "pretrain": _pretrain, "finetune": _finetune}
+REHEARSALS = {
+    "tokenize": _tokenize,
+    "render": _render,
+    "pretrain": _pretrain,
+    "finetune": _finetune,
+}
 
 
 if __name__ == "__main__":

@@ -14,13 +14,14 @@ from pipelines.preflight import Bundle, Needs, Place
 # Fields that name what a stage reads, in any section.
 READ = (
     "images", "tokens", "tokenizer", "source", "run", "table", "test", "test_images", "decoder",
-    "teacher", "init", "baseline", "reuse", "reuse_images",
+    "teacher", "init", "baseline", "reuse", "reuse_images", "views",
 )  # fmt: skip
 # The file of an output that is written last.
 LAST = {
     "prepare": "manifest.json",
     "train-tokenizer": "manifest.json",
     "tokenize": "manifest.json",
+    "render": "manifest.json",
     "pretrain": "weights/config.json",
     "finetune": "weights/config.json",
 }

@@ -1,7 +1,8 @@
 """The `audit` stage: is a table still what was written, and would it be written again?
 
 Files are read and hashed; a file that changed is opened to name the row and field. Of an image
-table some images are decoded again; of a token table some tokens are computed again, online.
+table some images are decoded again; of a token table some tokens are computed again, online; of a
+view table some views are rendered again.
 """
 
 from dataclasses import dataclass
@@ -14,13 +15,22 @@ from beit.images import UnusableImage, decode_image, image_digest
 from pipelines import storage
 from pipelines.auditing.files import Findings, check_files, read_sample, sample_files
 from pipelines.auditing.tokens import audit_tokens
+from pipelines.auditing.views import audit_views
 from pipelines.config.audit import AuditConfig
 from pipelines.errors import DamagedFileError, InputError, StageFailed, parsing
 from pipelines.tables.image_files import IMAGE_SCHEMA
 from pipelines.tables.image_table import ImageTable
 from pipelines.tables.token_table import TokenTable
+from pipelines.tables.view_table import ViewTable
 
-Table = TypeVar("Table", ImageTable, TokenTable)
+Table = TypeVar("Table", ImageTable, TokenTable, ViewTable)
+
+# By kind of table: what is done again, and what must be given for it.
+DONE_AGAIN = {
+    "image_table": ("images decoded", ""),
+    "token_table": ("views tokenized", "--images and --tokenizer"),
+    "view_table": ("views rendered", "--images"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +44,16 @@ class AuditResult:
     """Files read and hashed."""
     num_bytes: int
     samples: int
-    """Images decoded again, or views whose tokens were computed again."""
+    """Images decoded again, or views that were rendered or whose tokens were computed again."""
     token_agreement: float
     """Share of the tokens computed again that are those of the table."""
 
     def summary(self) -> str:
         """One line for the user."""
-        done = "images decoded" if self.kind == "image_table" else "views tokenized"
+        done, needs = DONE_AGAIN[self.kind]
         again = f"{self.samples:,} {done} again"
-        if self.kind == "token_table" and not self.samples:
-            again = "no views tokenized again (that needs --images and --tokenizer)"
+        if needs and not self.samples:
+            again = f"no {done} again (that needs {needs})"
         return (
             f"{self.table}: sound. {self.num_files:,} files ({self.num_bytes / 1e6:,.1f} MB) "
             f"re-hashed, {again}"
@@ -80,8 +90,20 @@ def run(config: AuditConfig) -> AuditResult:
             samples=samples,
             token_agreement=agreement,
         )
+    elif kind == "view_table":
+        views = _opened(ViewTable, uri)
+        num_files, num_bytes, samples = audit_views(config, views, findings)
+        result = AuditResult(
+            table=uri,
+            kind=kind,
+            fingerprint=views.fingerprint,
+            num_files=num_files,
+            num_bytes=num_bytes,
+            samples=samples,
+            token_agreement=1.0,
+        )
     else:
-        raise InputError(f"{uri}: kind is {kind!r}; give an image table or a token table")
+        raise InputError(f"{uri}: kind is {kind!r}; give an image, token or view table")
     findings.raise_if_any(uri)
     return result
 

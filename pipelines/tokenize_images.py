@@ -8,18 +8,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from pipelines import lease, storage, tracking
+from pipelines import lease, storage, tracking, unit_tables
 from pipelines.config.checks import flatten
 from pipelines.config.tokenize_images import TokenizeConfig
-from pipelines.errors import InputError, StageFailed
+from pipelines.errors import InputError
 from pipelines.progress import Progress
 from pipelines.steps import ray_is_there, say_step
 from pipelines.tables.image_table import ImageParts
-from pipelines.tables.token_table import TokenTable, build_manifest
+from pipelines.tables.token_files import check_file
+from pipelines.tables.token_table import TokenTable, build_manifest, read_manifest
 from pipelines.tokenization import pool as token_pool
 from pipelines.tokenization import report as token_report
 from pipelines.tokenization import task as token_task
@@ -29,11 +31,8 @@ from pipelines.tokenization.report import TokenizeResult
 from pipelines.tokenization.reuse import Origins, find_origins, older_tables, reused_datasets
 from pipelines.tokenization.task import TokenizeTask
 from pipelines.tokenization.work import Unit
-from pipelines.units import Outcome, counted_attempts, work_uri
-
-SAVE_EVERY_SECONDS = 20.0
-# Units set aside one after the other that end the stage; more where the pool may be large.
-ASIDE_IN_A_ROW = 16
+from pipelines.unit_tables import kept
+from pipelines.units import Outcome, work_uri
 
 
 def run(config: TokenizeConfig, *, start_ray: Callable[[], None] = ray_is_there) -> TokenizeResult:
@@ -92,17 +91,7 @@ def _take_up(config: TokenizeConfig, ledger: Ledger, wanted: dict[str, Any]) -> 
     Raises:
         InputError: the output was made, or begun, with other options.
     """
-    # Other libraries do not unmake a finished table.
-    of_tokens = {name: value for name, value in wanted.items() if name != "libraries"}
-    finished = token_task.finished_manifest(ledger.uri, of_tokens)
-    if finished is None:
-        ledger.refuse_other(wanted)
-        return False
-    ledger.load_manifest(finished)
-    lost = ledger.changed_files()
-    for unit in lost:  # to be made again
-        ledger.forget(unit)
-    return not lost and not (config.retry_rejected and ledger.rejected)
+    return unit_tables.take_up(ledger, wanted, read_manifest, retry_rejected=config.retry_rejected)
 
 
 def _already_done(config: TokenizeConfig, ledger: Ledger) -> TokenizeResult:
@@ -121,7 +110,7 @@ def _tokenize(
     """What is not done, and the table of all of it."""
     unverified = np.zeros(0, np.int64)
     if not ledger.finished:
-        ledger.claim(task.identity, options)
+        ledger.claim(task.identity.to_dict() | options)
         unverified = ledger.load()
     if config.retry_rejected:
         ledger.retry_rejected()
@@ -143,9 +132,10 @@ def _tokenize(
         config.tracking, stage="tokenize", params=params, inputs=inputs, output=task.output
     ) as record:
         if len(unverified):
-            _verify(ledger, unverified, task)
+            check = partial(check_file, task.identity)
+            unit_tables.verify(ledger, unverified, check, num_cpus=task.decode_cpus)
         computed, seconds, reused = _compute(config, task, ledger, images, record)
-        _check_complete(config, ledger)
+        unit_tables.check_complete(ledger, config.max_rejected_units)
         table = _commit(task, ledger, images, config.rows_per_unit, options["libraries"])
         result = _result(config, ledger, table, computed=computed, seconds=seconds, reused=reused)
         record.set_output(
@@ -187,15 +177,6 @@ def _dry_run(task: TokenizeTask, ledger: Ledger, unverified: int) -> TokenizeRes
     )
 
 
-def _verify(ledger: Ledger, unverified: np.ndarray, task: TokenizeTask) -> None:
-    """Takes over files whose receipts were lost with an earlier driver; bad ones are redone."""
-    names = [(int(unit), ledger.units.name(unit), ledger.units.rows(unit)) for unit in unverified]
-    for unit, size, digest in token_pool.verify_files(names, task):
-        if size >= 0:
-            ledger.add(unit, size, digest)
-    ledger.save()
-
-
 def _compute(
     config: TokenizeConfig,
     task: TokenizeTask,
@@ -216,11 +197,11 @@ def _compute(
     meter = token_report.Meter(record)
     progress = Progress(images.num_rows, "tokenize", "images", initial=ledger.rows_settled)
     gate = Gate(config, task, ledger)
-    begin = saved = time.monotonic()
+    begin = time.monotonic()
     if len(todo):
         say_step("waiting for the first unit: encoders start")
     computed = reused = 0
-    try:
+    with kept(ledger, progress, images.num_rows):
         gate.check()
         for outcome in _outcomes(task, ledger.units, gate.first(todo), images, origins):
             if not computed and outcome.facts:  # starting up belongs to no rate
@@ -228,62 +209,21 @@ def _compute(
                 progress.counted_from(before, time.monotonic() - begin)
             if outcome.suspect:
                 gate.skip(outcome.unit)
-            elif _book(outcome, ledger, config):
+            elif unit_tables.book(outcome, ledger, config.max_rejected_units):
                 computed += 1
                 reused += outcome.facts["reused"]
-                _check_shared(task, ledger, outcome.unit)
             meter.add(outcome, ledger.units.rows(outcome.unit))
             progress.update(
                 ledger.rows_settled, rejected=len(ledger.rejected), waiting=meter.waiting()
             )
-            if time.monotonic() - saved > SAVE_EVERY_SECONDS:
-                ledger.save()
-                saved = time.monotonic()
+            ledger.save_now_and_then()
             gate.check()
         gate.check(last=True)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"{ledger.rows_done:,} of {images.num_rows:,} images are done; the same command goes "
-            "on from here."
-        ) from None
-    finally:
-        ledger.save()
-        progress.close()
-        meter.flush()
+    meter.flush()
     seconds = time.monotonic() - begin
     if computed:
         meter.advise(say)
     return computed, seconds, reused
-
-
-def _book(outcome: Outcome, ledger: Ledger, config: TokenizeConfig) -> int:
-    """Enters an outcome; returns 1 for a unit that was computed."""
-    if outcome.rejected:
-        ledger.reject(outcome.unit, outcome.rejected)
-        if len(ledger.rejected) > config.max_rejected_units:
-            raise StageFailed(_too_many(ledger, config))
-        return 0
-    ledger.add(outcome.unit, outcome.facts["size"], outcome.facts["hash"])
-    return 1
-
-
-def _check_shared(task: TokenizeTask, ledger: Ledger, unit: int) -> None:
-    """Raises InputError where a worker wrote its file to a disk that only its own node sees."""
-    name = ledger.units.name(unit)
-    if storage.is_local(task.output) and not storage.exists(storage.join(task.output, name)):
-        raise InputError(
-            f"output = {task.output}: a worker has written {name}, and it is not there: nodes see "
-            "different disks; use a directory that all of them share, or an object store (s3://)"
-        )
-
-
-def _too_many(ledger: Ledger, config: TokenizeConfig) -> str:
-    unit, reason = next(iter(sorted(ledger.rejected.items())))
-    return (
-        f"max_rejected_units = {config.max_rejected_units}: {len(ledger.rejected)} units have no "
-        f"tokens, the first is {ledger.units.name(unit)} ({reason}); mend the cause and run again "
-        "with --retry_rejected true, or raise --max_rejected_units"
-    )
 
 
 def _outcomes(
@@ -293,32 +233,13 @@ def _outcomes(
     images: ImageParts,
     origins: Origins | None,
 ) -> Iterator[Outcome]:
-    """Outcomes of all units in `todo`, first from the pool, then of those set aside there.
-
-    Raises:
-        InputError, StageFailed: the job cannot go on, or so many in a row were set aside that the
-            trouble is not theirs.
-    """
-    if not len(todo):
-        return
-    aside: list[Outcome] = []
-    in_a_row, most = 0, max(ASIDE_IN_A_ROW, 4 * task.max_actors)
-    with counted_attempts() as attempts:
-        given = (_unit(units, images, unit, origins) for unit in todo)
-        for outcome in token_pool.run_in_pool(given, task, attempts):
-            yield outcome
-            in_a_row = in_a_row + 1 if outcome.suspect else 0
-            if outcome.suspect:
-                aside.append(outcome)
-            if in_a_row >= most:
-                raise StageFailed(
-                    f"{outcome.suspect} (and {in_a_row - 1} units before it); when this is "
-                    "mended, the same command goes on"
-                )
-    if aside:
-        say(f"\n{len(aside)} units were set aside and are now tried alone; {aside[0].suspect}")
-        again = [_unit(units, images, outcome.unit, origins) for outcome in aside]
-        yield from token_pool.run_alone(again, task)
+    return unit_tables.outcomes_of(
+        todo,
+        lambda unit: _unit(units, images, unit, origins),
+        lambda given, attempts: token_pool.run_in_pool(given, task, attempts),
+        lambda aside: token_pool.run_alone(aside, task),
+        workers=task.max_actors,
+    )
 
 
 def _unit(units: Units, images: ImageParts, unit: int, origins: Origins | None) -> Unit:
@@ -330,24 +251,6 @@ def _unit(units: Units, images: ImageParts, unit: int, origins: Origins | None) 
         stop=int(units.stop[unit]),
         reused=origins.runs(first, first + rows) if origins else (),
     )
-
-
-def _check_complete(config: TokenizeConfig, ledger: Ledger) -> None:
-    """Every unit has a file of the size in its receipt, or was rejected with leave to be."""
-    if len(ledger.rejected) > config.max_rejected_units:
-        raise StageFailed(_too_many(ledger, config))
-    changed = ledger.changed_files()
-    for unit in changed:
-        ledger.forget(unit)
-    todo = ledger.todo()
-    if len(todo):
-        raise StageFailed(
-            f"{ledger.uri}: {len(todo)} of {len(ledger.units)} units have no file of the size that "
-            f"was written, the first is {ledger.units.name(todo[0])}; the same command makes them "
-            "again"
-        )
-    if not ledger.done.any():
-        raise StageFailed(f"{ledger.uri}: every unit was rejected; there is no table to make")
 
 
 def _commit(

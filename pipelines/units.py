@@ -1,4 +1,4 @@
-"""The runner of units: what `prepare` and `tokenize` share.
+"""The runner of units: what `prepare`, `tokenize` and `render` share.
 
 A stage cuts its work into units. Each becomes files whose names and bytes follow from the unit
 alone, so that doing it twice, here or by a second driver, does no harm. The driver gives units

@@ -118,7 +118,7 @@ def _search_file(table: TokenTable, index: int, online: _Online | None, findings
     """Names row and field of a file that is not what was written, as far as it can be read."""
     name, span = table.file_name(index), table.file_rows(index)
     data = storage.read_bytes(storage.join(table.uri, name))
-    whole, difference = check_file(data, table.identity, len(span))
+    whole, difference = check_file(table.identity, data, len(span))
     if difference:
         findings.add(f"{name}: {difference} (file != manifest)")
     elif not whole:

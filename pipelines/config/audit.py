@@ -11,15 +11,15 @@ class AuditConfig:
     """Reads a table again and checks that it is what its manifest says."""
 
     table: str
-    """URI of an image table or a token table."""
+    """URI of an image table, a token table or a view table."""
     images: str = ""
-    """Image table of a token table. Empty: keys and tokens are not compared with the images."""
+    """Image table of a token table or view table. Empty: those are not compared with the images."""
     tokenizer: str = ""
     """Tokenizer of a token table. Empty: tokens are not computed again."""
     share: Annotated[float, Gt(0), Le(1)] = 1.0
     """Share of the files that is read; 1 reads all, 0.01 is a sample of one in a hundred."""
     samples: Annotated[int, Ge(0)] = 200
-    """Images of a table that are decoded again, or views whose tokens are computed again."""
+    """Images of a table that are decoded again, or views that are rendered or tokenized again."""
     min_agreement: Annotated[float, Gt(0), Le(1)] = 1.0
     """Least share of tokens that come out the same. Below 1 only for an audit on another kind of
     device than the tokens were made on."""

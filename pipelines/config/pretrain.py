@@ -13,11 +13,12 @@ from pipelines.config.protocol import ProtocolConfig
 from pipelines.config.tracking import TrackingConfig
 
 # What a resumed run may change: how it is computed, watched and reported. Everything else decides
-# what is computed, and a change to it asks for another run directory. `images`, `tokens` and `init`
-# may move to another URI: their fingerprints are compared instead.
+# what is computed, and a change to it asks for another run directory. `images`, `tokens`, `views`
+# and `init` may move to another URI: their fingerprints are compared instead.
 MAY_CHANGE = (
     "images",
     "tokens",
+    "views",
     "tokenizer",
     "init",
     "name",
@@ -290,10 +291,13 @@ CROPS = ViewPolicy(min_area=0.2, brightness=0.0, contrast=0.0, saturation=0.0)
 class PretrainConfig:
     """Masked image modelling, on visual tokens that a token table holds or on pixels."""
 
-    images: str
-    """URI of the image table."""
+    images: str = ""
+    """URI of the image table; may be left out where `views` are given."""
     tokens: list[str] = field(default_factory=list)
     """URIs of one or more token tables of that image table; more tables add views. None for mae."""
+    views: list[str] = field(default_factory=list)
+    """URIs of view tables (`beit render`) of the same images and views, whose pixels are read in
+    place of the images. None: images are decoded and rendered as training goes."""
     output: str
     """URI of the run directory. The same one continues the run."""
     name: str = ""
@@ -312,7 +316,7 @@ class PretrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     policy: ViewPolicy = field(default_factory=lambda: CROPS)
-    """The views of mae, a new one each epoch; token tables bring their own."""
+    """The views of mae, a new one each epoch or those of `views`; token tables bring their own."""
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -346,6 +350,12 @@ class PretrainConfig:
                 self.policy,
                 "token tables bring their own views (beit tokenize --policy...); leave it out",
             )
+        require(
+            bool(self.images or self.probe.images) or not (self.views and self.probe.every_steps),
+            "probe.every_steps",
+            self.probe.every_steps,
+            "probes need images, and views stand for those; name images or probe.images, or give 0",
+        )
         common.check_shards(self.data, self.scaling)
 
 

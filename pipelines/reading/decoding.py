@@ -17,6 +17,7 @@ from pipelines.config.pretrain import MaskingConfig
 from pipelines.errors import InputError
 from pipelines.reading.encoded_rows import EncodedRows
 from pipelines.reading.pixels import Output, drawn, render_encoded
+from pipelines.tables.view_files import decode_view
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class RenderSpec:
     grid_size: tuple[int, int]
     seed: int
     """Of masks and augmentations."""
+    form: str | None = None
+    """How the rows' views are stored; None where they are whole images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +83,7 @@ def render_rows(
     """Decode and render rows. The same bits wherever and in whatever company it runs.
 
     Raises:
-        InputError: an image does not decode, which `prepare` has excluded: the table is damaged.
+        InputError: an image or a stored view does not decode: the table is damaged.
     """
     started = time.perf_counter()
     count, size = len(images), spec.image_size
@@ -93,14 +96,17 @@ def render_rows(
     masks = np.zeros((count, spec.grid_size[0] * spec.grid_size[1]), np.bool_)
     erasures: list[Erasure | None] = [None] * count
     for i, (data, digest, key) in enumerate(zip(images, digests, keys, strict=True)):
-        view = drawn(spec.policy, int(views[i]))
-        rendered = render_encoded(data, digest, [view], outputs, key=key)
-        patch_view = rendered[0]
-        if spec.augment is not None:
-            patch_view, erasures[i] = augmented(patch_view, digest, epoch, spec)
-        pixels[i] = patch_view.transpose(2, 0, 1)
-        if token_pixels is not None:
-            token_pixels[i] = rendered[1].transpose(2, 0, 1)
+        if spec.form is not None:
+            pixels[i] = decode_view(data, spec.form, size, key=key)
+        else:
+            view = drawn(spec.policy, int(views[i]))
+            rendered = render_encoded(data, digest, [view], outputs, key=key)
+            patch_view = rendered[0]
+            if spec.augment is not None:
+                patch_view, erasures[i] = augmented(patch_view, digest, epoch, spec)
+            pixels[i] = patch_view.transpose(2, 0, 1)
+            if token_pixels is not None:
+                token_pixels[i] = rendered[1].transpose(2, 0, 1)
         if spec.masking is not None:
             masks[i] = mask_of(
                 digest,

@@ -1,4 +1,4 @@
-"""Rows of an image table and of its token tables, read together and checked against each other.
+"""Rows of an image table and of its sidecars, read together and checked against each other.
 
 What comes out is still encoded: decoding waits until a batch needs the row, so that a large
 shuffle window costs little memory.
@@ -17,6 +17,7 @@ from beit.views import ViewPolicy, view_of
 from pipelines.errors import InputError
 from pipelines.tables.image_table import ImageTable
 from pipelines.tables.token_table import TokenTable, check_together
+from pipelines.tables.view_table import ImagesOfViews, ViewTable, check_windows, read_shown
 
 COLUMNS = ("key", "image", "digest")
 # Row groups that neighbouring reads share (small images: many reads) are kept up to this size.
@@ -31,7 +32,7 @@ class EncodedRows:
     """int64 (n,): global row ids."""
     keys: list[str]
     images: list[bytes]
-    """Encoded, as in the table."""
+    """Encoded, as in the table: whole images, or stored views."""
     digests: list[bytes]
     views: np.ndarray
     """int64 (n,): the view of each row in this epoch."""
@@ -85,35 +86,57 @@ class EncodedRows:
 class TrainingTables:
     """An image table with the token tables that belong to it; safe to share by threads.
 
-    Made by `open_training_tables`. ``views`` are all view indices that have tokens, ascending;
-    empty without token tables, when every epoch draws a view of its own.
+    Made by `open_training_tables`. ``views`` are all view indices that have tokens or stored
+    pixels, ascending; empty without either, when every epoch draws a view of its own. With stored
+    views no image is read, and ``images`` may be None.
     """
 
     def __init__(
         self,
-        images: ImageTable,
+        images: ImageTable | None,
         tokens: Sequence[TokenTable],
         policy: ViewPolicy,
         *,
+        stored: Sequence[ViewTable] = (),
         labelled: bool = False,
     ) -> None:
-        self.images = images
+        self._images = images
         self.labelled = labelled
         self.tokens = tuple(sorted(tokens, key=lambda table: table.views.start))
+        self.stored = tuple(sorted(stored, key=lambda table: table.views.start))
         self.policy = policy
-        self.views = np.array([view for table in self.tokens for view in table.views], np.int64)
-        self._row_groups: OrderedDict[int, pa.Table] = OrderedDict()
+        sidecars = self.tokens or self.stored
+        self.views = np.array([view for table in sidecars for view in table.views], np.int64)
+        self._row_groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
         self._lock = threading.Lock()
+
+    @property
+    def images(self) -> ImageTable:
+        """The image table, where it was opened."""
+        assert self._images is not None, "only view tables were opened"
+        return self._images
+
+    @property
+    def of(self) -> ImageTable | ImagesOfViews:
+        """Address, fingerprint and number of rows of the images."""
+        return self.stored[0].images if self._images is None else self._images
 
     @property
     def num_rows(self) -> int:
         """Rows of the image table."""
-        return self.images.num_rows
+        return self.of.num_rows
 
     @property
     def row_group_sizes(self) -> np.ndarray:
         """int64: what `SampleOrder` starts from."""
+        if self.stored:
+            return self.stored[0].image_row_groups
         return self.images.row_groups.sizes
+
+    @property
+    def form(self) -> str | None:
+        """How views are stored; None where images are decoded."""
+        return self.stored[0].identity.form if self.stored else None
 
     @property
     def grid_size(self) -> tuple[int, int] | None:
@@ -127,10 +150,12 @@ class TrainingTables:
 
     def fingerprints(self) -> dict[str, str | list[str]]:
         """Identity of everything that is read, for checkpoints and lineage."""
-        values: dict[str, str | list[str]] = {"images": self.images.fingerprint}
+        values: dict[str, str | list[str]] = {"images": self.of.fingerprint}
         if self.tokens:
             values["tokens"] = [table.fingerprint for table in self.tokens]
             values["tokenizer"] = self.tokens[0].tokenizer_fingerprint
+        if self.stored:
+            values["views"] = [table.fingerprint for table in self.stored]
         return values
 
     def read(self, start: int, stop: int, epoch: int) -> EncodedRows:
@@ -139,7 +164,7 @@ class TrainingTables:
         Raises:
             InputError: a token table holds other keys than the image table there.
         """
-        table = self._read_images(start, stop)
+        table = self._read_images(start, stop, epoch)
         keys = table["key"].to_pylist()
         digests = table["digest"].to_pylist()
         views = np.array([view_of(digest, epoch, self.views) for digest in digests], np.int64)
@@ -179,25 +204,30 @@ class TrainingTables:
         )
         raise InputError(
             f"{table.uri}: key of row {start + row} is {token_key!r}, but {key!r} in the image "
-            f"table {self.images.uri}: the tokens are of other images; run `beit audit`, then "
+            f"table {self.of.uri}: the tokens are of other images; run `beit audit`, then "
             "tokenize again"
         )
 
-    def _read_images(self, start: int, stop: int) -> pa.Table:
-        positions = self.images.row_groups.overlapping(start, stop)
-        table = pa.concat_tables([self._row_group(position) for position in positions])
-        return table.slice(start - int(self.images.row_groups.starts[positions[0]]), stop - start)
+    def _read_images(self, start: int, stop: int, epoch: int) -> pa.Table:
+        groups = self.stored[0].row_groups if self.stored else self.images.row_groups
+        positions = groups.overlapping(start, stop)
+        table = pa.concat_tables([self._row_group(position, epoch) for position in positions])
+        return table.slice(start - int(groups.starts[positions[0]]), stop - start)
 
-    def _row_group(self, position: int) -> pa.Table:
+    def _row_group(self, position: int, epoch: int) -> pa.Table:
+        shown = epoch % len(self.views) if self.stored else 0
         with self._lock:
-            table = self._row_groups.get(position)
+            table = self._row_groups.get((position, shown))
             if table is not None:
-                self._row_groups.move_to_end(position)
+                self._row_groups.move_to_end((position, shown))
                 return table
-        columns = (*COLUMNS, "label") if self.labelled else COLUMNS
-        table = self.images.read_row_group(position, columns)
+        if self.stored:
+            table = read_shown(self.stored, position, shown)
+        else:
+            columns = (*COLUMNS, "label") if self.labelled else COLUMNS
+            table = self.images.read_row_group(position, columns)
         with self._lock:
-            self._row_groups[position] = table
+            self._row_groups[position, shown] = table
             total = sum(kept.nbytes for kept in self._row_groups.values())
             while total > ROW_GROUP_CACHE_BYTES:
                 total -= self._row_groups.popitem(last=False)[1].nbytes
@@ -208,6 +238,8 @@ def open_training_tables(
     images_uri: str,
     token_uris: Sequence[str] = (),
     *,
+    view_uris: Sequence[str] = (),
+    image_size: int = 0,
     policy: ViewPolicy | None = None,
     labelled: bool = False,
     grid_size: tuple[int, int] | None = None,
@@ -216,22 +248,26 @@ def open_training_tables(
 ) -> TrainingTables:
     """Open an image table with token tables of the same images, tokenizer and view policy.
 
-    ``policy``, ``grid_size``, ``vocab_size`` and ``tokenizer_fingerprint`` are what the caller
-    relies on, where it does. Without token tables ``policy`` is needed: it draws the views. With
-    ``labelled`` labels are read, too, which all rows must have.
+    With ``view_uris`` pixels come from view tables of the same images, policy and views, of
+    ``image_size``; then ``images_uri`` may be empty. ``policy``, ``grid_size``, ``vocab_size`` and
+    ``tokenizer_fingerprint`` are what the caller relies on, where it does. Without token tables
+    ``policy`` is needed: it draws the views. With ``labelled`` labels are read, too, which all
+    rows must have.
 
     Raises:
         InputError: a table is missing, unfinished, altered, stale or of something else than the
             others; the message names the field and both values. Labels are asked for, and
             images have none.
     """
-    images = ImageTable.open(images_uri)
-    if labelled:
+    stored = [ViewTable.open(uri) for uri in view_uris]
+    images = ImageTable.open(images_uri) if images_uri or not stored else None
+    of = images or stored[0].images
+    if labelled and images is not None:
         check_labelled(images)
     tokens = [TokenTable.open(uri) for uri in token_uris]
     for table in tokens:
         table.check_compatible(
-            images,
+            of,
             grid_size=grid_size,
             vocab_size=vocab_size,
             tokenizer_fingerprint=tokenizer_fingerprint,
@@ -242,7 +278,14 @@ def open_training_tables(
         policy = tokens[0].policy
     elif policy is None:
         raise InputError("tokens: none given, and no view policy to draw views from; give one")
-    return TrainingTables(images, tokens, policy, labelled=labelled)
+    for views in stored:
+        views.check_compatible(
+            image_fingerprint=of.fingerprint, policy=policy, image_size=image_size
+        )
+    tables = TrainingTables(images, tokens, policy, stored=stored, labelled=labelled)
+    if stored:
+        check_windows(tables.stored, tables.views)
+    return tables
 
 
 def check_labelled(images: ImageTable) -> None:

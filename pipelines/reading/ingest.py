@@ -79,7 +79,7 @@ class Counters:
 
     rows_read: int = 0
     bytes_read: int = 0
-    """Encoded images only."""
+    """Encoded images, or stored views, only."""
     read_seconds: float = 0.0
     rows_decoded: int = 0
     decode_seconds: float = 0.0
@@ -142,7 +142,8 @@ def train_batches(
         grid_size: Patches per column and row; needed only without token tables.
         num_threads: Decoding threads (threads executor only).
         prefetch_batches: Batches decoded ahead of the consumer.
-        fast: Patch view within 0.05 grey levels (mean) of the exact one, in two thirds of the time.
+        fast: Patch view within 0.05 grey levels (mean) of the exact one, in two thirds of the time;
+            says nothing where views are stored.
         interpolation: Filter of the exact patch view, where it is not `fast`.
         token_view: Size and filter of the tokenizer's view, to tokenize online.
         pin_memory: Pixels in page-locked memory, for asynchronous copies to CUDA.
@@ -165,6 +166,8 @@ def train_batches(
         raise InputError(f"data.prefetch_batches = {prefetch_batches}: give at least 1")
     if order.num_rows != data.num_rows:
         raise InputError(f"the order is of {order.num_rows} rows, the table has {data.num_rows}")
+    if data.form is not None and (token_view is not None or augment is not None):
+        raise InputError("stored views: tokens and augmentations are made from images alone")
     shards = order.shards_of(rank, num_ranks)
     spec = RenderSpec(
         policy=data.policy,
@@ -177,6 +180,7 @@ def train_batches(
         fill=fill,
         grid_size=grid_size,
         seed=seed,
+        form=data.form,
     )
     return BatchStream(
         data,

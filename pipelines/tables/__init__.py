@@ -1,1 +1,1 @@
-"""The two tables and the tokenizer store: their formats, files and identities."""
+"""The three tables and the tokenizer store: their formats, files and identities."""

@@ -21,6 +21,7 @@ from pipelines import storage
 from pipelines.errors import DamagedFileError, InputError, parsing
 from pipelines.records import Count, Pair
 from pipelines.tables.open_parts import as_written
+from pipelines.tables.unit_files import differing_field
 
 # Rows of one Parquet row group: a reader of a short run fetches little more than it needs.
 ROW_GROUP_ROWS = 256
@@ -116,11 +117,6 @@ def schema(identity: Identity) -> pa.Schema:
     )
 
 
-def file_name(part: str, start: int, stop: int) -> str:
-    """Name of the file of rows [start, stop) of the image part named `part`."""
-    return f"{part.removesuffix('.parquet')}-{start:08d}-{stop:08d}.parquet"
-
-
 def encode_file(
     keys: Sequence[str] | pa.Array, token_ids: NDArray[np.uint16], identity: Identity
 ) -> bytes:
@@ -157,31 +153,6 @@ def encode_file(
     return data
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenFile:
-    """One file of the table."""
-
-    part: int
-    """Index of the image part."""
-    start: int
-    """First row, counted inside the part."""
-    stop: int
-    size: int
-    """Bytes."""
-    hash: str
-    """BLAKE2b-128 of the bytes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RejectedUnit:
-    """A row range without tokens and the reason why."""
-
-    part: int
-    start: int
-    stop: int
-    reason: str
-
-
 @functools.lru_cache(maxsize=4096)
 def _footer(uri: str, content_hash: str) -> pq.FileMetaData:
     # The hash keeps a file made anew at the same place apart from the old one.
@@ -206,18 +177,6 @@ def read_stamp(uri: str, content_hash: str) -> dict[str, Any]:
 
 def _stamp(metadata: Mapping[bytes, bytes]) -> dict[str, Any]:
     return completed(dict(json.loads(metadata[STAMP])))
-
-
-def differing_field(expected: dict[str, Any], found: dict[str, Any]) -> str | None:
-    """`name: expected != found` of the first differing field, or None."""
-    for name in sorted(expected.keys() | found.keys()):
-        left, right = expected.get(name), found.get(name)
-        if left == right:
-            continue
-        if isinstance(left, dict) and isinstance(right, dict):
-            return f"{name}.{differing_field(left, right)}"
-        return f"{name}: {left!r} != {right!r}"
-    return None
 
 
 def read_rows(
@@ -254,7 +213,7 @@ def split_columns(table: pa.Table, identity: Identity) -> tuple[list[str], NDArr
     return table.column("key").to_pylist(), flat.reshape(shape)
 
 
-def check_file(data: bytes, identity: Identity, rows: int) -> tuple[bool, str | None]:
+def check_file(identity: Identity, data: bytes, rows: int) -> tuple[bool, str | None]:
     """Whether `data` is a whole file of `rows` rows, and `field: found != wanted` if it belongs
     to a table of another identity."""
     try:

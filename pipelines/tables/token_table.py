@@ -14,65 +14,36 @@ Every file carries the identity of its table in the Parquet metadata, and the ma
 hash, so that a field changed afterwards is found and named.
 """
 
-import io
 import itertools
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import TypedDict
 
 from beit.views import ViewPolicy
 from pipelines import storage
 from pipelines.errors import InputError, parsing
-from pipelines.records import Count, FileName, Hash, check_values, refuse_other_kinds
-from pipelines.tables.token_files import (
-    Identity,
-    IdentityRecord,
+from pipelines.records import Count, check_values, refuse_other_kinds
+from pipelines.tables.token_files import Identity, IdentityRecord, read_rows, read_stamp
+from pipelines.tables.unit_files import (
+    MANIFEST,
+    FileColumns,
+    PartColumns,
+    RejectedRecord,
     RejectedUnit,
-    TokenFile,
+    UnitFile,
+    UnitTable,
     differing_field,
-    file_name,
-    read_rows,
-    read_stamp,
+    manifest_of,
 )
 
 KIND = "token_table"
 SCHEMA_VERSION = 1
 REMEDY = "the manifest was changed after it was written: tokenize again"
-MANIFEST = "manifest.json"
 # In `token_ids` where a rejected unit left rows without tokens; no vocabulary reaches it.
 MISSING = np.uint16(65535)
 MAX_VOCAB_SIZE = 65535
-
-
-class PartColumns(TypedDict):
-    """The parts of the image table."""
-
-    name: list[FileName]
-    rows: list[Count]
-
-
-class FileColumns(TypedDict):
-    """The files, column by column (`TokenFile`)."""
-
-    part: list[Count]
-    start: list[Count]
-    stop: list[Count]
-    size: list[Count]
-    hash: list[Hash]
-
-
-class RejectedRecord(TypedDict):
-    """A `RejectedUnit`."""
-
-    part: Count
-    start: Count
-    stop: Count
-    reason: str
 
 
 class Manifest(IdentityRecord):
@@ -104,40 +75,21 @@ def build_manifest(
     identity: Identity,
     part_names: Sequence[str],
     part_rows: Sequence[int],
-    files: Iterable[TokenFile],
+    files: Iterable[UnitFile],
     rejected: Sequence[RejectedUnit],
     rows_per_unit: int,
     libraries: dict[str, str],
 ) -> dict[str, Any]:
     """The manifest of a finished table; `files` come in row order."""
-    # Columns instead of one object a file: a fifth of the memory where files are many.
-    columns: dict[str, list[Any]] = {name: [] for name in ("part", "start", "stop", "size", "hash")}
-    for file in files:
-        for name, column in columns.items():
-            column.append(getattr(file, name))
-    manifest: dict[str, Any] = {
+    values = {
         "kind": KIND,
         "schema_version": SCHEMA_VERSION,
         **identity.to_dict(),
         "rows_per_unit": rows_per_unit,
         "libraries": libraries,
         "parts": {"name": list(part_names), "rows": [int(rows) for rows in part_rows]},
-        "files": columns,
-        "rejected": [
-            asdict(unit) for unit in sorted(rejected, key=lambda unit: (unit.part, unit.start))
-        ],
     }
-    return manifest | {"fingerprint": storage.digest(encode_manifest(manifest))}
-
-
-def encode_manifest(manifest: dict[str, Any]) -> bytes:
-    """`storage.canonical_json`, piece by piece: no list of ten million small strings."""
-    encoder = json.JSONEncoder(indent=1, sort_keys=True, ensure_ascii=False)
-    text = io.BytesIO()
-    for piece in encoder.iterencode(manifest):
-        text.write(piece.encode())
-    text.write(b"\n")
-    return text.getvalue()
+    return manifest_of(values, files, rejected)
 
 
 def read_manifest(uri: str) -> dict[str, Any]:
@@ -154,30 +106,15 @@ def read_manifest(uri: str) -> dict[str, Any]:
     return manifest
 
 
-class TokenTable:
+class TokenTable(UnitTable):
     """Reader of a token table. Safe to use from several threads."""
 
+    again = "tokenize again"
+
     def __init__(self, uri: str, manifest: dict[str, Any]) -> None:
-        self.uri = uri
-        self.manifest = manifest
+        super().__init__(uri, manifest)
         self.identity = Identity.from_dict(manifest)
-        self.fingerprint: str = manifest["fingerprint"]
-        self.num_rows = self.identity.num_rows
-        self.views = range(*self.identity.views)
         self.policy = ViewPolicy.from_dict(self.identity.policy)
-        self.part_names: list[str] = manifest["parts"]["name"]
-        self.part_starts: NDArray[np.int64] = np.concatenate(
-            [[0], np.cumsum(manifest["parts"]["rows"], dtype=np.int64)]
-        )
-        files = manifest["files"]
-        self._hash: list[str] = files["hash"]
-        self._part = np.asarray(files["part"], np.int64)
-        self._start = np.asarray(files["start"], np.int64)
-        self._stop = np.asarray(files["stop"], np.int64)
-        # First row of each file and the row after its last, counted over the whole table.
-        self._first = self.part_starts[self._part] + self._start
-        self._last = self.part_starts[self._part] + self._stop
-        self.num_missing = self.num_rows - int((self._last - self._first).sum())
 
     @classmethod
     def open(cls, uri: str) -> "TokenTable":
@@ -197,33 +134,14 @@ class TokenTable:
             ) from error
         with parsing(path, REMEDY):
             table = cls(uri, manifest)
-            table._check_untouched(path)
+            table._check_untouched()
         return table
 
-    def _check_untouched(self, path: str) -> None:
+    def _check_untouched(self) -> None:
         if self.num_files:
-            stamp = read_stamp(storage.join(self.uri, self.file_name(0)), self._hash[0])
-            difference = differing_field(self.identity.to_dict(), stamp)
-            if difference:
-                raise InputError(
-                    f"{path}: {difference} (manifest != what {self.file_name(0)} was written "
-                    "with); the table was altered: tokenize again"
-                )
-        content = {name: value for name, value in self.manifest.items() if name != "fingerprint"}
-        actual = storage.digest(encode_manifest(content))
-        if actual != self.fingerprint:
-            raise InputError(
-                f"{path}: fingerprint {self.fingerprint!r} != {actual!r}, the hash of the other "
-                "fields; the manifest was altered: tokenize again"
-            )
-
-    @property
-    def num_files(self) -> int:
-        return len(self._part)
-
-    @property
-    def image_fingerprint(self) -> str:
-        return self.identity.image_fingerprint
+            stamp = read_stamp(self.file_uri(0), self._hash[0])
+            self.check_stamp(stamp, self.identity.to_dict())
+        self.check_fingerprint()
 
     @property
     def tokenizer_fingerprint(self) -> str:
@@ -240,15 +158,6 @@ class TokenTable:
     @property
     def precision(self) -> str:
         return self.identity.precision
-
-    def file_name(self, index: int) -> str:
-        """Name of the file number `index` in row order."""
-        part = self.part_names[self._part[index]]
-        return file_name(part, int(self._start[index]), int(self._stop[index]))
-
-    def file_rows(self, index: int) -> range:
-        """Rows of the table that file number `index` holds."""
-        return range(int(self._first[index]), int(self._last[index]))
 
     def read_file(self, index: int) -> tuple[list[str], NDArray[np.uint16]]:
         """Keys and token ids (rows, V, N) of one file."""
@@ -286,7 +195,7 @@ class TokenTable:
         return inside
 
     def _read(self, index: int, start: int, stop: int) -> tuple[list[str], NDArray[np.uint16]]:
-        uri = storage.join(self.uri, self.file_name(index))
+        uri = self.file_uri(index)
         base = int(self._first[index])
         return read_rows(
             uri, self.identity, start - base, stop - base, content_hash=self._hash[index]

@@ -1,9 +1,9 @@
-"""The ledger of the tokenize stage: which units there are, and what of them is done.
+"""The ledger of `tokenize` and `render`: which units there are, and what of them is done.
 
 A unit is a row range of one image part and becomes one file. Which units there are depends on the
 image table and `rows_per_unit` only. While a table is unfinished its directory has `_work/`:
 
-- `identity.json`: what the tokens depend on; another identity refuses to go on here.
+- `identity.json`: what the rows depend on; another identity refuses to go on here.
 - `receipts-*.jsonl`: one line `[unit, bytes, hash, check]` for a file that was written.
 - `rejected-<file>.json`: a unit that was given up, with its reason.
 
@@ -11,8 +11,9 @@ All state lives in arrays: 24 bytes a unit, whatever the number of images.
 """
 
 import json
+import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -24,22 +25,23 @@ from pipelines import storage
 from pipelines.errors import InputError, parsing
 from pipelines.lease import Fence
 from pipelines.records import check_values, read_values
-from pipelines.tables.token_files import (
-    Identity,
-    IdentityRecord,
+from pipelines.tables.token_files import IdentityRecord, completed
+from pipelines.tables.unit_files import (
+    MANIFEST,
+    RejectedRecord,
     RejectedUnit,
-    TokenFile,
-    completed,
+    UnitFile,
     differing_field,
+    encode_manifest,
     file_name,
 )
-from pipelines.tables.token_table import MANIFEST, RejectedRecord, encode_manifest
 from pipelines.units import work_uri
 
 IDENTITY = "identity.json"
 HASH_BYTES = 16
 REMEDY = "give another --output, or remove _work/ in this one"
 NUM_THREADS = 16
+SAVE_EVERY_SECONDS = 20.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,7 +82,18 @@ def plan_units(part_names: Sequence[str], part_rows: Sequence[int], rows_per_uni
     piece = np.arange(len(part)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     start = piece * rows[part] // pieces[part]
     stop = (piece + 1) * rows[part] // pieces[part]
-    part_start = np.concatenate([[0], np.cumsum(rows)])
+    return units_of(part_names, rows, part, start, stop)
+
+
+def units_of(
+    part_names: Sequence[str],
+    part_rows: Sequence[int] | NDArray[np.int64],
+    part: NDArray[np.int64],
+    start: NDArray[np.int64],
+    stop: NDArray[np.int64],
+) -> Units:
+    """The units of these rows [start, stop) of parts of so many rows."""
+    part_start = np.concatenate([[0], np.cumsum(part_rows, dtype=np.int64)])
     return Units(
         part=part.astype(np.int32),
         start=start.astype(np.int32),
@@ -93,10 +106,19 @@ def plan_units(part_names: Sequence[str], part_rows: Sequence[int], rows_per_uni
 class Ledger:
     """Which units are committed, with size and hash; which are rejected."""
 
-    def __init__(self, uri: str, units: Units, fence: Fence | None = None) -> None:
+    def __init__(
+        self,
+        uri: str,
+        units: Units,
+        fence: Fence | None = None,
+        *,
+        form: type[Any] = IdentityRecord,
+    ) -> None:
+        """`form` is that of the identity's record."""
         self.uri = uri
         self.units = units
         self.fence = fence
+        self.form = form
         self.finished = False
         self.size = np.full(len(units), -1, np.int64)
         self.hash = np.zeros((len(units), HASH_BYTES), np.uint8)
@@ -109,26 +131,26 @@ class Ledger:
         # Two drivers on one output keep apart; the name is in no finished table.
         self._writer = uuid.uuid4().hex[:12]
         self._written = 0
+        self._saved = time.monotonic()
 
     # -- what is there ---------------------------------------------------------------------
 
-    def claim(self, identity: Identity, extra: dict[str, Any]) -> None:
-        """Marks the output as being made with `identity`.
+    def claim(self, wanted: Mapping[str, Any]) -> None:
+        """Marks the output as being made with these values: the identity, and options.
 
         Raises:
-            InputError: it was begun with another one; names the field and both values.
+            InputError: it was begun with others; names the field and both values.
         """
-        wanted = identity.to_dict() | extra
         if not self.refuse_other(wanted):
             record = storage.canonical_json(wanted)
             if not storage.create(work_uri(self.uri, IDENTITY), record):
                 self.refuse_other(wanted)
 
-    def refuse_other(self, wanted: dict[str, Any]) -> bool:
+    def refuse_other(self, wanted: Mapping[str, Any]) -> bool:
         """Whether the output was begun. Raises InputError if it was with other values of these."""
         wanted = json.loads(storage.canonical_json(wanted))
         try:
-            found = read_values(work_uri(self.uri, IDENTITY), IdentityRecord, REMEDY)
+            found = read_values(work_uri(self.uri, IDENTITY), self.form, REMEDY)
         except FileNotFoundError:
             return False
         refuse_other_options(self.uri, found, wanted)
@@ -219,6 +241,12 @@ class Ledger:
             self.rows_done -= self.units.rows(unit)
         self.size[unit] = -1
 
+    def save_now_and_then(self) -> None:
+        """`save`, if the last time was a while ago."""
+        if time.monotonic() - self._saved > SAVE_EVERY_SECONDS:
+            self.save()
+            self._saved = time.monotonic()
+
     def save(self) -> None:
         """Writes new receipts into one small file."""
         if not self._unsaved:
@@ -271,11 +299,11 @@ class Ledger:
         """Units whose file is not there in the size of its receipt."""
         return [int(unit) for unit in np.flatnonzero(self.done & (self._list() != self.size))]
 
-    def files(self) -> Iterator[TokenFile]:
+    def files(self) -> Iterator[UnitFile]:
         """The committed files in row order."""
         units = self.units
         for unit in np.flatnonzero(self.done):
-            yield TokenFile(
+            yield UnitFile(
                 part=int(units.part[unit]),
                 start=int(units.start[unit]),
                 stop=int(units.stop[unit]),
@@ -347,7 +375,7 @@ def _receipt(line: bytes) -> tuple[int, int, str] | None:
     return unit, size, digest
 
 
-def refuse_other_options(uri: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def refuse_other_options(uri: str, found: dict[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raises InputError if an output was made, or begun, with other options."""
     found = completed(found)
     difference = differing_field({name: found.get(name) for name in wanted}, wanted)

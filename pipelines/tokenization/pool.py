@@ -29,10 +29,9 @@ from numpy.typing import NDArray
 from ray.actor import ActorHandle
 
 from beit.tokenizers import ImageTokenizer, Precision
-from pipelines import storage
+from pipelines import unit_tables
 from pipelines.errors import InputError
 from pipelines.tables import tokenizer_store
-from pipelines.tables.token_files import check_file
 from pipelines.tokenization import work as token_work
 from pipelines.tokenization.task import TokenizeTask
 from pipelines.tokenization.work import Unit, UnitRejected
@@ -41,7 +40,6 @@ from pipelines.units import Outcome, attempt, outcome_table, outcomes, rounds
 # A process is shared (files are written while the next unit is encoded, a node has several), so
 # two deaths are a suspicion; deaths of a process that held nothing else are proof.
 DEATHS_IN_POOL = 2
-DEATHS_ALONE = 3
 # A unit is written while the next is encoded, and the next two lie ready. Ray Data adds actors when
 # those it has are given 1.75 units for each that they work on at a time; fewer, and no pool grows.
 UNITS_AT_WORK = 2
@@ -274,69 +272,12 @@ def tokenize_alone(unit: Unit, task: TokenizeTask) -> Outcome:
 
 
 def run_alone(units: Sequence[Unit], task: TokenizeTask) -> Iterator[Outcome]:
-    """Tries units that were set aside in a process of their own, three times at most."""
-    alone = ray.remote(
+    """Tries units that were set aside in a process of their own."""
+    return unit_tables.run_alone(
+        units,
+        tokenize_alone,
+        task,
         num_gpus=task.num_gpus,
         num_cpus=0 if task.num_gpus else task.num_cpus,
         memory=task.decode_memory,
-        max_retries=0,
-        # A process that served one unit is not used for the next.
-        max_calls=1,
-    )(tokenize_alone)
-    running = {alone.remote(unit, task): (unit, 0) for unit in units}
-    while running:
-        (done,), _ = ray.wait(list(running), num_returns=1)
-        unit, deaths = running.pop(done)
-        try:
-            outcome: Outcome = ray.get(done)
-        except (ray.exceptions.NodeDiedError, ray.exceptions.LocalRayletDiedError):
-            pass  # The node went, not the process.
-        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
-            deaths += 1
-            if deaths >= DEATHS_ALONE:
-                reason = f"killed its process {DEATHS_ALONE} times: {_first_line(error)}"
-                yield Outcome(unit=unit.index, rejected=reason)
-                continue
-        else:
-            yield outcome.check()
-            continue
-        running[alone.remote(unit, task)] = (unit, deaths)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
-
-
-def verify_files(
-    names: Sequence[tuple[int, str, int]], task: TokenizeTask
-) -> Iterator[tuple[int, int, str]]:
-    """Re-reads files of (unit, name, rows) that have no receipt.
-
-    Yields (unit, size, hash), size -1 for a file that is not whole.
-
-    Raises:
-        InputError: a file belongs to a table of another identity.
-    """
-    verify = ray.remote(_verify).options(num_cpus=task.decode_cpus)
-    waiting = [verify.remote(names[start : start + 64], task) for start in range(0, len(names), 64)]
-    while waiting:
-        (done,), waiting = ray.wait(waiting, num_returns=1)
-        for unit, size, digest, difference in ray.get(done):
-            if difference:
-                raise InputError(
-                    f"{task.output}: {difference} (what its files were made with != what is asked "
-                    "for now); use another --output"
-                )
-            yield unit, size, digest
-
-
-def _verify(
-    names: Sequence[tuple[int, str, int]], task: TokenizeTask
-) -> list[tuple[int, int, str, str | None]]:
-    results: list[tuple[int, int, str, str | None]] = []
-    for unit, name, rows in names:
-        data = storage.read_bytes(storage.join(task.output, name))
-        whole, difference = check_file(data, task.identity, rows)
-        size = len(data) if whole else -1
-        results.append((unit, size, storage.digest(data), difference))
-    return results
+    )

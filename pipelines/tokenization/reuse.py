@@ -21,8 +21,9 @@ from pipelines.errors import InputError
 from pipelines.steps import say_step
 from pipelines.tables.digests import buckets, deal, digest_records, read_bucket
 from pipelines.tables.image_table import ImageParts
-from pipelines.tables.token_files import ROW_GROUP_ROWS, Identity, differing_field
+from pipelines.tables.token_files import ROW_GROUP_ROWS, Identity
 from pipelines.tables.token_table import MISSING, TokenTable
+from pipelines.tables.unit_files import differing_field
 from pipelines.tracking.datasets import Dataset
 
 # Wanted rows of an older table that are no further apart are read as one range: then hardly a row

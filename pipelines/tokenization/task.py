@@ -14,8 +14,7 @@ from pipelines.errors import InputError
 from pipelines.tables import tokenizer_store
 from pipelines.tables.image_table import ImageParts
 from pipelines.tables.token_files import Identity
-from pipelines.tables.token_table import MAX_VOCAB_SIZE, read_manifest
-from pipelines.tokenization.ledger import refuse_other_options
+from pipelines.tables.token_table import MAX_VOCAB_SIZE
 from pipelines.tokenization.reuse import Older, refuse_other_tokens
 
 LIBRARIES = ("numpy", "pillow", "pyarrow", "torch")
@@ -190,17 +189,3 @@ def _check_room(task: TokenizeTask, encoders: ActorsConfig) -> None:
             f"views needs {task.decode_memory / 1e9:.1f} GB to decode, the largest node has "
             f"{most / 1e9:.1f} GB; lower rows_per_unit or num_views"
         )
-
-
-def finished_manifest(output: str, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest that is already there, if it is of this table.
-
-    Raises:
-        InputError: it is of another one; names the field and both values.
-    """
-    try:
-        manifest = read_manifest(output)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    refuse_other_options(output, manifest, wanted)
-    return manifest

@@ -21,8 +21,9 @@ from beit.views import Interpolation, ViewPolicy
 from pipelines import storage
 from pipelines.reading.pixels import DamagedImageError, drawn, render_encoded
 from pipelines.tables.image_files import Part, read_part
-from pipelines.tables.token_files import Identity, encode_file, file_name
+from pipelines.tables.token_files import Identity, encode_file
 from pipelines.tables.token_table import MISSING
+from pipelines.tables.unit_files import file_name
 from pipelines.tokenization.reuse import Older, copied_tokens
 
 

@@ -18,6 +18,7 @@ COLUMNS = {
         "label": "integer", "digest": "binary",
     },
     "token_table": {"key": "string", "token_ids": "binary"},
+    "view_table": {"key": "string", "digest": "binary", "slot_0": "binary"},
 }  # fmt: skip
 """What the tables hold, by kind."""
 MAX_DIGEST_LENGTH = 36
@@ -28,7 +29,7 @@ class Dataset:
     """An artefact that a stage reads or writes."""
 
     name: str
-    """Its kind: image_table, token_table, tokenizer or weights."""
+    """Its kind: image_table, token_table, view_table, tokenizer or weights."""
     uri: str
     digest: str
     """Its fingerprint."""
@@ -39,7 +40,7 @@ class Dataset:
 
 
 # Names of places in a chain, which say nothing: there, the directory above is named.
-GENERIC = ("images", "tokens", "tokenizer", "run", "weights", "evaluation")
+GENERIC = ("images", "tokens", "views", "tokenizer", "run", "weights", "evaluation")
 
 
 def short_name(uri: str) -> str:

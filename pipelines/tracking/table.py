@@ -19,7 +19,7 @@ DECIDING = {
     "pretrain": (
         "objective.kind", "model.dim", "model.depth", "model.image_size", "model.patch_size",
         "masking.kind", "masking.num_masked", "optim.lr", "optim.weight_decay", "optim.epochs",
-        "optim.steps", "data.global_batch_size", "seed", "images", "tokens",
+        "optim.steps", "data.global_batch_size", "seed", "images", "tokens", "views",
     ),
     "finetune": (
         "run", "images", "test", "model.image_size", "model.pooling", "model.drop_path",
@@ -34,6 +34,7 @@ DECIDING = {
         "images", "tokenizer", "num_views", "first_view", "rows_per_unit", "precision",
         "image_size",
     ),
+    "render": ("images", "num_views", "first_view", "image_size", "form", "rows_per_unit"),
     "evaluate": (
         "run", "baseline", "images", "test_images", "pooling", "num_folds", "knn_k",
         "crop_fraction", "max_images", "seed",

@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -83,17 +84,25 @@ def open_tables(config: PretrainConfig) -> ingest.TrainingTables:
     Raises:
         InputError: naming field and values.
     """
+    if not config.images and not config.views:
+        raise InputError("images is empty: give a URI with --images, or view tables with --views")
+    open_with = partial(
+        ingest.open_training_tables,
+        config.images,
+        view_uris=config.views,
+        image_size=config.model.image_size,
+    )
     if config.objective.kind == "mae":
         if config.tokens:
             raise InputError(
                 f"tokens = {config.tokens}: objective.kind = mae predicts pixels and reads none"
             )
-        return ingest.open_training_tables(config.images, policy=config.policy)
+        return open_with(policy=config.policy)
     if not config.tokens:
         raise InputError(
             "tokens = []: name at least one token table, or train without (--objective.kind mae)"
         )
-    data = ingest.open_training_tables(config.images, config.tokens)
+    data = open_with(config.tokens)
     if data.grid_size != config.model.grid_size:
         raise InputError(
             f"model.image_size / model.patch_size = {config.model.grid_size} patches, but the "
@@ -181,8 +190,7 @@ class WorkerFeed(Generic[AnyConfig]):
             cause = (
                 f"Cause: decoding. {self.num_threads} decoding threads were busy {busy:.0%} of "
                 f"the time at {decode / max(rows, 1) * 1e3:.1f} ms an image. Raise "
-                "data.num_threads and scaling.cpus_per_worker, decode on other nodes "
-                "(data.executor=ray_tasks), or shrink the images (`beit prepare --max_side`)."
+                f"data.num_threads and scaling.cpus_per_worker, {self._instead_of_decoding}."
             )
         else:
             cause = (
@@ -191,6 +199,16 @@ class WorkerFeed(Generic[AnyConfig]):
                 "data.window (longer reads) and data.prefetch_batches."
             )
         return dataclasses.replace(finding, message=f"{finding.message} {cause}")
+
+    @property
+    def _instead_of_decoding(self) -> str:
+        elsewhere = "decode on other nodes (data.executor=ray_tasks)"
+        if self.tables.stored:
+            return f"or {elsewhere}"
+        return (
+            "store the views once (`beit render`, then --views: a fifth of this work, "
+            f"docs/views.md), {elsewhere}, or shrink the images (`beit prepare --max_side`)"
+        )
 
     def start_period(self) -> None:
         """Begins the period that `explain` speaks of."""

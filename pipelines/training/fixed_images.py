@@ -57,6 +57,7 @@ class FixedImages:
             masking=config.masking,
             grid_size=config.model.grid_size,
             seed=SEED,
+            form=tables.form,
         )
         rendered = render_rows(read.images, read.digests, read.views, read.keys, 0, spec)
         ids = None if read.token_ids is None else torch.from_numpy(read.token_ids.astype(np.int64))

@@ -14,6 +14,7 @@ from pipelines.steps import say_step
 from pipelines.tables import tokenizer_store
 from pipelines.tables.image_table import ImageTable
 from pipelines.tables.token_table import TokenTable
+from pipelines.tables.view_table import ViewTable
 from pipelines.tracking import Dataset
 from pipelines.training.data import make_order, open_tables
 from pipelines.training.fixed_images import are_held_out, held_out_tables
@@ -67,6 +68,7 @@ def with_absolute_uris(config: PretrainConfig) -> PretrainConfig:
         config,
         images=absolute(config.images),
         tokens=[absolute(uri) for uri in config.tokens],
+        views=[absolute(uri) for uri in config.views],
         output=absolute(config.output),
         tokenizer=absolute(config.tokenizer),
         init=absolute(config.init),
@@ -185,8 +187,11 @@ def check_probe(config: PretrainConfig, data: TrainingTables) -> None:
 
 def input_datasets(config: PretrainConfig, data: TrainingTables) -> list[Dataset]:
     """What the run reads, for MLflow."""
-    tables: list[tuple[str, ImageTable | TokenTable]] = [("image_table", data.images)]
+    images = [] if not config.images else [data.images]
+    tables: list[tuple[str, ImageTable | TokenTable | ViewTable]]
+    tables = [("image_table", table) for table in images]
     tables += [("token_table", table) for table in data.tokens]
+    tables += [("view_table", table) for table in data.stored]
     inputs = [
         Dataset(
             name=name,

@@ -134,10 +134,12 @@ class RunDir:
         except (FileNotFoundError, NotADirectoryError):
             return False
         refuse_changes(self.uri, "another configuration", changed_fields(old, config, may_change))
+        # Whose pixels were stored ones goes on with them.
+        compared = fingerprints.keys() | ({"views"} & known.keys())
         changed = {
-            f"fingerprint of {name}": (known.get(name), value)
-            for name, value in fingerprints.items()
-            if known.get(name) != value
+            f"fingerprint of {name}": (known.get(name), fingerprints.get(name))
+            for name in sorted(compared)
+            if known.get(name) != fingerprints.get(name)
         }
         refuse_changes(self.uri, "other data", changed)
         return True

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from pipelines import tokenize_images
+from pipelines import tokenize_images, unit_tables
 from pipelines.tokenization import pool as token_pool
 from tests.chaos import world
 
@@ -57,14 +57,14 @@ def main(path):
         logging_level="ERROR",
         runtime_env={"env_vars": passed_on},
     )
-    book = tokenize_images._book
+    book = unit_tables.book
 
     def book_and_note(outcome, ledger, config):
         done = book(outcome, ledger, config)
         note("booked", outcome.unit)
         return done
 
-    tokenize_images._book = book_and_note
+    unit_tables.book = book_and_note
     token_pool.render_blocks = render_and_note
     token_pool.EncodeUnits = EncodeAndNote
     config = world.make_config(job["images"], job["tokenizer"], job["output"], **job["changes"])

@@ -19,8 +19,9 @@ from pipelines import storage
 from pipelines.config.tokenize_images import ActorsConfig, TokenizeConfig
 from pipelines.config.tracking import TrackingConfig
 from pipelines.tables import image_files, image_table, tokenizer_store
-from pipelines.tables.token_files import Identity, TokenFile
+from pipelines.tables.token_files import Identity
 from pipelines.tables.token_table import build_manifest
+from pipelines.tables.unit_files import UnitFile
 from pipelines.tokenization import pool as token_pool
 from pipelines.tokenization import work as token_work
 
@@ -119,7 +120,7 @@ def write_tokens(images, tokenizer_uri, output, **changes):
         rendered = token_work.render_unit(images.uri, unit, identity)
         ids = token_work.encode_rendered(tokenizer, rendered.pixels, identity)
         size, digest = token_work.write_unit(output, unit.name, rendered.keys, ids, identity)
-        files.append(TokenFile(part=index, start=0, stop=part.rows, size=size, hash=digest))
+        files.append(UnitFile(part=index, start=0, stop=part.rows, size=size, hash=digest))
     manifest = build_manifest(
         identity=identity,
         part_names=[part.name for part in images.parts],

@@ -11,7 +11,8 @@ from pipelines import storage
 from pipelines.tables import token_table
 from pipelines.tables.image_files import ImageRow, write_part
 from pipelines.tables.image_table import ImageTable, commit_manifest
-from pipelines.tables.token_files import Identity, TokenFile, encode_file, file_name
+from pipelines.tables.token_files import Identity, encode_file
+from pipelines.tables.unit_files import UnitFile, file_name
 
 PART_ROWS = [37, 60, 23]
 NUM_ROWS = sum(PART_ROWS)
@@ -88,7 +89,7 @@ def write_tokens(uri, images, views, rename=None, **changes):
             name = file_name(f"part-{part:05d}.parquet", start, stop)
             storage.write_bytes(storage.join(uri, name), data)
             files.append(
-                TokenFile(
+                UnitFile(
                     part=part, start=start, stop=stop, size=len(data), hash=storage.digest(data)
                 )
             )

@@ -30,7 +30,8 @@ from pipelines.reading import ingest
 from pipelines.tables import token_table
 from pipelines.tables.image_files import ImageRow, write_part
 from pipelines.tables.image_table import ImageTable, commit_manifest
-from pipelines.tables.token_files import Identity, TokenFile, encode_file, file_name
+from pipelines.tables.token_files import Identity, encode_file
+from pipelines.tables.unit_files import UnitFile, file_name
 from pipelines.training.data import WorkerData
 
 GRID = (8, 8)
@@ -141,7 +142,7 @@ def write_tokens(uri: str, images: ImageTable, *, views: tuple[int, int] = (0, 2
         data = encode_file([row["key"] for row in rows], ids, identity)
         storage.write_bytes(storage.join(uri, file_name(part.name, 0, part.rows)), data)
         files.append(
-            TokenFile(
+            UnitFile(
                 part=position, start=0, stop=part.rows, size=len(data), hash=storage.digest(data)
             )
         )

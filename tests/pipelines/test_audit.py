@@ -11,8 +11,9 @@ from pipelines.config.audit import AuditConfig
 from pipelines.errors import InputError, StageFailed
 from pipelines.tables import image_table
 from pipelines.tables.image_table import ImageTable
-from pipelines.tables.token_files import encode_file, file_name
+from pipelines.tables.token_files import encode_file
 from pipelines.tables.token_table import TokenTable
+from pipelines.tables.unit_files import file_name
 from tests.chaos import world
 
 

@@ -120,7 +120,7 @@ def unfinished(root: Path) -> Iterator[Subject]:
     units = plan_units(["part-00000.parquet"], [19], 5)
 
     def claimed() -> None:
-        Ledger("tokenizing", units).claim(identity, {"rows_per_unit": 5})
+        Ledger("tokenizing", units).claim(identity.to_dict() | {"rows_per_unit": 5})
 
     claimed()
     ledger = Ledger("tokenizing", units)

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from beit.views import ViewPolicy
 from pipelines import storage
 from pipelines.errors import InputError
-from pipelines.tables import token_table
-from pipelines.tables.token_files import Identity, RejectedUnit, TokenFile, encode_file, file_name
+from pipelines.tables import token_table, unit_files
+from pipelines.tables.token_files import Identity, encode_file
 from pipelines.tables.token_table import MISSING, TokenTable
+from pipelines.tables.unit_files import RejectedUnit, UnitFile, file_name
 
 PART_ROWS = [700, 300, 41]
 NUM_ROWS = sum(PART_ROWS)
@@ -61,7 +62,7 @@ def write_table(uri, identity=None, *, skip=(), rows_per_unit=300):
             data = encode_file(keys, tokens[base + start : base + stop], identity)
             storage.write_bytes(storage.join(uri, file_name(names[part], start, stop)), data)
             files.append(
-                TokenFile(
+                UnitFile(
                     part=part, start=start, stop=stop, size=len(data), hash=storage.digest(data)
                 )
             )
@@ -133,7 +134,7 @@ def test_equal_tables_have_equal_bytes(tmp_path):
 
 def test_the_manifest_is_canonical_json(tmp_path):
     manifest = write_table(str(tmp_path))
-    assert token_table.encode_manifest(manifest) == storage.canonical_json(manifest)
+    assert unit_files.encode_manifest(manifest) == storage.canonical_json(manifest)
     content = {name: value for name, value in manifest.items() if name != "fingerprint"}
     assert manifest["fingerprint"] == storage.fingerprint(content)
 

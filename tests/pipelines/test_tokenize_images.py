@@ -3,7 +3,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import ray.data
 
 from beit.images import decode_image
 from beit.views import ViewPolicy, render, sample_view
-from pipelines import storage, tokenize_images
+from pipelines import storage, tokenize_images, unit_tables
 from pipelines.config.tokenize_images import (
     ActorsConfig,
     GateConfig,
@@ -133,11 +132,10 @@ def test_the_rows_that_are_done_are_counted(tmp_path):
 
 def test_a_file_that_only_its_worker_sees_ends_the_stage(tmp_path):
     ledger = Ledger(str(tmp_path), plan_units(["a"], [25], 10))
-    task = SimpleNamespace(output=str(tmp_path))
     with pytest.raises(InputError, match="nodes see different disks"):
-        tokenize_images._check_shared(task, ledger, 1)
+        unit_tables._check_shared(ledger, 1)
     (tmp_path / ledger.units.name(1)).touch()
-    tokenize_images._check_shared(task, ledger, 1)
+    unit_tables._check_shared(ledger, 1)
 
 
 def test_actors_are_given_enough_for_the_pool_to_grow():
@@ -227,7 +225,7 @@ def test_a_table_that_reuses_tokens_is_that_of_a_whole_run(
 ):
     from mlflow import MlflowClient
 
-    book, seen = tokenize_images._book, []
+    book, seen = unit_tables.book, []
 
     def interrupted(outcome, ledger, options):
         if len(seen) == 3:
@@ -237,7 +235,7 @@ def test_a_table_that_reuses_tokens_is_that_of_a_whole_run(
 
     tracking = TrackingConfig(uri=mlflow_uri, experiment="reuse")
     config = world.make_config(images, tokenizer, tmp_path / "t", tracking=tracking, **grown_from)
-    monkeypatch.setattr(tokenize_images, "_book", interrupted)
+    monkeypatch.setattr(unit_tables, "book", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tokenize_images.run(config)
     assert "226 of 240 images have their tokens there" in capsys.readouterr().err
@@ -293,13 +291,13 @@ def test_nodes_are_waited_for_where_they_were_asked_for(
 @pytest.mark.long
 def test_the_pool_grows(images, tokenizer, tmp_path, ray_cluster, monkeypatch):
     monkeypatch.setattr(token_pool, "EncodeUnits", world.EncodeSlowly)
-    book, actors = tokenize_images._book, set()
+    book, actors = unit_tables.book, set()
 
     def noting(outcome, ledger, options):
         actors.add(outcome.facts["seconds"]["pid"])
         return book(outcome, ledger, options)
 
-    monkeypatch.setattr(tokenize_images, "_book", noting)
+    monkeypatch.setattr(unit_tables, "book", noting)
     config = world.make_config(
         images, tokenizer, tmp_path / "table", encoders=ActorsConfig(max_actors=2), rows_per_unit=8
     )
@@ -333,7 +331,7 @@ def test_work_that_fails_everywhere_ends_the_stage(
     images, tokenizer, tmp_path, ray_cluster, monkeypatch
 ):
     monkeypatch.setattr(token_pool, "EncodeUnits", world.EncodeNothing)
-    monkeypatch.setattr(tokenize_images, "ASIDE_IN_A_ROW", 3)
+    monkeypatch.setattr(unit_tables, "ASIDE_IN_A_ROW", 3)
     config = world.make_config(images, tokenizer, tmp_path / "table")
     with pytest.raises(StageFailed, match=r"out of memory \(and 3 units before it\)"):
         tokenize_images.run(config)
@@ -471,7 +469,7 @@ def test_ctrl_c_stops_cleanly_and_the_next_run_goes_on(
     finished, images, tokenizer, tmp_path, monkeypatch
 ):
     config = world.make_config(images, tokenizer, tmp_path / "t")
-    book, seen = tokenize_images._book, []
+    book, seen = unit_tables.book, []
 
     def interrupted(outcome, ledger, options):
         if len(seen) == 3:
@@ -479,7 +477,7 @@ def test_ctrl_c_stops_cleanly_and_the_next_run_goes_on(
         seen.append(outcome.unit)
         return book(outcome, ledger, options)
 
-    monkeypatch.setattr(tokenize_images, "_book", interrupted)
+    monkeypatch.setattr(unit_tables, "book", interrupted)
     with pytest.raises(KeyboardInterrupt, match="60 of 240 images are done; the same command"):
         tokenize_images.run(config)
     monkeypatch.undo()

@@ -28,6 +28,7 @@ from pipelines import (
     pretrain,
     tokenize_images,
     train_tokenizer,
+    unit_tables,
 )
 from pipelines.config.evaluate import EvaluateConfig
 from pipelines.config.export import ExportConfig
@@ -35,7 +36,7 @@ from pipelines.config.lease import LeaseConfig
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import StageFailed
 from pipelines.tables import tokenizer_store
-from pipelines.tokenization import pool, task, work
+from pipelines.tokenization import task, work
 from pipelines.units import Outcome
 from tests.chaos import world
 from tests.pipelines.finetune_fixtures import make_inputs, small_finetune
@@ -56,28 +57,28 @@ def prepare_units(task, plan, todo, num_tasks):
     return (prepare._outcome(task, None, unit, plan.listings[unit]).check() for unit in todo)
 
 
-def tokenize_units(task, units, todo, images):
+def tokenize_units(task, units, todo, images, origins):
     """Outcomes of units, as workers of the pool give them."""
     tokenizer = tokenizer_store.load(task.tokenizer_uri)
     for number in todo:
-        unit, began = tokenize_images._unit(units, images, number), time.time()
+        unit = tokenize_images._unit(units, images, number, None)
         rendered = work.render_unit(task.images_uri, unit, task.identity)
         ids = work.encode_rendered(tokenizer, rendered.pixels, task.identity)
         size, digest = work.write_unit(task.output, unit.name, rendered.keys, ids, task.identity)
         seconds = dict.fromkeys(("queued", "read", "render", "idle", "encode", "write"), 0.0)
-        facts = {"size": size, "hash": digest, "seconds": seconds, "ended_at": began}
+        facts = {"size": size, "hash": digest, "seconds": seconds, "reused": 0}
         yield Outcome(unit=int(number), facts=facts)
 
 
-def verify_here(names, task):
-    return (result[:3] for result in pool._verify(names, task))
+def verify_here(names, uri, check, num_cpus):
+    return unit_tables.verify_files(names, uri, check)
 
 
 def without_ray():
     """What Ray would do, here."""
     prepare._outcomes = prepare_units
     tokenize_images._outcomes = tokenize_units
-    pool.verify_files = verify_here
+    unit_tables._verified = verify_here
     node = {"Alive": True, "Resources": {"memory": 1e12}}
     task.ray = SimpleNamespace(
         is_initialized=lambda: True, cluster_resources=lambda: {"CPU": 2}, nodes=lambda: [node]

@@ -1,0 +1,308 @@
+"""The `render` stage: pixels of every view of every image, stored once.
+
+Training then reads one view of 224 pixels instead of a photograph. It is optional: the same
+training without a view table renders as it goes. Kill it anywhere and run the same command again:
+at most the units in flight are done twice, and the table is that of an undisturbed run.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from pipelines import lease, pictures, storage, tracking, unit_tables
+from pipelines.config.checks import flatten
+from pipelines.config.render import RenderConfig
+from pipelines.errors import InputError
+from pipelines.progress import Progress
+from pipelines.rendering import work as render_work
+from pipelines.rendering.work import INTERPOLATION, RenderTask
+from pipelines.steps import ray_is_there, say_step
+from pipelines.tables.image_table import ImageParts
+from pipelines.tables.view_files import (
+    CODECS,
+    ROW_GROUP_ROWS,
+    ViewIdentity,
+    ViewIdentityRecord,
+    check_file,
+    decode_view,
+)
+from pipelines.tables.view_table import ViewTable, build_manifest, read_manifest
+from pipelines.tokenization.ledger import Ledger, Units
+from pipelines.tokenization.work import Unit
+from pipelines.unit_tables import kept
+from pipelines.units import Outcome, work_uri
+
+LIBRARIES = ("numpy", "pillow", "pyarrow")
+NUM_PICTURES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderResult:
+    """What the stage made."""
+
+    uri: str
+    fingerprint: str
+    """Of the view table; empty after a dry run."""
+    num_rows: int
+    num_views: int
+    num_units: int
+    units_computed: int
+    """Units that this run wrote; 0 if all was done before."""
+    rejected_units: int
+    seconds: float
+    """Spent on units, from the first one given out to the last receipt."""
+    images_per_second: float
+    num_bytes: int
+
+    def summary(self) -> str:
+        """One line for the user."""
+        if not self.fingerprint:
+            return f"{self.uri}: nothing was done (dry run)"
+        rate = f" at {self.images_per_second:,.1f} images/s" if self.units_computed else ""
+        done = f", {self.rejected_units} units rejected" if self.rejected_units else ""
+        each = self.num_bytes / (self.num_rows * self.num_views) / 1e3
+        return (
+            f"{self.uri}: {self.num_views} views of {self.num_rows:,} images{rate}{done}; "
+            f"{self.num_bytes / 1e9:,.2f} GB, {each:.1f} kB a view"
+        )
+
+
+def run(config: RenderConfig, *, start_ray: Callable[[], None] = ray_is_there) -> RenderResult:
+    """Makes the view table, or goes on with it.
+
+    Raises:
+        InputError: an input is missing or does not fit, or the output was begun with others.
+        StageFailed: too many units rejected.
+        KeyboardInterrupt: stopped by the user; what is done stays done.
+    """
+    for name in ("images", "output"):
+        if not getattr(config, name):
+            raise InputError(f"{name} is empty: give a URI with --{name}")
+    images = ImageParts.open(config.images)
+    images.check_parts()
+    if not images.num_rows:
+        raise InputError(f"{images.uri}: the image table has no rows; prepare images first")
+    task = plan_task(config, images)
+    units = render_work.plan_units(images.parts, config.rows_per_unit)
+    libraries = {name: version(name) for name in LIBRARIES}
+    wanted = task.identity.to_dict() | {
+        "rows_per_unit": config.rows_per_unit,
+        "libraries": libraries,
+    }
+    # What can be refused is refused before anything is waited for or written.
+    done = _take_up(config, ledger := Ledger(task.output, units, form=ViewIdentityRecord), wanted)
+    if done and not storage.exists(work_uri(task.output)):
+        return _already_done(config, ledger)
+    if config.dry_run:
+        return _dry_run(task, ledger)
+    start_ray()
+    with lease.held(task.output, config.lease, stage="render") as holder:
+        ledger = Ledger(task.output, units, holder.fence, form=ViewIdentityRecord)
+        # Who had the lease before may have finished the table.
+        if _take_up(config, ledger, wanted):
+            result = _already_done(config, ledger)
+        else:
+            result = _render(config, task, ledger, images, wanted)
+        ledger.clear()
+        holder.done()
+    return result
+
+
+def plan_task(config: RenderConfig, images: ImageParts) -> RenderTask:
+    """What the workers must know."""
+    identity = ViewIdentity(
+        image_fingerprint=images.fingerprint,
+        num_rows=images.num_rows,
+        policy=config.policy.to_dict(),
+        views=(config.first_view, config.first_view + config.num_views),
+        image_size=config.image_size,
+        interpolation=INTERPOLATION,
+        form=config.form,
+        codec=CODECS[config.form],
+    )
+    return RenderTask(
+        images_uri=images.uri,
+        output=storage.absolute(config.output),
+        identity=identity,
+        num_cpus=config.task_cpus,
+        rows_per_unit=max(config.rows_per_unit, ROW_GROUP_ROWS),
+    )
+
+
+def _take_up(config: RenderConfig, ledger: Ledger, wanted: dict[str, Any]) -> bool:
+    return unit_tables.take_up(ledger, wanted, read_manifest, retry_rejected=config.retry_rejected)
+
+
+def _already_done(config: RenderConfig, ledger: Ledger) -> RenderResult:
+    table = ViewTable.open(ledger.uri)
+    say(f"{ledger.uri}: already done, {table.num_rows:,} images; nothing to do")
+    return _result(config, ledger, table.fingerprint, computed=0, seconds=0)
+
+
+def say(text: str) -> None:
+    """A line for the user."""
+    print(text, file=sys.stderr)
+
+
+def _dry_run(task: RenderTask, ledger: Ledger) -> RenderResult:
+    unverified = 0 if ledger.finished else len(ledger.load())
+    identity = task.identity
+    say(
+        f"would render views {list(range(*identity.views))} of {identity.num_rows:,} images "
+        f"({task.images_uri}) at {identity.image_size} px as {identity.form} into {task.output}: "
+        f"{len(ledger.todo()):,} of {len(ledger.units):,} units to do ({unverified:,} to verify)"
+    )
+    return RenderResult(
+        uri=task.output,
+        fingerprint="",
+        num_rows=identity.num_rows,
+        num_views=identity.num_views,
+        num_units=len(ledger.units),
+        units_computed=0,
+        rejected_units=len(ledger.rejected),
+        seconds=0.0,
+        images_per_second=0.0,
+        num_bytes=0,
+    )
+
+
+def _render(
+    config: RenderConfig,
+    task: RenderTask,
+    ledger: Ledger,
+    images: ImageParts,
+    wanted: dict[str, Any],
+) -> RenderResult:
+    """What is not done, and the table of all of it."""
+    unverified = np.zeros(0, np.int64)
+    if not ledger.finished:
+        ledger.claim(wanted)
+        unverified = ledger.load()
+    if config.retry_rejected:
+        ledger.retry_rejected()
+    source = tracking.Dataset(
+        name="image_table",
+        uri=images.uri,
+        digest=images.fingerprint,
+        context="views",
+        rows=images.num_rows,
+    )
+    params = flatten(asdict(config)) | flatten(task.identity.to_dict())
+    with tracking.start_run(
+        config.tracking, stage="render", params=params, inputs=[source], output=task.output
+    ) as record:
+        if len(unverified):
+            check = partial(check_file, task.identity)
+            unit_tables.verify(ledger, unverified, check, num_cpus=task.num_cpus)
+        computed, seconds = _compute(config, task, ledger, images)
+        unit_tables.check_complete(ledger, config.max_rejected_units)
+        manifest = build_manifest(
+            identity=task.identity,
+            parts=images.parts,
+            files=ledger.files(),
+            rejected=ledger.rejected_units(),
+            rows_per_unit=config.rows_per_unit,
+            libraries=wanted["libraries"],
+        )
+        ledger.commit(manifest)
+        table = ViewTable.open(task.output)
+        result = _result(config, ledger, table.fingerprint, computed=computed, seconds=seconds)
+        record.set_output(
+            tracking.Dataset(name="view_table", uri=task.output, digest=table.fingerprint)
+        )
+        record.set_note(result.summary())
+        _log(record, table, result)
+    return result
+
+
+def _compute(
+    config: RenderConfig, task: RenderTask, ledger: Ledger, images: ImageParts
+) -> tuple[int, float]:
+    """Runs what is to do; returns units done and the seconds they took."""
+    todo, before = ledger.todo(), ledger.rows_done
+    if before:
+        say(f"going on: {before:,} of {images.num_rows:,} images are done")
+    if len(todo):
+        say_step("waiting for the first unit")
+    progress = Progress(images.num_rows, "render", "images", initial=ledger.rows_settled)
+    begin, computed = time.monotonic(), 0
+    with kept(ledger, progress, images.num_rows):
+        for outcome in _outcomes(task, ledger.units, todo, images):
+            if not computed and outcome.facts:  # starting up belongs to no rate
+                begin = time.monotonic() - sum(outcome.facts["seconds"].values())
+                progress.counted_from(before, time.monotonic() - begin)
+            if not outcome.suspect:
+                computed += unit_tables.book(outcome, ledger, config.max_rejected_units)
+            progress.update(ledger.rows_settled, rejected=len(ledger.rejected))
+            ledger.save_now_and_then()
+    return computed, time.monotonic() - begin
+
+
+def _outcomes(
+    task: RenderTask, units: Units, todo: np.ndarray, images: ImageParts
+) -> Iterator[Outcome]:
+    return unit_tables.outcomes_of(
+        todo,
+        lambda unit: unit_of(units, images, unit),
+        lambda given, attempts: render_work.run_in_pool(given, task, attempts),
+        lambda aside: render_work.run_alone(aside, task),
+        workers=1,
+    )
+
+
+def unit_of(units: Units, images: ImageParts, unit: int) -> Unit:
+    """A unit as it travels to a worker."""
+    return Unit(
+        index=unit,
+        part=images.parts[units.part[unit]].to_dict(),
+        start=int(units.start[unit]),
+        stop=int(units.stop[unit]),
+    )
+
+
+def _result(
+    config: RenderConfig, ledger: Ledger, fingerprint: str, *, computed: int, seconds: float
+) -> RenderResult:
+    rows = ledger.units.sizes.mean() * computed
+    return RenderResult(
+        uri=ledger.uri,
+        fingerprint=fingerprint,
+        num_rows=int(ledger.units.sizes.sum()),
+        num_views=config.num_views,
+        num_units=len(ledger.units),
+        units_computed=computed,
+        rejected_units=len(ledger.rejected),
+        seconds=seconds,
+        images_per_second=float(rows / seconds) if seconds else 0.0,
+        num_bytes=int(ledger.size[ledger.done].sum()),
+    )
+
+
+def _log(run: tracking.Run, table: ViewTable, result: RenderResult) -> None:
+    """Figures, and pictures of the first views, read back from the table."""
+    if not run.run_id:
+        return
+    run.log_metrics(
+        {
+            "bytes": float(result.num_bytes),
+            "rejected_units": result.rejected_units,
+            "images_per_second_total": result.images_per_second,
+        }
+    )
+    identity = table.identity
+    first = int(np.searchsorted(table.row_groups.starts, table.file_rows(0).start))
+    shown = [
+        [
+            decode_view(row["image"], identity.form, identity.image_size, key=row["key"])
+            for row in table.read_group(first, slot).slice(0, NUM_PICTURES).to_pylist()
+        ]
+        for slot in range(min(2, identity.num_views))
+    ]
+    pixels = np.stack([pixels for column in shown for pixels in column])
+    run.log_image("views", pictures.contact_sheet(pixels, title=f"Stored views ({identity.form})"))

@@ -1,0 +1,247 @@
+"""The driver's part in making a table of unit files: what `tokenize` and `render` share.
+
+Units go to a pool of workers; one that killed its process or ended in an error there is set aside,
+and tried alone after all others. The ledger (`tokenization/ledger.py`) knows what is done.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import ray
+from ray.actor import ActorHandle
+
+from pipelines import storage
+from pipelines.errors import InputError, StageFailed
+from pipelines.progress import Progress
+from pipelines.steps import say_step
+from pipelines.tokenization.ledger import Ledger, refuse_other_options
+from pipelines.units import Outcome, counted_attempts
+
+# Units set aside one after the other that end the stage; more where the pool may be large.
+ASIDE_IN_A_ROW = 16
+DEATHS_ALONE = 3
+FILES_PER_TASK = 64
+
+Check = Callable[[bytes, int], tuple[bool, str | None]]
+"""Bytes of a file and the rows it should have, to whether it is whole, and what of another identity
+it carries."""
+
+
+class AnyUnit(Protocol):
+    """A unit as it travels to a worker."""
+
+    @property
+    def index(self) -> int: ...
+
+
+Unit = TypeVar("Unit", bound=AnyUnit)
+
+
+def take_up(
+    ledger: Ledger,
+    wanted: Mapping[str, Any],
+    read_manifest: Callable[[str], dict[str, Any]],
+    *,
+    retry_rejected: bool,
+) -> bool:
+    """Takes over a finished table, less the files that are gone; whether nothing is left to do.
+
+    Raises:
+        InputError: the output was made, or begun, with other options.
+    """
+    try:
+        manifest = read_manifest(ledger.uri)
+    except (FileNotFoundError, NotADirectoryError):
+        ledger.refuse_other(wanted)
+        return False
+    # Other libraries do not unmake a finished table.
+    of_rows = {name: value for name, value in wanted.items() if name != "libraries"}
+    refuse_other_options(ledger.uri, manifest, of_rows)
+    ledger.load_manifest(manifest)
+    lost = ledger.changed_files()
+    for unit in lost:  # to be made again
+        ledger.forget(unit)
+    return not lost and not (retry_rejected and ledger.rejected)
+
+
+def outcomes_of(
+    todo: Sequence[int] | np.ndarray,
+    unit_of: Callable[[int], Unit],
+    in_pool: Callable[[Iterable[Unit], ActorHandle], Iterator[Outcome]],
+    alone: Callable[[Sequence[Unit]], Iterator[Outcome]],
+    *,
+    workers: int,
+) -> Iterator[Outcome]:
+    """Outcomes of all units in `todo`, first from a pool of so many, then of those set aside there.
+
+    Raises:
+        InputError, StageFailed: the job cannot go on, or so many in a row were set aside that the
+            trouble is not theirs.
+    """
+    if not len(todo):
+        return
+    aside: list[Outcome] = []
+    in_a_row, most = 0, max(ASIDE_IN_A_ROW, 4 * workers)
+    with counted_attempts() as attempts:
+        for outcome in in_pool((unit_of(int(unit)) for unit in todo), attempts):
+            yield outcome
+            in_a_row = in_a_row + 1 if outcome.suspect else 0
+            if outcome.suspect:
+                aside.append(outcome)
+            if in_a_row >= most:
+                raise StageFailed(
+                    f"{outcome.suspect} (and {in_a_row - 1} units before it); when this is "
+                    "mended, the same command goes on"
+                )
+    if aside:
+        say_step(f"{len(aside)} units were set aside and are now tried alone; {aside[0].suspect}")
+        yield from alone([unit_of(outcome.unit) for outcome in aside])
+
+
+def run_alone(
+    units: Sequence[Unit], work: Callable[[Unit, Any], Outcome], task: Any, **resources: float
+) -> Iterator[Outcome]:
+    """Tries units that were set aside in a process of their own, three times at most."""
+    # A process that served one unit is not used for the next.
+    alone = ray.remote(max_retries=0, max_calls=1, **resources)(work)
+    running = {alone.remote(unit, task): (unit, 0) for unit in units}
+    while running:
+        (done,), _ = ray.wait(list(running), num_returns=1)
+        unit, deaths = running.pop(done)
+        try:
+            outcome: Outcome = ray.get(done)
+        except (ray.exceptions.NodeDiedError, ray.exceptions.LocalRayletDiedError):
+            pass  # The node went, not the process.
+        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+            deaths += 1
+            if deaths >= DEATHS_ALONE:
+                reason = f"killed its process {DEATHS_ALONE} times: {_first_line(error)}"
+                yield Outcome(unit=unit.index, rejected=reason)
+                continue
+        else:
+            yield outcome.check()
+            continue
+        running[alone.remote(unit, task)] = (unit, deaths)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+@contextmanager
+def kept(ledger: Ledger, progress: Progress, num_rows: int) -> Iterator[None]:
+    """Around the work: whatever ends it, receipts are saved.
+
+    Raises:
+        KeyboardInterrupt: with what is done, for the user who stopped it.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"{ledger.rows_done:,} of {num_rows:,} images are done; the same command goes "
+            "on from here."
+        ) from None
+    finally:
+        ledger.save()
+        progress.close()
+
+
+def book(outcome: Outcome, ledger: Ledger, max_rejected_units: int) -> bool:
+    """Enters an outcome; whether a unit was computed.
+
+    Raises:
+        StageFailed: too many units were rejected.
+        InputError: the worker's disk is not the driver's.
+    """
+    if outcome.rejected:
+        ledger.reject(outcome.unit, outcome.rejected)
+        refuse_rejections(ledger, max_rejected_units)
+        return False
+    ledger.add(outcome.unit, outcome.facts["size"], outcome.facts["hash"])
+    _check_shared(ledger, outcome.unit)
+    return True
+
+
+def _check_shared(ledger: Ledger, unit: int) -> None:
+    """Raises InputError where a worker wrote its file to a disk that only its own node sees."""
+    name = ledger.units.name(unit)
+    if storage.is_local(ledger.uri) and not storage.exists(storage.join(ledger.uri, name)):
+        raise InputError(
+            f"output = {ledger.uri}: a worker has written {name}, and it is not there: nodes see "
+            "different disks; use a directory that all of them share, or an object store (s3://)"
+        )
+
+
+def refuse_rejections(ledger: Ledger, max_rejected_units: int) -> None:
+    """Raises StageFailed if more units were rejected than may be."""
+    if len(ledger.rejected) <= max_rejected_units:
+        return
+    unit, reason = next(iter(sorted(ledger.rejected.items())))
+    raise StageFailed(
+        f"max_rejected_units = {max_rejected_units}: {len(ledger.rejected)} units could not be "
+        f"made, the first is {ledger.units.name(unit)} ({reason}); mend the cause and run again "
+        "with --retry_rejected true, or raise --max_rejected_units"
+    )
+
+
+def check_complete(ledger: Ledger, max_rejected_units: int) -> None:
+    """Raises StageFailed unless every unit has a file of the size in its receipt, or was rejected
+    with leave to be."""
+    refuse_rejections(ledger, max_rejected_units)
+    for unit in ledger.changed_files():
+        ledger.forget(unit)
+    todo = ledger.todo()
+    if len(todo):
+        raise StageFailed(
+            f"{ledger.uri}: {len(todo)} of {len(ledger.units)} units have no file of the size that "
+            f"was written, the first is {ledger.units.name(todo[0])}; the same command makes them "
+            "again"
+        )
+    if not ledger.done.any():
+        raise StageFailed(f"{ledger.uri}: every unit was rejected; there is no table to make")
+
+
+def verify(ledger: Ledger, unverified: np.ndarray, check: Check, *, num_cpus: float) -> None:
+    """Takes over files whose receipts were lost with an earlier driver; bad ones are redone.
+
+    Raises:
+        InputError: a file belongs to a table of another identity.
+    """
+    units = ledger.units
+    names = [(int(unit), units.name(unit), units.rows(unit)) for unit in unverified]
+    for unit, size, digest, difference in _verified(names, ledger.uri, check, num_cpus):
+        if difference:
+            raise InputError(
+                f"{ledger.uri}: {difference} (what its files were made with != what is asked "
+                "for now); use another --output"
+            )
+        if size >= 0:
+            ledger.add(unit, size, digest)
+    ledger.save()
+
+
+def _verified(
+    names: list[tuple[int, str, int]], uri: str, check: Check, num_cpus: float
+) -> Iterator[tuple[int, int, str, str | None]]:
+    """`verify_files` in tasks."""
+    task = ray.remote(verify_files).options(num_cpus=num_cpus)
+    pieces = range(0, len(names), FILES_PER_TASK)
+    waiting = [task.remote(names[start : start + FILES_PER_TASK], uri, check) for start in pieces]
+    while waiting:
+        (done,), waiting = ray.wait(waiting, num_returns=1)
+        yield from ray.get(done)
+
+
+def verify_files(
+    names: Sequence[tuple[int, str, int]], uri: str, check: Check
+) -> list[tuple[int, int, str, str | None]]:
+    """Re-reads files of (unit, name, rows): unit, size, hash, difference; size -1: not whole."""
+    results: list[tuple[int, int, str, str | None]] = []
+    for unit, name, rows in names:
+        data = storage.read_bytes(storage.join(uri, name))
+        whole, difference = check(data, rows)
+        results.append((unit, len(data) if whole else -1, storage.digest(data), difference))
+    return results
