@@ -37,13 +37,20 @@ from beit.views import ViewPolicy, render, render_fast, render_sizes, sample_vie
 from pipelines import storage
 from pipelines.config.pretrain import MaskingConfig
 from pipelines.reading import decoding
-from pipelines.reading.ingest import open_training_tables, train_batches
+from pipelines.reading.ingest import TrainingTables, open_training_tables, train_batches
 from pipelines.sample_order import SampleOrder
 from pipelines.tables import token_table
 from pipelines.tables.image_files import ImageRow, write_part
 from pipelines.tables.image_table import ImageTable, commit_manifest
 from pipelines.tables.token_files import Identity, encode_file
 from pipelines.tables.unit_files import UnitFile, file_name
+from pipelines.tables.view_files import CODECS
+from tests.pipelines.view_fixtures import write_views
+
+try:
+    import webdataset
+except ImportError:  # left out then
+    webdataset = None
 
 POLICY = ViewPolicy(seed=0)
 MASKING = MaskingConfig()
@@ -165,6 +172,17 @@ def write_tables(root: Path, files: list[bytes]) -> tuple[str, str]:
     return images_uri, tokens_uri
 
 
+def write_tars(root: Path, files: list[bytes]) -> list[str]:
+    """The files in two WebDataset shards, one for each worker."""
+    shards = [str(root / f"{number}.tar") for number in range(2)]
+    for number, shard in enumerate(shards):
+        if not Path(shard).exists():
+            with webdataset.TarWriter(shard) as writer:
+                for i, data in enumerate(files[number::2]):
+                    writer.write({"__key__": f"{i:06d}", "jpg": data})
+    return shards
+
+
 def transforms(files: list[bytes]) -> dict[str, Callable[[], None]]:
     """One pass over all files each, in this thread."""
     upstream, plain = Upstream(), Upstream(jitter=False)
@@ -227,6 +245,10 @@ def loaders(root: Path, files: list[bytes]) -> dict[str, Callable[[], None]]:
         path.write_bytes(data)
     images_uri, tokens_uri = write_tables(root, files)
     data = open_training_tables(images_uri, [tokens_uri])
+    stored = {}
+    for form in CODECS:
+        views = write_views(data.images, root / form, image_size=224, policy=POLICY, form=form)
+        stored[form] = open_training_tables("", [tokens_uri], view_uris=[views], image_size=224)
     order = SampleOrder(data.row_group_sizes, seed=0, global_batch_size=BATCH, window=64)
 
     def torch_loader() -> None:
@@ -236,7 +258,15 @@ def loaders(root: Path, files: list[bytes]) -> dict[str, Callable[[], None]]:
         for _ in loader:
             pass
 
-    def ours(fast: bool) -> Callable[[], None]:
+    def tar_loader() -> None:
+        shards = write_tars(root, files)
+        dataset = webdataset.WebDataset(shards, shardshuffle=2).shuffle(100)
+        transform = Upstream()
+        views = dataset.map(lambda sample: transform(sample["jpg"]))
+        for _ in torch.utils.data.DataLoader(views, BATCH, num_workers=2):
+            pass
+
+    def ours(data: TrainingTables, fast: bool = True) -> Callable[[], None]:
         def run() -> None:
             with train_batches(
                 data, order, image_size=224, seed=0, masking=MASKING, start_step=0,
@@ -251,14 +281,16 @@ def loaders(root: Path, files: list[bytes]) -> dict[str, Callable[[], None]]:
 
     def untransformed() -> None:
         with mock.patch.object(decoding, "render_encoded", lambda *_, **__: grey):
-            ours(True)()
+            ours(data)()
 
-    return {
+    variants = {
         "torch DataLoader, upstream transform": torch_loader,
-        "train_batches, exact": ours(False),
-        "train_batches, fast": ours(True),
+        "train_batches, exact": ours(data, False),
+        "train_batches, fast": ours(data),
         "train_batches, nothing decoded": untransformed,
     }
+    variants |= {f"train_batches, {form} views": ours(stored[form]) for form in CODECS}
+    return variants | ({"WebDataset, upstream transform": tar_loader} if webdataset else {})
 
 
 def cpu_seconds() -> float:
@@ -337,7 +369,7 @@ def main() -> None:
         "## One core: decode and transform, from memory",
         *table(single, len(files)),
         "",
-        "## Loaders: the same files from disk, two decoding workers or threads",
+        "## Loaders: the same files, or stored views of them, from disk; two workers or threads",
         *table(loading, whole),
         "",
         f"Fast patch view against the exact one, mean absolute difference in grey levels: "

@@ -4,7 +4,9 @@ The arithmetic is simple on purpose and every number that was not read or measur
 assumption.
 """
 
+import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +21,33 @@ BYTES_PER_TOKEN = 2
 NUM_PATCHES = 196
 # CPU time of a 500 x 375 JPEG, once and for each view: the figures of docs/tokenize.md, about.
 DECODE_MILLISECONDS, RENDER_MILLISECONDS = 2.0, 4.0
+# CPU time from a table to a batch, of an image of that size or of a stored view of 224 pixels, and
+# kilobytes of such a view (benchmarks/results/ingest.md, docs/views.md).
+LOADER_MILLISECONDS = {"images": 2.65, "lossless": 0.60, "jpeg95": 0.80}
+VIEW_KILOBYTES = {"lossless": 98, "jpeg95": 24}
 MEASURE_SECONDS = 5.0
 MEASURE_BATCH = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelPlan:
+    """One of the ways in which training comes to its pixels."""
+
+    source: str
+    """images, or views by their form."""
+    images_per_second: float
+    """Of one core."""
+    cores: int
+    """That keep all devices of the pretraining busy."""
+    num_bytes: int
+    """Of the table that is read."""
+
+    def line(self) -> str:
+        what = self.source if self.source == "images" else f"{self.source} views"
+        return (
+            f"{what}: {self.images_per_second:,.0f} images/s a core, {self.cores:,} cores feed "
+            f"all, {_bytes(self.num_bytes)}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +74,11 @@ class PlanResult:
     """GPU-hours that the tokenizer would take if tokens were computed during training."""
     break_even_epochs: int
     """From so many epochs on, caching takes fewer GPU-hours than computing online."""
+    pixels: tuple[PixelPlan, ...]
+    render_hours: float
+    """To store all views once (`beit render`), on all cores."""
+    render_break_even_epochs: int
+    """From so many epochs on, lossless views take fewer core-hours than decoding at each step."""
     assumptions: tuple[str, ...]
 
     def summary(self) -> str:
@@ -62,6 +94,10 @@ class PlanResult:
             f"pretrain   {_hours(self.pretrain_hours)}, {self.pretrain_gpu_hours:,.1f} {unit}",
             f"together   {cached:,.1f} {unit}; computing tokens online instead {online:,.1f}",
             f"caching pays from {self.break_even_epochs} epochs on",
+            "pixels in pretraining, at choice:",
+            *(f"  {plan.line()}" for plan in self.pixels),
+            f"views are rendered once, in {_hours(self.render_hours)} on all cores; that saves "
+            f"cores from {self.render_break_even_epochs} epochs on",
             "assumed:",
             *(f"  {line}" for line in self.assumptions),
         ]
@@ -106,6 +142,8 @@ def run(config: PlanConfig) -> PlanResult:
         "start-up, no interruption",
         f"{BYTES_PER_TOKEN} bytes a token, {num_patches} tokens a view; zstd saves 18 % of "
         "that for a vocabulary of 8192 used evenly, more for a smaller one",
+        "pixels: JPEGs of 500 x 375 and views of 224 pixels, as measured for "
+        "benchmarks/results/ingest.md, not here",
     ]
     views = num_images * config.num_views
     encode_seconds = views / (encode_rate * config.num_gpus)
@@ -130,8 +168,26 @@ def run(config: PlanConfig) -> PlanResult:
         break_even_epochs=break_even(
             tokenize_hours * config.num_gpus, online_gpu_hours_per_epoch=num_images * gpu_second
         ),
+        pixels=tuple(_pixels(config, num_images, image_bytes)),
+        render_hours=decode_seconds / 3600,
+        render_break_even_epochs=1
+        + int(
+            1000 / decode_rate / (LOADER_MILLISECONDS["images"] - LOADER_MILLISECONDS["lossless"])
+        ),
         assumptions=tuple(assumptions),
     )
+
+
+def _pixels(config: PlanConfig, num_images: int, image_bytes: int) -> Iterator[PixelPlan]:
+    """Decoding images at each step, and each form of stored views."""
+    for source, milliseconds in LOADER_MILLISECONDS.items():
+        stored = num_images * config.num_views * VIEW_KILOBYTES.get(source, 0) * 1000
+        yield PixelPlan(
+            source=source,
+            images_per_second=1000 / milliseconds,
+            cores=math.ceil(config.train_rate * config.num_gpus * milliseconds / 1000),
+            num_bytes=stored or image_bytes,
+        )
 
 
 def break_even(cached_gpu_hours: float, *, online_gpu_hours_per_epoch: float) -> int:

@@ -49,6 +49,7 @@ class FaultyProxy(ThreadingHTTPServer):
         self.random = random.Random(seed)
         self.lock = threading.Lock()
         self.counts: Counter[str] = Counter()
+        self.sent = 0  # bytes of answers
 
     @property
     def port(self) -> int:
@@ -160,6 +161,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command != "HEAD":
+            with self.server.lock:
+                self.server.sent += len(content[:cut])
             self.wfile.write(content[:cut])
         self.wfile.flush()
 

@@ -26,9 +26,9 @@ CATEGORIES = (
 KNOBS = {
     "startup": "a longer run; scaling.compile=false if compilation dominates",
     "compute": "scaling.num_workers (more), scaling.precision=bf16, scaling.compile=true",
-    "data_wait": "scaling.cpus_per_worker and data.num_threads, `beit render` and --views to decode "
-    "no image, data.executor=ray_tasks to decode on other nodes, or `beit prepare --max_side` for "
-    "smaller images",
+    "data_wait": "scaling.cpus_per_worker and data.num_threads, `beit render` and --views, which "
+    "decode no image, data.executor=ray_tasks to decode on other nodes, or "
+    "`beit prepare --max_side` for smaller images",
     "checkpoint": "checkpoint.every_steps (larger), checkpoint.asynchronous=true",
     "evaluation": "probe.every_steps (larger), probe.max_images (smaller)",
     "restart": "checkpoint.every_steps (smaller repeats less work), steadier nodes",

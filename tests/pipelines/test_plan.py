@@ -37,6 +37,25 @@ def test_the_arithmetic_of_a_stated_plan():
     assert "2,000 views/s a GPU: stated, not measured" in text
 
 
+def test_ways_to_pixels_are_compared():
+    """8 GPUs of 1,000 images/s; a core decodes at 2.65 ms, and renders 4 views in 18."""
+    result = plan.run(PlanConfig(num_images=10**6, num_views=4, num_gpus=8, num_cpus=100))
+    images, lossless, jpegs = result.pixels
+    assert images.cores == 22
+    assert images.num_bytes == 110 * 10**9
+    assert 3 * lossless.cores < images.cores
+    assert (lossless.num_bytes, jpegs.num_bytes) == (392 * 10**9, 96 * 10**9)
+    assert result.render_hours == pytest.approx(10**6 * 18e-3 / 100 / 3600)
+    # 18 ms are what so many epochs of saving a step's decoding give back.
+    saved = 1000 / images.images_per_second - 1000 / lossless.images_per_second
+    assert (
+        (result.render_break_even_epochs - 1) * saved
+        <= 18
+        < result.render_break_even_epochs * saved
+    )
+    assert "lossless views: " in result.summary()
+
+
 def test_slow_decoding_limits_and_moves_the_break_even():
     common = {"num_images": 10**6, "num_gpus": 8, "encode_rate": 2000, "decode_rate": 10}
     few = plan.run(PlanConfig(num_cpus=100, **common))

@@ -13,11 +13,13 @@ from pipelines.errors import InputError
 from pipelines.reading import ingest
 from pipelines.reading.ingest import open_training_tables
 from pipelines.tables.image_table import ImageTable
+from tests.faulty_proxy import faulty_proxy
 from tests.pipelines import ingest_fixtures, pretrain_fixtures
 from tests.pipelines.pretrain_fixtures import Killed, dies_after, per_step, small_config
 from tests.pipelines.pretrain_fixtures import weight_bytes as weights_of
 from tests.pipelines.test_ingest import assert_same, make_order, stream
 from tests.pipelines.view_fixtures import write_views
+from tests.s3_server import bucket, s3  # noqa: F401 - fixtures
 
 POLICY = ingest_fixtures.POLICY
 
@@ -105,6 +107,22 @@ def test_what_does_not_fit_is_refused_by_name(root, tmp_path):
     other = write_views(ImageTable.open(str(root / "images")), tmp_path / "other", num_views=4)
     with pytest.raises(InputError, match=r"policy\.seed"):
         opened(root, other)
+
+
+def test_batches_are_the_same_from_a_store_whose_network_fails(root, exact, s3, bucket):  # noqa: F811
+    uri = s3.uri(bucket, "views")
+    write_views(ImageTable.open(str(root / "images")), uri, num_views=4, policy=POLICY)
+    with faulty_proxy(s3.port, rate=0.2, seed=3, delay=0.1) as proxy:
+        data = open_training_tables(
+            "",
+            [str(root / "tokens")],
+            view_uris=[s3.uri(bucket, "views", port=proxy.port)],
+            image_size=32,
+        )
+        with stream(data) as batches:
+            for left, right in zip(batches, exact, strict=True):
+                assert_same(left, right)
+    assert proxy.counts["truncated"] > 0
 
 
 # Pretraining
