@@ -7,6 +7,7 @@ from typing import Any
 from jobs.command import output_of
 from pipelines import storage
 from pipelines.config.common import ScalingConfig
+from pipelines.config.render import RenderConfig
 from pipelines.config.tokenize_images import ActorsConfig
 from pipelines.config.tracking import TrackingConfig
 from pipelines.preflight import Bundle, Needs, Place
@@ -112,6 +113,13 @@ def _bundles(config: Any) -> tuple[Bundle, ...]:
                 field="encoders.min_actors", count=encoders.min_actors,
                 resources={"GPU": gpus} if gpus else _encoder_cpus(encoders),
                 remedy="lower it or what each takes (fractions are allowed), or add nodes",
+            ),
+        )  # fmt: skip
+    if isinstance(config, RenderConfig):
+        return (
+            Bundle(
+                field="task_cpus", count=1, resources={"CPU": config.task_cpus},
+                remedy="lower it (fractions are allowed), or add nodes",
             ),
         )  # fmt: skip
     if isinstance(scaling, ScalingConfig) and scaling.worker_range[0] > 0:

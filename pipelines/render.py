@@ -14,11 +14,14 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+import ray
 
 from pipelines import lease, pictures, storage, tracking, unit_tables
 from pipelines.config.checks import flatten
 from pipelines.config.render import RenderConfig
 from pipelines.errors import InputError
+from pipelines.preflight import Bundle
+from pipelines.preflight.capacity import shortages
 from pipelines.progress import Progress
 from pipelines.rendering import work as render_work
 from pipelines.rendering.work import INTERPOLATION, RenderTask
@@ -102,6 +105,7 @@ def run(config: RenderConfig, *, start_ray: Callable[[], None] = ray_is_there) -
     if config.dry_run:
         return _dry_run(task, ledger)
     start_ray()
+    _check_room(task)
     with lease.held(task.output, config.lease, stage="render") as holder:
         ledger = Ledger(task.output, units, holder.fence, form=ViewIdentityRecord)
         # Who had the lease before may have finished the table.
@@ -133,6 +137,19 @@ def plan_task(config: RenderConfig, images: ImageParts) -> RenderTask:
         num_cpus=config.task_cpus,
         rows_per_unit=max(config.rows_per_unit, ROW_GROUP_ROWS),
     )
+
+
+def _check_room(task: RenderTask) -> None:
+    """Raises InputError where no node has what one task needs: it would wait for ever."""
+    bundle = Bundle(
+        field="task_cpus",
+        count=1,
+        resources={"CPU": task.num_cpus, "memory": task.memory},
+        remedy="lower it, rows_per_unit or num_views, or add nodes",
+    )
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if missing := shortages([bundle], nodes):
+        raise InputError(missing[0])
 
 
 def _take_up(config: RenderConfig, ledger: Ledger, wanted: dict[str, Any]) -> bool:

@@ -269,6 +269,8 @@ NOPE = "/not/there"
             [*IMAGES, *TOKENIZER, "--reuse", str(DATA / "tokens")],
             "batch_size: 10 != 64",
         ),
+        ("render", ["--images", NOPE], NOPE),
+        ("pretrain", [*IMAGES, "--tokens", str(DATA / "tokens"), "--views", NOPE], NOPE),
         ("pretrain", ["--images", NOPE, "--tokens", NOPE], NOPE),
         ("pretrain", [*IMAGES, "--tokens", NOPE], NOPE),
         ("pretrain", [*IMAGES, "--tokens", str(DATA / "tokens")], "image_size"),

@@ -349,7 +349,10 @@ class TestOwner:
         assert not dataclasses.replace(here, process=2**22 + 1, machine="").is_gone()
 
 
-STAGES = ("prepare", "train-tokenizer", "tokenize", "pretrain", "finetune", "evaluate", "export")
+STAGES = (
+    "prepare", "train-tokenizer", "tokenize", "render", "pretrain", "finetune", "evaluate",
+    "export",
+)  # fmt: skip
 MANY = [pytest.mark.long, pytest.mark.timeout(3600)]
 
 

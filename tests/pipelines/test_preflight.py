@@ -217,9 +217,18 @@ def test_tokenize_takes_the_gpus_that_there_are(flag, gpu, resources):
     assert needs.bundles[0][1].resources == resources
 
 
+def test_stored_views_are_a_place_that_nodes_must_see():
+    flags = ["--views", "s3://b/v,s3://b/w", "--tokens", "s3://b/t", "--output", "s3://b/o"]
+    needs = needs_of("pretrain", parse_stage("pretrain", [*flags, "--probe.every_steps", "0"]))
+    named = {place.field: place.uri for place in needs.places}
+    assert (named["views[0]"], named["views[1]"]) == ("s3://b/v", "s3://b/w")
+    assert "images" not in named
+
+
 def test_what_is_done_needs_no_nodes(table):
     config = parse_stage("prepare", ["--source", "/s", "--output", str(table)])
     assert is_done("prepare", config)
+    assert is_done("render", dataclasses.replace(config, output=str(table)))
     assert not is_done("tokenize", dataclasses.replace(config, output=str(table / "other")))
 
 

@@ -80,7 +80,7 @@ def test_units_are_whole_row_groups_and_every_row_is_in_one(root):
         assert units.sizes.sum() == NUM_ROWS
         assert (units.first[1:] == np.cumsum(units.sizes)[:-1]).all()
         assert len(units) == {1: len(images.row_groups), 10**6: 3}.get(most, len(units))
-    assert cut_row_groups([300, 0, 128, 5]) == [100, 100, 100, 128, 5]
+    assert cut_row_groups([150, 0, 64, 5]) == [50, 50, 50, 64, 5]
 
 
 def test_a_field_that_was_changed_is_named(copied):

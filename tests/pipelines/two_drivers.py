@@ -26,6 +26,7 @@ from pipelines import (
     finetune,
     prepare,
     pretrain,
+    render,
     tokenize_images,
     train_tokenizer,
     unit_tables,
@@ -35,6 +36,7 @@ from pipelines.config.export import ExportConfig
 from pipelines.config.lease import LeaseConfig
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import StageFailed
+from pipelines.rendering import work as render_work
 from pipelines.tables import tokenizer_store
 from pipelines.tokenization import task, work
 from pipelines.units import Outcome
@@ -44,6 +46,7 @@ from tests.pipelines.image_sources import write_folder
 from tests.pipelines.prepare_fixtures import config_of as prepare_config
 from tests.pipelines.pretrain_fixtures import make_tables, metrics_of, small_config
 from tests.pipelines.test_train_tokenizer import settings
+from tests.pipelines.view_fixtures import render_config
 
 EXPIRES = 2.0
 KINDS = ("nothing", "killed", "still", "before a rename")
@@ -70,6 +73,11 @@ def tokenize_units(task, units, todo, images, origins):
         yield Outcome(unit=int(number), facts=facts)
 
 
+def render_units(task, units, todo, images):
+    for number in todo:
+        yield render_work.render_unit(render.unit_of(units, images, int(number)), task).check()
+
+
 def verify_here(names, uri, check, num_cpus):
     return unit_tables.verify_files(names, uri, check)
 
@@ -78,6 +86,8 @@ def without_ray():
     """What Ray would do, here."""
     prepare._outcomes = prepare_units
     tokenize_images._outcomes = tokenize_units
+    render._outcomes = render_units
+    render._check_room = lambda task: None
     unit_tables._verified = verify_here
     node = {"Alive": True, "Resources": {"memory": 1e12}}
     task.ray = SimpleNamespace(
@@ -105,6 +115,10 @@ def stages(root):
         "tokenize": (
             tokenize_images.run,
             lambda out: world.make_config(tables[0], tokenizer, out, rows_per_unit=8),
+        ),
+        "render": (
+            render.run,
+            lambda out: render_config(tables[0], out, rows_per_unit=8),
         ),
         "pretrain": (
             pretrain.run,
