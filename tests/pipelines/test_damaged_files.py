@@ -27,9 +27,11 @@ from pipelines.preparation.source_plan import make_plan, read_listing, read_plan
 from pipelines.preparation.unit import PrepareTask, process_unit, read_receipt, receipt_uri
 from pipelines.preparation.walking import Entry
 from pipelines.records import read_values, write_record
-from pipelines.tables import image_files, token_files, tokenizer_store
+from pipelines.tables import image_files, token_files, tokenizer_store, view_table
 from pipelines.tables.image_table import ImageTable
 from pipelines.tables.token_table import TokenTable
+from pipelines.tables.view_files import decode_view
+from pipelines.tables.view_table import ViewTable
 from pipelines.tokenization.ledger import Ledger, plan_units
 from pipelines.training import checkpoint
 from pipelines.training.goodput import Attempt
@@ -37,12 +39,13 @@ from pipelines.training.run_dir import ReportRecord, RunDir, Skips
 from tests.fuzzing import Subject, failures, outcomes, row
 from tests.pipelines.image_sources import encoded, tar_bytes
 from tests.pipelines.test_source_damage import planned
+from tests.pipelines.view_fixtures import write_views
 
 DATA = Path(__file__).parents[1] / "data" / "v0.1.0"
 SHORT, LONG = 40, 3000
 # Names of all subjects; what each is stands in `subjects`.
 NAMES = (
-    "image manifest", "image part", "token manifest", "token part",
+    "image manifest", "image part", "token manifest", "token part", "view manifest", "view part",
     "prepare plan", "prepare listing", "prepare receipt", "tokenize identity", "tokenize receipts",
     "run configuration", "run record", "skips", "event", "attempt", "report",
     "checkpoint marker", "checkpoint weights", "checkpoint state",
@@ -74,13 +77,27 @@ def read_tokens() -> Any:
     return keys, token_ids.tolist(), table.identity
 
 
+def read_views() -> Any:
+    view_table._OPEN.entries.clear()
+    table = ViewTable.open("views")
+    places = [(group, slot) for slot in table.views for group in range(len(table.row_groups))]
+    found = [record for place in places for record in table.read_group(*place).to_pylist()]
+    for record in found:
+        record["image"] = decode_view(record["image"], "lossless", 8, key="").tobytes()
+    return found, table.identity, table.image_row_groups.tolist()
+
+
 def tables(root: Path) -> Iterator[Subject]:
+    write_views(ImageTable.open("images"), "views", image_size=8)
+    (views, *_) = sorted((root / "views").glob("part-*"))
     part = "part-00000-00000004-00000009.parquet"
     for name, file, read in (
         ("image manifest", "images/manifest.json", read_images),
         ("image part", "images/part-00000.parquet", read_images),
         ("token manifest", "tokens/manifest.json", read_tokens),
         ("token part", f"tokens/{part}", read_tokens),
+        ("view manifest", "views/manifest.json", read_views),
+        ("view part", f"views/{views.name}", read_views),
     ):
         yield Subject(name=name, path=root / file, read=read)
 
