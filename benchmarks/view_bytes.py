@@ -9,19 +9,20 @@ bytes of all answers: footers, keys and what two windows share are counted, too.
 
 import argparse
 import io
+import statistics
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from beit.images import image_digest
-from beit.views import ViewPolicy
+from beit.images import decode_array, image_digest
+from beit.views import ViewPolicy, render, sample_view
 from benchmarks.ingest import MASKING, make_jpegs
 from pipelines.reading.ingest import TrainingTables, open_training_tables, train_batches
 from pipelines.sample_order import SampleOrder
 from pipelines.tables.image_files import ImageRow, write_part
 from pipelines.tables.image_table import ImageTable, commit_manifest
-from pipelines.tables.view_files import CODECS
+from pipelines.tables.view_files import CODECS, decode_view, encode_view
 from tests.faulty_proxy import FaultyProxy, faulty_proxy
 from tests.pipelines.view_fixtures import write_views
 from tests.s3_server import S3Store, start_s3
@@ -96,6 +97,25 @@ def measure(s3: S3Store, bucket: str, count: int, proxy: FaultyProxy) -> list[st
     return rows
 
 
+def stored_forms() -> list[str]:
+    """Of each form of a stored view: its size, and its difference from the exact view."""
+    files = make_jpegs(96)
+    lines = ["| form | kB a view | mean absolute difference, grey levels |", "| --- | --- | --- |"]
+    for form in CODECS:
+        sizes, errors = [], []
+        for data in files:
+            pixels = decode_array(data)
+            view = sample_view(POLICY, image_digest(data), 0, *pixels.shape[:2])
+            exact = render(pixels, view, 224)
+            sizes.append(len(stored := encode_view(exact, form)))
+            found = decode_view(stored, form, 224, key="").transpose(1, 2, 0)
+            errors.append(float(np.abs(found.astype(int) - exact).mean()))
+        lines.append(
+            f"| {form} | {statistics.fmean(sizes) / 1e3:.1f} | {statistics.fmean(errors):.2f} |"
+        )
+    return lines
+
+
 def main() -> None:
     """Measures, prints, and writes the table where asked to."""
     parser = argparse.ArgumentParser()
@@ -115,6 +135,8 @@ def main() -> None:
         "| read from | kB received a sample | kB used | received / used | requests a sample |",
         "| --- | --- | --- | --- | --- |",
         *rows,
+        "",
+        *stored_forms(),
         "",
     ]
     print("\n".join(lines))
