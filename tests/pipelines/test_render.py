@@ -64,7 +64,7 @@ def test_ctrl_c_stops_cleanly_and_the_next_run_goes_on(finished, images, tmp_pat
     with pytest.raises(KeyboardInterrupt, match="images are done; the same command"):
         render.run(config)
     monkeypatch.undo()
-    with pytest.raises(InputError, match="form: 'lossless' != 'jpeg95'"):
+    with pytest.raises(InputError, match="codec: 'zstd of uint8"):
         render.run(render_config(images, tmp_path / "t", form="jpeg95"))
     result = render.run(config)
     assert result.units_computed <= result.num_units - 2
