@@ -1,5 +1,7 @@
 """The audit of a view table: its files, its keys, and its views rendered again."""
 
+from typing import Any
+
 import numpy as np
 
 from pipelines import storage
@@ -36,42 +38,46 @@ def audit_views(config: AuditConfig, table: ViewTable, findings: Findings) -> tu
             f"images = {config.images}: image_fingerprint {images.fingerprint} != "
             f"{table.image_fingerprint} of {table.uri}; give the image table of these views"
         )
-    return len(sample), total, _render_again(config, table, images, set(changed), findings)
+    return len(sample), total, _render_again(config, table, images, generator, findings)
 
 
 def _render_again(
-    config: AuditConfig, table: ViewTable, images: ImageTable, broken: set[int], findings: Findings
+    config: AuditConfig,
+    table: ViewTable,
+    images: ImageTable,
+    generator: np.random.Generator,
+    findings: Findings,
 ) -> int:
-    generator = np.random.default_rng([config.seed, 1])
+    """Compares random slots of random rows with what is rendered now; returns their number."""
     wanted = min(config.samples, table.num_rows)
     rows = np.sort(generator.choice(table.num_rows, wanted, replace=False))
-    present = [table.file_rows(i) for i in range(table.num_files) if i not in broken]
-    rows = np.array([r for r in rows.tolist() if any(r in span for span in present)], np.int64)
-    identity, done = table.identity, 0
+    rows = rows[table.have_file(rows)]
     for position, record in read_sample(images, rows, ("key", "image", "digest"), findings):
-        row = int(rows[position])
-        slot = int(generator.integers(identity.num_views))
-        group = int(np.searchsorted(table.row_groups.starts, row, side="right")) - 1
+        slot = int(generator.integers(len(table.views)))
         try:
-            stored = table.read_group(group, slot).slice(
-                row - int(table.row_groups.starts[group]), 1
-            )
-            found = {name: stored[name][0].as_py() for name in stored.column_names}
-            wanted_views = stored_views(
-                record["image"], record["digest"], identity, key=record["key"]
-            )
-            pixels, again = (
-                decode_view(data, identity.form, identity.image_size, key=record["key"])
-                for data in (found["image"], wanted_views[slot])
-            )
+            difference = _difference(table, int(rows[position]), slot, record)
         except InputError as error:
-            findings.add(f"row {row}: {error}")
-            continue
-        names = {name: found[name] for name in ("key", "digest")}
-        difference = differing_field(names, {name: record[name] for name in names})
+            difference = str(error)
         if difference:
-            findings.add(f"row {row}: {difference} (view table != images)")
-        if not np.array_equal(pixels, again):
-            findings.add(f"row {row}: slot_{slot}: pixels differ from those rendered now")
-        done += 1
-    return done
+            findings.add(f"row {rows[position]}: {difference}")
+    return len(rows)
+
+
+def _difference(table: ViewTable, row: int, slot: int, record: dict[str, Any]) -> str | None:
+    """What a slot of a row has otherwise than the view of this record of the image table."""
+    identity = table.identity
+    group = int(np.searchsorted(table.row_groups.starts, row, side="right")) - 1
+    first = table.row_groups[group].start
+    (found,) = table.read_group(group, slot).slice(row - first, 1).to_pylist()
+    stored = found.pop("image")
+    difference = differing_field(found, {name: record[name] for name in found})
+    if difference:
+        return f"{difference} (view table != images)"
+    again = stored_views(record["image"], record["digest"], identity, key=record["key"])[slot]
+    pixels, wanted = (
+        decode_view(data, identity.form, identity.image_size, key=record["key"])
+        for data in (stored, again)
+    )
+    if not np.array_equal(pixels, wanted):
+        return f"slot_{slot}: pixels differ from those rendered now"
+    return None

@@ -187,13 +187,6 @@ class TokenTable(UnitTable):
             index += 1
         return keys, token_ids
 
-    def have_tokens(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of these rows of the image table have tokens: all but those of rejected units."""
-        index = np.searchsorted(self._last, rows, side="right")
-        inside = index < self.num_files
-        inside[inside] = self._first[index[inside]] <= rows[inside]
-        return inside
-
     def _read(self, index: int, start: int, stop: int) -> tuple[list[str], NDArray[np.uint16]]:
         uri = self.file_uri(index)
         base = int(self._first[index])

@@ -168,6 +168,13 @@ class UnitTable:
         """Size and hash of file number `index`."""
         return self._size[index], self._hash[index]
 
+    def have_file(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of these rows of the image table are in a file: all but those of rejected units."""
+        index = np.searchsorted(self._last, rows, side="right")
+        inside = index < self.num_files
+        inside[inside] = self._first[index[inside]] <= rows[inside]
+        return inside
+
     def check_fingerprint(self) -> None:
         """Raises InputError if the manifest is not what was written."""
         content = {name: value for name, value in self.manifest.items() if name != "fingerprint"}

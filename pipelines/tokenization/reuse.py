@@ -178,7 +178,7 @@ def _tokenized(older: Older) -> Iterator[NDArray[np.void]]:
     """The same of the rows of an older table that have tokens."""
     images, tokens = _opened(older)
     for records in digest_records(images, older.first):
-        yield records[tokens.have_tokens(records["row"] - older.first)]
+        yield records[tokens.have_file(records["row"] - older.first)]
 
 
 @functools.lru_cache(maxsize=8)

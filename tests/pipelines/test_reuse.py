@@ -83,14 +83,14 @@ def test_origins_are_those_of_a_search_through_all_digests(root, bucket_rows, mo
 
 def test_rows_of_rejected_units_are_not_reused(root):
     table = TokenTable.open(str(root / "a-tokens"))
-    assert table.have_tokens(np.arange(40)).all()
+    assert table.have_file(np.arange(40)).all()
     # Its first file, of rows 0 to 19, was never made.
     files = {name: column[1:] for name, column in table.manifest["files"].items()}
     less = TokenTable(table.uri, table.manifest | {"files": files})
-    assert less.have_tokens(np.arange(40)).tolist() == [False] * 20 + [True] * 20
+    assert less.have_file(np.arange(40)).tolist() == [False] * 20 + [True] * 20
     files = {name: column[:1] for name, column in table.manifest["files"].items()}
     less = TokenTable(table.uri, table.manifest | {"files": files})
-    assert less.have_tokens(np.arange(40)).tolist() == [True] * 20 + [False] * 20
+    assert less.have_file(np.arange(40)).tolist() == [True] * 20 + [False] * 20
 
 
 def test_the_driver_holds_a_bucket_and_not_all_digests(monkeypatch):
@@ -107,7 +107,7 @@ def test_the_driver_holds_a_bucket_and_not_all_digests(monkeypatch):
             yield pa.table({"digest": column})
 
     images = SimpleNamespace(num_rows=rows, iter_parts=iter_parts)
-    tokens = SimpleNamespace(have_tokens=lambda numbers: numbers % 2 == 0)
+    tokens = SimpleNamespace(have_file=lambda numbers: numbers % 2 == 0)
     monkeypatch.setattr(reuse, "_opened", lambda older: (images, tokens))
     older = Older(tokens="t", images="i", first=0, rows=rows)
     tracemalloc.start()
