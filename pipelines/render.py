@@ -103,7 +103,7 @@ def run(config: RenderConfig, *, start_ray: Callable[[], None] = ray_is_there) -
     if done and not storage.exists(work_uri(task.output)):
         return _already_done(config, ledger)
     if config.dry_run:
-        return _dry_run(task, ledger)
+        return _dry_run(config, task, ledger)
     start_ray()
     _check_room(task)
     with lease.held(task.output, config.lease, stage="render") as holder:
@@ -167,7 +167,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _dry_run(task: RenderTask, ledger: Ledger) -> RenderResult:
+def _dry_run(config: RenderConfig, task: RenderTask, ledger: Ledger) -> RenderResult:
     unverified = 0 if ledger.finished else len(ledger.load())
     identity = task.identity
     say(
@@ -175,18 +175,7 @@ def _dry_run(task: RenderTask, ledger: Ledger) -> RenderResult:
         f"({task.images_uri}) at {identity.image_size} px as {identity.form} into {task.output}: "
         f"{len(ledger.todo()):,} of {len(ledger.units):,} units to do ({unverified:,} to verify)"
     )
-    return RenderResult(
-        uri=task.output,
-        fingerprint="",
-        num_rows=identity.num_rows,
-        num_views=identity.num_views,
-        num_units=len(ledger.units),
-        units_computed=0,
-        rejected_units=len(ledger.rejected),
-        seconds=0.0,
-        images_per_second=0.0,
-        num_bytes=0,
-    )
+    return _result(config, ledger, "", computed=0, seconds=0)
 
 
 def _render(
