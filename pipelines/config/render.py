@@ -27,7 +27,7 @@ class RenderConfig:
     """Side of a view in pixels: `model.image_size` of the training."""
     form: Literal["lossless", "jpeg95"] = "lossless"
     """lossless: the exact pixels, 98 kB a view of 224 pixels; jpeg95: JPEGs of quality 95 without
-    chroma subsampling, 24 kB, within 1.3 grey levels on average."""
+    chroma subsampling, 24 kB, 1.1 grey levels off on average."""
     rows_per_unit: Annotated[int, Ge(1)] = 256
     """Images in one unit of work (one file). Units end where row groups do, and may have fewer."""
     task_cpus: Annotated[float, Gt(0)] = 1
