@@ -8,6 +8,7 @@ is read without what lies beside it.
 
 import io
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
@@ -30,7 +31,7 @@ CODECS: dict[str, str] = {
 }
 """What each form is. Raised to another text whenever readers must tell two apart."""
 # Decoding takes the same time for all levels; 3 is 7 % smaller than 1, and 6 no smaller.
-_ZSTD = pa.Codec("zstd", 3)
+ZSTD_LEVEL = 3
 # Rows of one row group at most: a ranged request of 6 MB of lossless views of 224 pixels, 1.5 MB of
 # JPEGs. Windows of the sample order share row groups at their edges, which are read twice.
 ROW_GROUP_ROWS = 64
@@ -69,6 +70,16 @@ class ViewIdentity:
         return cls(**picked | {"views": tuple(picked["views"])})
 
 
+class _OfThread(threading.local):
+    """A codec is not promised to serve several threads; to make one takes as long as a use."""
+
+    def __init__(self) -> None:
+        self.zstd = pa.Codec("zstd", ZSTD_LEVEL)
+
+
+_OWN = _OfThread()
+
+
 class ViewIdentityRecord(TypedDict):
     """What must stand in a record for an identity."""
 
@@ -85,7 +96,7 @@ class ViewIdentityRecord(TypedDict):
 def encode_view(pixels: np.ndarray, form: str) -> bytes:
     """A view uint8 (side, side, 3) as it is stored."""
     if form == "lossless":
-        data: bytes = _ZSTD.compress(pixels.transpose(2, 0, 1).tobytes(), asbytes=True)
+        data: bytes = _OWN.zstd.compress(pixels.transpose(2, 0, 1).tobytes(), asbytes=True)
         return data
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=95, subsampling=0)
@@ -96,7 +107,7 @@ def decode_view(data: bytes, form: str, side: int, *, key: str) -> np.ndarray:
     """The pixels of a stored view, uint8 (3, side, side). Raises InputError if it is damaged."""
     try:
         if form == "lossless":
-            raw = _ZSTD.decompress(data, decompressed_size=3 * side**2)
+            raw = _OWN.zstd.decompress(data, decompressed_size=3 * side**2)
             pixels = np.frombuffer(raw, np.uint8).reshape(3, side, side)
         else:
             pixels = decode_array(data).transpose(2, 0, 1)
