@@ -63,7 +63,10 @@ def test_the_image_passes_the_linter(tmp_path):
 
 def test_rays_launcher_accepts_its_file():
     config = yaml.safe_load((INFRA / "ray-cluster/aws.yaml").read_text())
-    validate_config(prepare_config(config))
+    prepared = prepare_config(config)
+    validate_config(prepared)
+    assert "--env RAY_AUTH_MODE=token" in prepared["docker"]["run_options"]
+    assert "/home/ray/.ray/auth_token" in prepared["file_mounts"]
     with pytest.raises(Exception, match="worker_typ"):
         validate_config(prepare_config({**config, "worker_typ": 1}))
 
