@@ -21,6 +21,7 @@ ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # the default of 15 starves workers on a machine that does more
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
+    "RAY_COLOR_PREFIX": "0",  # logs are files, in which colours are noise
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # workers of a finished pool announce harmless deaths
     "MLFLOW_DISABLE_TELEMETRY": "true",

@@ -7,6 +7,10 @@ from typing import Any, TextIO
 
 from pipelines.errors import printable
 
+# What Ray's driver prints of a node that is lost: one line tells it, and a stack trace of Ray's own
+# follows, which the logs of the node have, too.
+OF_A_NODE, TRACE = "(raylet) ", " Last 20 lines of the Raylet logs:"
+
 
 class _Printable:
     """A stream that shows control characters as text, but for line ends and tabs."""
@@ -17,7 +21,10 @@ class _Printable:
     def write(self, text: str) -> int:
         # Progress lines begin with a return; no name does that for them.
         start = "\r" if text.startswith("\r") else ""
-        self._stream.write(start + printable(text[len(start) :], keep="\n\t"))
+        shown = text[len(start) :]
+        if text.startswith(OF_A_NODE):
+            shown = text.partition("\n")[0].partition(TRACE)[0].rstrip()
+        self._stream.write(start + printable(shown, keep="\n\t"))
         return len(text)
 
     def __getattr__(self, name: str) -> Any:

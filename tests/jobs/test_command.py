@@ -18,6 +18,7 @@ import pytest
 
 from jobs import cli, command
 from jobs.command import _start_ray, connect_to_ray, exit_code, import_root, parse
+from jobs.terminal import printable_output
 from pipelines import storage
 from pipelines.errors import InputError, StageFailed
 
@@ -196,6 +197,17 @@ def test_sigterm_ends_a_stage_as_ctrl_c_does_once_ray_has_started(
         connect_to_ray()
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_of_a_node_that_is_lost_ray_says_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    said = "(raylet) Raylet is terminated. Possible reasons include: (1) SIGKILL."
+    with printable_output():
+        print(f"{said} Last 20 lines of the Raylet logs:\n    *** StackTrace ***\n    main\n")
+        print("(raylet) The node has been marked dead. \t(1) It crashed \n\t(2) It lags.")
+        print("two\nlines")
+    assert capsys.readouterr().out.splitlines() == [
+        said, "(raylet) The node has been marked dead. \t(1) It crashed", "two", "lines"
+    ]  # fmt: skip
 
 
 def test_programming_errors_keep_their_traceback() -> None:
