@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     own, flags = _split(arguments)
     parser = _parser()
-    options = parser.parse_args(own)
+    options = parser.parse_intermixed_args(own)
     codes: list[int] = []
 
     def act(_: object) -> None:
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--code", choices=("checkout", "image"), default="checkout",
-        help="send this code, or use what is installed in the cluster's image",
+        help="send this code, or use what the cluster's image has installed: of this version",
     )  # fmt: skip
     parser.add_argument("--detach", action="store_true", help="do not follow the log")
     parser.add_argument(
@@ -155,6 +155,8 @@ def _submit(options: argparse.Namespace, flags: Sequence[str]) -> int:
             )
             _say(options, f"submitted {submission_id} ({size / 1024:.0f} kB)")
     _say(options, f"dashboard: {address}/#/jobs/{submission_id}")
+    if options.code == "image":
+        _say(options, f"code: the image's; it must be that of {job.metadata['beit.code']}, as here")
     if token_place:
         _say(options, f"token: from {token_place}")
     if options.detach:
@@ -287,12 +289,12 @@ def code_version() -> str:
 def _follow(options: argparse.Namespace, client: Any, submission_id: str) -> int:
     """Follows to the end. Ctrl-C lets the job run on; a second one stops it."""
     from jobs.submission.cluster import job_log
-    from jobs.submission.follow import follow, job_exit_code
+    from jobs.submission.follow import LogPrinter, follow, job_exit_code
 
-    stream = sys.stderr if options.json else sys.stdout
+    printer = LogPrinter(sys.stderr if options.json else sys.stdout)
     while True:
         try:
-            details = follow(client, submission_id, stream=stream)
+            details = follow(client, submission_id, printer)
             break
         except KeyboardInterrupt:
             if not _stop_wanted(submission_id):

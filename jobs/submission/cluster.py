@@ -53,10 +53,13 @@ def connect(address: str, token_place: str) -> Client:
     try:
         return Client(address)
     except AuthenticationError as error:
-        known = f"the token in {token_place} is not its token" if token_place else "none was found"
+        if token_place:
+            known = f"the token in {token_place} is not that of the cluster"
+        else:
+            known = "the cluster, or RAY_AUTH_MODE here, asks for a token, and none was found"
         raise InputError(
-            f"--address {address}: the cluster asks for a token, and {known}; get it there with "
-            f"`ray get-auth-token` and put it into RAY_AUTH_TOKEN or {TOKEN_FILE}"
+            f"--address {address}: {known}; get it there with `ray get-auth-token` and put it into "
+            f"RAY_AUTH_TOKEN or {TOKEN_FILE}"
         ) from error
     except (ClusterAwayError, ConnectionError, requests.RequestException) as error:
         raise InputError(

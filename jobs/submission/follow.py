@@ -52,14 +52,14 @@ class LogPrinter:
         self.feed(whole)
 
 
-def follow(client: Client, submission_id: str, *, stream: TextIO = sys.stdout) -> JobDetails:
-    """Prints the job's log as it grows and returns its state when it has ended.
+def follow(client: Client, submission_id: str, printer: LogPrinter) -> JobDetails:
+    """Prints the job's log as it grows and returns its state when it has ended. Interrupted and
+    called again with the same printer, it goes on where it was.
 
     Raises:
         ClusterAwayError: the dashboard has been away for `PATIENCE`.
         InputError: there is no such job.
     """
-    printer = LogPrinter(stream)
     seen = time.monotonic()
     explain_at, away = seen + EXPLAIN_AFTER, False
     while True:

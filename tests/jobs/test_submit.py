@@ -3,10 +3,10 @@
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +16,8 @@ import yaml
 from jobs import submit
 from jobs.cli import main, parse_stage
 from jobs.recipes import shipped_recipes
-from jobs.submission import package
-from jobs.submission.follow import LogPrinter, job_exit_code
+from jobs.submission import cluster, package
+from jobs.submission.follow import LogPrinter, explain_waiting, job_exit_code
 from pipelines.errors import InputError
 from pipelines.redaction import HIDDEN, redacted
 
@@ -77,8 +77,11 @@ def test_this_checkout_is_small(tmp_path):
     code.mkdir()
     package.write_package(code, config_text="", with_code=True, include=[])
     assert (code / "jobs/configs/quickstart.yaml").is_file()
-    sent = shutil.make_archive(str(tmp_path / "sent"), "zip", code)  # as Ray sends it
-    assert Path(sent).stat().st_size < 2**20
+    sent = tmp_path / "sent.zip"
+    with zipfile.ZipFile(sent, "w") as file:  # as Ray sends it: not compressed
+        for path in code.rglob("*"):
+            file.write(path, path.relative_to(code))
+    assert sent.stat().st_size < 2 * 2**20
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -207,6 +210,32 @@ def test_a_log_handed_over_again_is_printed_once():
     assert stream.getvalue() == "one\ntwo\nthree\n"
 
 
+def test_what_runs_already_is_attached_to(monkeypatch, capsys):
+    job = submit.describe("prepare", PREPARE)
+    running = SimpleNamespace(
+        submission_id=f"{job.prefix}-3", status=SimpleNamespace(value="RUNNING"),
+        metadata=dict(job.metadata),
+    )  # fmt: skip
+    monkeypatch.setattr(cluster, "connect", lambda *_: None)
+    monkeypatch.setattr(cluster, "newest_attempt", lambda *_: (2, running))
+    monkeypatch.setattr(cluster, "submit", lambda *_, **__: pytest.fail("a second one"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    own = ["prepare", "--address", "http://h:8265", "--detach", "--env", "MLFLOW_TRACKING_URI"]
+    assert submit.main([*own, "--", *PREPARE]) == 0
+    assert f"{job.prefix}-3 is running already: attached to it" in capsys.readouterr().out
+    assert submit.main([*own, "--", *PREPARE, "--min_side", "8"]) == 2
+    assert f"`beit submit stop {job.prefix}-3` first" in capsys.readouterr().err
+
+
+def test_waiting_is_explained():
+    status = "Node status\n-----\n\nResources\n-----\nTotal Usage:\n 2.0/2.0 CPU\n"
+    details = SimpleNamespace(status=SimpleNamespace(value="PENDING"), message="needs\n a node")
+    for known, have in ((status, "Total Usage:\n 2.0/2.0 CPU"), ("", "unknown")):
+        client = SimpleNamespace(cluster_status=lambda known=known: known)
+        said = explain_waiting(client, details)
+        assert said == f"waiting (PENDING): needs a node\nthe cluster:\n{have}"
+
+
 @pytest.mark.parametrize(
     ("status", "driver", "log", "code"),
     [
@@ -231,6 +260,7 @@ def test_the_drivers_own_exit_code(status, driver, log, code):
         (["prepare", "--address", "ray://head:10001"], "--address"),
         (["prepare", "--address", "http://127.0.0.1:9"], "http://127.0.0.1:9"),
         (["status", "--address", "http://127.0.0.1:9"], "http://127.0.0.1:9"),
+        (["logs", "--address", "http://127.0.0.1:9", "some-id"], "http://127.0.0.1:9"),
         (["brew"], "brew"),
     ],
 )
