@@ -135,11 +135,11 @@ def start_s3(kind: str = KIND) -> S3Store:
     return S3Store(kind=kind, port=_start_ceph() if kind == "ceph" else _start_moto())
 
 
-def _start_moto() -> int:
+def _start_moto(address: str = "127.0.0.1", port: int = 0) -> int:
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server = ThreadedMotoServer(ip_address=address, port=port, verbose=False)
     server.start()
     atexit.register(server.stop)
     return server.get_host_and_port()[1]
@@ -235,6 +235,6 @@ def _stop(pid: int) -> None:
 
 
 if __name__ == "__main__":  # ADDRESS PORT: on a host of its own, until that is switched off
-    _start_ceph(sys.argv[1], int(sys.argv[2]))
+    (_start_ceph if KIND == "ceph" else _start_moto)(sys.argv[1], int(sys.argv[2]))
     print("up", flush=True)
     signal.pause()

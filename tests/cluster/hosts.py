@@ -10,8 +10,9 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-# Ends with the process that started it, also if that is killed.
-BOUND = ("setpriv", "--pdeathsig", "KILL")
+# Ends with the process that started it, also if that is killed. Hears Ctrl-C, also where a shell
+# started the tests in the background, with SIGINT ignored.
+BOUND = ("env", "--default-signal=INT", "setpriv", "--pdeathsig", "KILL")
 INIT = """
 hostname "$1"; mount --make-rprivate /
 mount --bind "$2/hosts" /etc/hosts
@@ -19,7 +20,8 @@ mount -t tmpfs -o size=2g tmpfs /dev/shm
 mount --bind "$2/$1" /tmp
 mount -t proc proc /proc
 ip link set lo up
-echo up; exec sleep infinity
+echo up
+sleep infinity & wait  # as an init does it: bash buries those whose parent is gone
 """
 
 

@@ -8,26 +8,15 @@ import json
 import os
 import re
 import signal
-import time
-from pathlib import Path
 
 import pytest
 
+from jobs.environment import SECRETS_FILE
 from tests.cluster import hosts
 from tests.cluster import world as worlds
+from tests.cluster.chain import PHOTOS, Chain, upload_photos
 
-PHOTOS, IMAGES, TOKENIZER, TOKENS = (
-    f"s3://beit/{name}" for name in ("photos", "images", "tokenizer", "tokens")
-)
-UPLOAD = """
-import io
-from pipelines import storage
-from tests.pipelines.pretrain_fixtures import draw_image
-for number in range(96):
-    file = io.BytesIO()
-    draw_image(number).save(file, "PNG")
-    storage.write_bytes(f"s3://beit/photos/{'abc'[number % 3]}/{number:05d}.png", file.getvalue())
-"""
+IMAGES, TOKENIZER, TOKENS = (f"s3://beit/{name}" for name in ("images", "tokenizer", "tokens"))
 FLAGS = {
     "prepare": f"--source {PHOTOS} --output {IMAGES}",
     "train-tokenizer": f"--images {IMAGES} --output {TOKENIZER} --model.image_size 32 "
@@ -51,67 +40,15 @@ FLAGS = {
 }
 
 
-class Chain:
-    """Submissions from the client, and looks at what they have made."""
-
-    def __init__(self, world: worlds.World) -> None:
-        self.world, self.number = world, 0
-
-    def begin(self, stage: str, *more: str) -> "Job":
-        self.number += 1
-        log = self.world.directory / f"{self.number:02d}-{stage}.log"
-        return Job(log, self.world.submit(stage, [*FLAGS[stage].split(), *more], log))
-
-    def run(self, stage: str, *more: str) -> "Job":
-        job = self.begin(stage, *more)
-        job.ends_with(0)
-        return job
-
-    def names(self, prefix: str) -> list[str]:
-        """Names of the objects below s3://beit/PREFIX."""
-        return self.world.look(
-            "import boto3; pages = boto3.client('s3').get_paginator('list_objects_v2')\n"
-            f"found = pages.paginate(Bucket='beit', Prefix={prefix!r}).search('Contents')\n"
-            "print(*(each['Key'] for each in found if each), sep='\\n')"
-        ).split()
-
-    def count(self, prefix: str, name: str) -> int:
-        """Objects below s3://beit/PREFIX whose name contains this."""
-        return sum(name in each for each in self.names(prefix))
-
-
-class Job:
-    """What the client shows of a job that it follows."""
-
-    def __init__(self, log: Path, process) -> None:
-        self.log, self.process = log, process
-
-    @property
-    def text(self) -> str:
-        return self.log.read_text()
-
-    def says(self, what: str, seconds: float = 600) -> None:
-        """Waits until the client has shown it."""
-        deadline = time.monotonic() + seconds
-        while what not in self.text:
-            assert self.process.poll() is None, f"ended before {what!r}:\n{self.text[-4000:]}"
-            assert time.monotonic() < deadline, f"never said {what!r}:\n{self.text[-4000:]}"
-            time.sleep(0.2)
-
-    def ends_with(self, code: int) -> None:
-        found = self.process.wait(timeout=900)
-        assert found == code, f"exit code {found}, not {code}:\n{self.text[-6000:]}"
-        assert f"exit code {code}." in self.text
-
-
 @pytest.fixture
 def chain(tmp_path, ray_turn):
     if reason := hosts.why_not() or worlds.missing():
         pytest.skip(reason)
     world = worlds.World(tmp_path)
     try:
-        world.look(UPLOAD)
-        yield Chain(world)
+        upload_photos(world, 96)
+        world.fence_in()
+        yield Chain(world, FLAGS)
     finally:
         world.close()
 
@@ -130,6 +67,7 @@ def test_the_chain_survives_what_a_cluster_does(chain):
     assert chain.count("run/", "evaluation") > 0
     assert chain.count("hf/", "model.safetensors") == 1
     nothing_is_left(chain)
+    no_secret_is_written(chain)
 
 
 def prepare_while_the_client_is_cut_off(chain):
@@ -140,18 +78,7 @@ def prepare_while_the_client_is_cut_off(chain):
     job.says("does not answer", seconds=120)
     client.heal()
     job.ends_with(0)
-    # Nothing is lacking, nothing is there twice.
-    kept = chain.world.look(KEPT.format(place="s3://beit/images.logs"))
-    shown = [line for line in job.text.splitlines() if not line.startswith("--")]
-    first = shown.index(kept.splitlines()[0])
-    assert shown[first : first + len(kept.splitlines())] == kept.splitlines()
-
-
-KEPT = """
-from pipelines import storage
-for file in storage.list_files("{place}", ".log"):
-    print(storage.read_bytes(storage.join("{place}", file.path)).decode(), end="")
-"""
+    chain.shows_all_of(job, "images.logs/")
 
 
 def train_a_tokenizer_while_the_dashboard_stands_still(chain):
@@ -189,7 +116,7 @@ def tokenize_while_a_host_is_switched_off(chain):
     assert chain.count("tokens/", "manifest.json") == 0
     job.ends_with(0)
     world.hosts["cpu"].on()
-    world.add_worker("cpu", "--num-cpus=2")
+    world.add_worker("cpu")
     world.wait(lambda: world.nodes() == 3, "the host that was off")
     chain.run("tokenize", "--output", "s3://beit/reference-tokens", *cpus)
     assert world.look(EQUAL_TABLES).strip() == "equal"
@@ -231,9 +158,7 @@ def pretrain_through_everything(chain):
 
     job = chain.begin("pretrain", *output)
     saved(100)
-    submission = job.text.partition("submitted ")[2].split()[0]
-    stopped = world.beit("submit", "stop", submission, log=world.directory / "stop.log")
-    assert stopped.wait(timeout=120) == 0
+    chain.stop(job)
     job.ends_with(130)
     assert ["pretrain", "KILLED"] in json.loads(world.look(RUNS))
 
@@ -252,24 +177,19 @@ print("equal" if weight_bytes(one) == weight_bytes(other) else "weights differ")
 
 
 def nothing_is_left(chain):
-    """No driver, no lease, no file beside the store, no run that is open, no secret in a log."""
-    world = chain.world
-    assert world.drivers() == {}
-    for name in ("head", "cpu", "gpu"):
-        found = {path.name for path in (world.directory / name).iterdir()}
-        assert not found & {"images", "tokens", "run", "mlruns", "mlflow.db"}
+    """No process, no lease, no file beside the store, no run that is open."""
+    chain.leaves_no_process()
+    chain.leaves_no_file("images", "tokens", "run", "mlruns", "mlflow.db")
     # What was given up says so; what is finished has none.
     leases = [name for name in chain.names("") if "/_lease/" in name]
     assert {name.partition("/")[0] for name in leases} == {"refused"}
     assert any(name.endswith(".end") for name in leases)
     # One run for each artefact, however often it was begun; those that were refused began none.
-    assert json.loads(world.look(RUNS)) == [
+    assert json.loads(chain.world.look(RUNS)) == [
         ["evaluate", "FINISHED"], ["prepare", "FINISHED"], ["pretrain", "FINISHED"],
         ["pretrain", "FINISHED"], ["tokenize", "FAILED"], ["tokenize", "FINISHED"],
         ["tokenize", "FINISHED"], ["train-tokenizer", "FINISHED"],
     ]  # fmt: skip
-    for log in world.directory.glob("*.log"):
-        assert worlds.SHELL["AWS_SECRET_ACCESS_KEY"] not in log.read_text()
 
 
 RUNS = """
@@ -278,4 +198,33 @@ from mlflow import MlflowClient
 client = MlflowClient()
 runs = client.search_runs([client.get_experiment_by_name("beit").experiment_id])
 print(json.dumps(sorted((run.data.tags["beit.stage"], run.info.status) for run in runs)))
+"""
+
+
+def no_secret_is_written(chain):
+    """Only the file that hands them over has them: not Ray's logs, nor results, nor MLflow."""
+    world = chain.world
+    dump = [worlds.POSTGRES / "pg_dump", "--host=127.0.0.1", "--username=postgres", "mlflow"]
+    texts = {"PostgreSQL": world.hosts["tracker"].run(*dump), "S3": world.look(OBJECTS)}
+    assert "beit.stage" in texts["PostgreSQL"]
+    assert "evaluate" in texts["S3"]
+    files = list(world.directory.glob("*.log"))
+    for name in ("head", "cpu", "gpu", "client"):
+        files += [file for file in world.hosts[name].directory.rglob("*") if file.is_file()]
+    handed = [file for file in files if file.name == SECRETS_FILE]
+    assert handed
+    assert {file.stat().st_mode & 0o777 for file in handed} == {0o600}
+    assert any(file.name.startswith("runtime_env_agent") for file in files)  # Ray's, with env_vars
+    for file in set(files) - set(handed):
+        texts[str(file)] = file.read_text(errors="replace")
+    for secret in (*worlds.SECRETS.values(), worlds.RAY["RAY_AUTH_TOKEN"]):
+        assert [place for place, text in texts.items() if secret in text] == []
+
+
+OBJECTS = """
+import boto3
+s3 = boto3.resource("s3")
+for name in ("beit", "mlflow"):
+    for each in s3.Bucket(name).objects.all():
+        print(each.key, each.get()["Body"].read())
 """

@@ -5,6 +5,7 @@ what a job needs beyond that it gets by `beit submit --env`.
 """
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ BIN = Path(sys.executable).parent
 POSTGRES = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"))), Path())
 START_SECONDS = 300
 HOSTS = ("head", "cpu", "gpu", "store", "tracker", "client")
+WORKERS = {"cpu": ("--num-cpus=2",), "gpu": ("--num-cpus=2", "--num-gpus=1")}
 
 # What administrators set where Ray runs. A node that is gone is missed within seconds.
 RAY = {
@@ -32,10 +34,16 @@ RAY = {
     "RAY_health_check_timeout_ms": "5000",
     "RAY_health_check_failure_threshold": "5",
 }
-# A user's shell: variables that `--env` names.
-SHELL = {
-    "AWS_ACCESS_KEY_ID": "testkey",
+# A user's shell: variables that `--env` names; nobody may read those that are secrets.
+SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "testsecret123",
+    "MLFLOW_TRACKING_PASSWORD": "planted-geheim-1",
+    "HF_TOKEN": "planted-geheim-2",
+    "TEAM_API_KEY": "planted-geheim-3",
+}
+SHELL = SECRETS | {
+    "MLFLOW_TRACKING_USERNAME": "anna",  # the server asks for nobody's name, and gets it
+    "AWS_ACCESS_KEY_ID": "testkey",
     "AWS_DEFAULT_REGION": "us-east-1",
     "AWS_ENDPOINT_URL": "http://store:9000",
     "AWS_EC2_METADATA_DISABLED": "true",
@@ -62,10 +70,19 @@ exec mlflow server --host 0.0.0.0 --port 5000 --workers 1 --allowed-hosts 'track
   --artifacts-destination s3://mlflow/artifacts
 """
 
+GET = """
+import sys, urllib.request
+asked = urllib.request.Request(sys.argv[1], headers={"Authorization": f"Bearer {sys.argv[2]}"})
+try:
+    print(urllib.request.urlopen(asked, timeout=5).read().decode())
+except OSError:
+    pass
+"""
+
 
 def missing() -> str:
-    """Which program of Debian's this machine lacks; "": none."""
-    programs = ("radosgw", "ceph-mon", "ceph-osd", "iptables", "curl")
+    """Which program of Debian's this machine lacks for all `HOSTS`; "": none."""
+    programs = ("radosgw", "ceph-mon", "ceph-osd", "iptables")
     lacking = [name for name in programs if not shutil.which(name)]
     return ", ".join([*lacking, *([] if POSTGRES.name else ["postgresql"])])
 
@@ -73,9 +90,9 @@ def missing() -> str:
 class World:
     """The hosts with their services; everything answers."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, names: Sequence[str] = HOSTS) -> None:
         self.directory = directory
-        self.network = Network(directory, HOSTS)
+        self.network = Network(directory, names)
         self.hosts: dict[str, Host] = self.network.hosts
         path = {"PATH": f"{BIN}:/usr/sbin:/usr/bin:/bin"}
         self.here = {**path, "PYTHONPATH": str(REPOSITORY)}
@@ -87,56 +104,60 @@ class World:
             raise
 
     def _start(self) -> None:
-        """One after the other: Ray gives a node 30 s to start, and a small machine needs them."""
-        head, store, tracker = (self.hosts[name] for name in ("head", "store", "tracker"))
+        """Nodes one after the other: Ray gives each 30 s to start, which a small machine needs."""
+        head, store = self.hosts["head"], self.hosts["store"]
         store.serve("python", "-m", "tests.s3_server", store.address, 9000, env=self.here)
+        started = head.serve(
+            "bash", "-c", HEAD, "head", "ray", "start", "--head", "--port=6379", "--num-cpus=0",
+            "--dashboard-host=0.0.0.0", f"--node-ip-address={head.address}", *NODE, env=self.ray,
+        )  # fmt: skip
         self.wait(lambda: "up" in (self.directory / "store.log").read_text().split(), "the store")
         self.look(
             "import boto3; s3 = boto3.client('s3'); "
             "[s3.create_bucket(Bucket=name) for name in ('beit', 'mlflow')]"
         )
-        tracker.serve("sh", "-c", TRACKER, "tracker", POSTGRES, env={**self.here, **SHELL})
-        self._reach("http://tracker:5000/health")
-        head.serve(
-            "bash", "-c", HEAD, "head", "ray", "start", "--head", "--port=6379", "--num-cpus=0",
-            "--dashboard-host=0.0.0.0", f"--node-ip-address={head.address}", *NODE, env=self.ray,
-        ).wait()  # fmt: skip
+        started.wait()
         self._reach("http://head:8265/api/version")
-        self.add_worker("cpu", "--num-cpus=2")
-        self.wait(lambda: self.nodes() == 2, "the first worker")
-        self.add_worker("gpu", "--num-cpus=2", "--num-gpus=1")
-        self.wait(lambda: self.nodes() == 3, "the second worker")
-        self._fence_in(self.hosts["client"], head.address)
+        for name in filter(self.hosts.get, WORKERS):
+            before = self.nodes()
+            self.add_worker(name)
+            self.wait(lambda before=before: self.nodes() > before, name)
+        if "tracker" in self.hosts:
+            tracker = self.hosts["tracker"]
+            tracker.serve("sh", "-c", TRACKER, "tracker", POSTGRES, env={**self.here, **SHELL})
+            self._reach("http://tracker:5000/health")
 
-    @staticmethod
-    def _fence_in(client: Host, address: str) -> None:
-        """The client reaches port 8265 of the head, and itself."""
+    def fence_in(self) -> None:
+        """From now on the client reaches port 8265 of the head, and itself."""
         for allowed in (
             ("--out-interface", "lo"),
-            ("--protocol", "tcp", "--destination", address, "--dport", "8265"),
+            ("--protocol", "tcp", "--destination", self.hosts["head"].address, "--dport", "8265"),
         ):
-            client.run("iptables", "--append", "OUTPUT", *allowed, "--jump", "ACCEPT")
-        client.run("iptables", "--policy", "OUTPUT", "DROP")
+            self.hosts["client"].run("iptables", "--append", "OUTPUT", *allowed, "--jump", "ACCEPT")
+        self.hosts["client"].run("iptables", "--policy", "OUTPUT", "DROP")
 
-    def add_worker(self, name: str, *resources: str) -> None:
+    def add_worker(self, name: str) -> None:
         """Starts Ray on a host, again whenever it ends."""
         self.hosts[name].serve(
             "bash", "-c", WORKER, "worker", "ray", "start", "--address=head:6379", "--block",
-            f"--node-ip-address={self.hosts[name].address}", *NODE, *resources, env=self.ray,
+            f"--node-ip-address={self.hosts[name].address}", *NODE, *WORKERS[name], env=self.ray,
         )  # fmt: skip
 
     def nodes(self) -> int:
         """Nodes of Ray that are alive."""
-        out = self.hosts["head"].run(
-            "curl", "-sf", "--retry", "5", "-H", f"Authorization: Bearer {RAY['RAY_AUTH_TOKEN']}",
-            "http://head:8265/api/v0/nodes",
-        )  # fmt: skip
-        nodes = json.loads(out)["data"]["result"]["result"]
+        while not (answer := self._get("http://head:8265/api/v0/nodes")):
+            time.sleep(0.5)
+        nodes = json.loads(answer)["data"]["result"]["result"]
         return sum(node["state"] == "ALIVE" for node in nodes)
 
+    def _get(self, url: str) -> str:
+        """What the head gets from there; "" if nothing answers."""
+        return self.hosts["head"].run(
+            "python", "-c", GET, url, RAY["RAY_AUTH_TOKEN"], env=self.here
+        )
+
     def _reach(self, url: str) -> None:
-        command = f"until curl -s -o /dev/null -m 5 {url}; do sleep 0.3; done"
-        self.hosts["head"].run("timeout", START_SECONDS, "sh", "-c", command)
+        self.wait(lambda: self._get(url) != "", url)
 
     @staticmethod
     def wait(until: Callable[[], bool], what: str, seconds: float = START_SECONDS) -> None:
@@ -166,12 +187,27 @@ class World:
         named = [word for name in SHELL for word in ("--env", name)]
         return self.beit("submit", stage, *named, "--", *flags, log=log)
 
-    def drivers(self) -> dict[int, str]:
-        """Drivers of jobs on the head, by process id."""
-        found = self.hosts["head"].processes()
-        return {
-            pid: line for pid, line in found.items() if " -m jobs " in line and "sh -c" not in line
-        }
+    def running(self) -> set[str]:
+        """What runs where Ray is, by kind: the beginnings of command lines, without numbers."""
+        lines = [
+            line for name in ("head", *filter(self.hosts.get, WORKERS))
+            for line in self.hosts[name].processes().values()
+        ]  # fmt: skip
+        return {re.sub(r"[.\d]+", "", " ".join(line.split()[:4])) for line in lines if line}
+
+    def drivers(self) -> list[int]:
+        """Process ids of the drivers of jobs."""
+        return self._jobs("head")
+
+    def clients(self) -> list[int]:
+        """Process ids of the submissions that follow a job."""
+        return self._jobs("client")
+
+    def _jobs(self, host: str) -> list[int]:
+        found = self.hosts[host].processes()
+        return [
+            pid for pid, line in found.items() if line.startswith("python") and " -m jobs " in line
+        ]
 
     def close(self) -> None:
         """Ends everything."""
