@@ -81,7 +81,7 @@ def to_mae(model: MaeLike | BeitClassifier) -> dict[str, Any]:
     if model.pos_embed is None or model.relative_positions != "none" or model.layer_scale_init:
         raise ValueError(
             "an MAE file has absolute positions, no relative ones and no layer scale; this network "
-            "is another: use format unilm"
+            "is another: use format unilm, or hf with --encoder_only true"
         )
     joined: State = {}
     own = model.state_dict()
@@ -95,6 +95,45 @@ def to_mae(model: MaeLike | BeitClassifier) -> dict[str, Any]:
     if isinstance(model, BeitMIM):
         joined = {n: v for n, v in joined.items() if not n.startswith(("mask_token", "lm_head."))}
     return {"model": joined, "args": untold(model)}
+
+
+def mae_to_huggingface(model: MaeNetwork) -> tuple[State, dict[str, Any]]:
+    """Tensors and `config.json` of a folder that `ViTMAEForPreTraining` loads, named as published.
+
+    Whether pixels were normalised is a matter of the loss, which a network does not know:
+    `norm_pix_loss` is left out. ValueError as `to_mae`, and for a grid that is not square.
+    """
+    if model.grid_size[0] != model.grid_size[1]:
+        raise ValueError(f"grid_size {model.grid_size} is not square, as that of a ViTMAE is")
+    state: State = {}
+    for name, value in to_mae(model)["model"].items():
+        block = re.fullmatch(r"(decoder_)?blocks\.(\d+)\.(.+)", name)
+        if block is None:
+            theirs = swap(name, _TOP_NAMES)
+            state[theirs if theirs.startswith("decoder.") else f"vit.{theirs}"] = value
+            continue
+        stem = f"{'decoder.decoder_layers' if block[1] else 'vit.encoder.layer'}.{block[2]}."
+        kind = block[3].removeprefix("attn.qkv.")  # weight or bias of three in one
+        if kind == block[3]:
+            state[stem + swap(kind, BLOCK_NAMES)] = value
+            continue
+        for part, own in zip(("query", "key", "value"), value.chunk(3), strict=True):
+            state[f"{stem}attention.attention.{part}.{kind}"] = own
+    return state, {
+        "model_type": "vit_mae",
+        "architectures": ["ViTMAEForPreTraining"],
+        "image_size": model.image_size[0],
+        "patch_size": model.patch_size,
+        "hidden_size": model.dim,
+        "num_hidden_layers": model.depth,
+        "num_attention_heads": model.num_heads,
+        "intermediate_size": int(model.dim * model.mlp_ratio),
+        "layer_norm_eps": model.norm_eps,
+        "decoder_hidden_size": model.decoder_dim,
+        "decoder_num_hidden_layers": len(model.decoder_blocks),
+        "decoder_num_attention_heads": model.decoder_heads,
+        "decoder_intermediate_size": 4 * model.decoder_dim,
+    }
 
 
 def mae_from_huggingface(

@@ -26,7 +26,13 @@ from beit.convert import (
     to_timm,
     to_unilm,
 )
-from beit.convert_mae import from_mae, is_mae, mae_from_huggingface, to_mae
+from beit.convert_mae import (
+    from_mae,
+    is_mae,
+    mae_from_huggingface,
+    mae_to_huggingface,
+    to_mae,
+)
 from beit.git_lfs import check_fetched
 from beit.infer_config import options_of, told
 from beit.mae import MaeNetwork
@@ -210,7 +216,7 @@ def _write_official(
 
 
 def write_huggingface(
-    model: Network,
+    model: Network | MaeNetwork,
     folder: str | Path,
     *,
     encoder_only: bool = False,
@@ -220,7 +226,10 @@ def write_huggingface(
 ) -> list[str]:
     """A folder for `from_pretrained`: weights, configuration and image preprocessing."""
     directory = _made(folder)
-    state, config = to_huggingface(model, encoder_only=encoder_only, class_names=class_names)
+    if isinstance(model, MaeNetwork):
+        state, config = mae_to_huggingface(model)
+    else:
+        state, config = to_huggingface(model, encoder_only=encoder_only, class_names=class_names)
     _save(state, directory / "model.safetensors")
     _write_json(directory / "config.json", config)
     preprocessing = {

@@ -27,8 +27,12 @@ from pipelines.tables.weights_store import Whole, open_network, open_whole
 from pipelines.training.weights import whole_network
 
 ONNX_TOLERANCE = 1e-4
-# Formats of official codes that keep what only pretraining needs, and of which network.
-WHOLE: Mapping[str, type[BeitV2MIM | MaeNetwork]] = {"unilm": BeitV2MIM, "mae": MaeNetwork}
+# Formats that keep what only pretraining needs, and of which network.
+WHOLE: Mapping[str, type[BeitV2MIM | MaeNetwork]] = {
+    "unilm": BeitV2MIM,
+    "mae": MaeNetwork,
+    "hf": MaeNetwork,
+}
 
 USE = {
     "hf": "{cls}.from_pretrained({output!r})",
@@ -222,5 +226,7 @@ def _output(network: Whole, pixels: torch.Tensor, *, headless: bool = False) -> 
 def _transformers_class(config: ExportConfig, network: Whole) -> str:
     if config.encoder_only:
         return "BeitModel"
+    if isinstance(network, MaeNetwork):
+        return "ViTMAEForPreTraining"
     pretraining = isinstance(network, BeitMIM)
     return "BeitForMaskedImageModeling" if pretraining else "BeitForImageClassification"

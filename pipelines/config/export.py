@@ -17,12 +17,12 @@ class ExportConfig:
     output: str
     """URI of the folder to write; it must be empty or absent."""
     format: Literal["hf", "timm", "unilm", "mae", "onnx", "weights"] = "hf"
-    """hf: transformers, for from_pretrained; timm: for create_model("local-dir:..."); unilm, mae:
-    the official codes' files, with all that an official file holds; onnx: the encoder; weights:
-    this project's own folder."""
+    """hf: transformers, for from_pretrained, MAE with its decoder; timm: for
+    create_model("local-dir:..."); unilm, mae: the official codes' files, with all that an official
+    file holds; onnx: the encoder; weights: this project's own folder."""
     encoder_only: bool = False
-    """hf: a BeitModel, without the head. unilm, mae: without what BEiT v2 and MAE train beside the
-    encoder (aggregation head, decoder)."""
+    """hf: a BeitModel, without head or decoder. unilm, mae: without what BEiT v2 and MAE train
+    beside the encoder (aggregation head, decoder)."""
     image_size: Annotated[int | None, Ge(1)] = None
     """Resize positions to this image side, in pixels; null: as trained."""
     pixel_mean: tuple[float, float, float] | None = None

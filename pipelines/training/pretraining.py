@@ -94,7 +94,7 @@ def plan_run(config: PretrainConfig) -> tuple[TrainingTables, PretrainPlan]:
     if config.objective.kind == "mae" and config.model.layer_scale_init:
         say_step(
             f"model.layer_scale_init = {config.model.layer_scale_init}: MAE has no layer scale, so "
-            "beit export --format mae will refuse this run; null is MAE's own"
+            "only unilm's format will hold this network whole; null is MAE's own"
         )
     return tables, plan
 

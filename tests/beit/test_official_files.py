@@ -11,7 +11,14 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
 from beit.classifier import BeitClassifier
 from beit.convert import from_unilm, to_unilm
 from beit.convert_mae import from_mae, to_mae
-from beit.foreign import IMAGENET_MEAN, load_network, load_whole, pixel_statistics, write_mae
+from beit.foreign import (
+    IMAGENET_MEAN,
+    load_network,
+    load_whole,
+    pixel_statistics,
+    write_huggingface,
+    write_mae,
+)
 from beit.mae import MaeNetwork
 from beit.mim import BeitMIM, BeitV2MIM
 from beit.positions import resize_positions
@@ -110,6 +117,21 @@ class TestMae:
             assert torch.equal(expected.mask.bool(), mask)
             painted = network(pixels, mask)
         torch.testing.assert_close(painted, expected.logits[mask], atol=2e-6, rtol=1e-5)
+
+    def test_transformers_paints_the_same_from_ours(self, tmp_path):
+        network = randomised(MaeNetwork(**PLAIN, **DECODER))
+        write_huggingface(network, tmp_path)
+        peer, told = ViTMAEForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
+        assert not told["missing_keys"]
+        assert not told["unexpected_keys"]
+        pixels, noise, mask = batch()
+        with torch.no_grad():
+            painted = peer.eval()(pixels, noise=noise).logits[mask]
+            torch.testing.assert_close(network(pixels, mask), painted, atol=2e-6, rtol=1e-5)
+        again = load_whole(tmp_path)
+        assert again.config() == network.config()
+        for name, value in network.state_dict().items():
+            assert torch.equal(again.state_dict()[name], value), name
 
     def test_an_encoder_of_transformers_has_no_decoder(self, peer, tmp_path):
         ViTMAEModel(peer.config).save_pretrained(tmp_path)

@@ -143,7 +143,7 @@ def test_an_official_file_keeps_what_only_pretraining_needs(finished, tmp_path):
 
     def export(run, **options):
         output = str(tmp_path / f"{Path(run).name}-{options}")
-        config = ExportConfig(run=run, output=output, format=form, **options)
+        config = ExportConfig(**{"run": run, "output": output, "format": form, **options})
         assert export_stage.run(config).largest_difference == 0
         return load_whole(output).eval()
 
@@ -157,6 +157,8 @@ def test_an_official_file_keeps_what_only_pretraining_needs(finished, tmp_path):
     reread = type(trained)(again)
     assert loss_of(reread) == loss_of(trained.eval())
     assert export(result.run_uri, image_size=48).image_size == (48, 48)
+    reread = export(result.run_uri, format="hf")
+    assert type(reread) is (type(again) if kind == "mae" else BeitMIM)
 
     alone = shutil.copytree(result.run_uri, tmp_path / "alone")
     shutil.rmtree(alone / "checkpoints")
