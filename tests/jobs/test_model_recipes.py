@@ -17,8 +17,9 @@ from pipelines.training.objective import build_objective
 from pipelines.training.tokenizer_step import build_tokenizer
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
-BEIT = sorted(set(CONFIGS.glob("beit_*.yaml")) - set(CONFIGS.glob("beit_v2_*.yaml")))
-RECIPES = [*BEIT, CONFIGS / "beit_v2_base_in1k.yaml", CONFIGS / "mae_base_in1k.yaml"]
+BEIT_V2 = set(CONFIGS.glob("beit_v2_*.yaml"))
+BEIT = sorted(set(CONFIGS.glob("beit_*.yaml")) - BEIT_V2)
+RECIPES = [*BEIT, *sorted(BEIT_V2), CONFIGS / "mae_base_in1k.yaml"]
 
 
 def load(path):
@@ -121,18 +122,28 @@ def test_a_recipe_is_the_network_and_schedule_of_its_name(path):
     assert sum(p.numel() for p in network.parameters()) == pytest.approx(counts[size], rel=0.02)
 
 
-def test_beit_v2_is_the_official_network_and_schedule():
-    config = load(CONFIGS / "beit_v2_base_in1k.yaml")
+@pytest.mark.parametrize(
+    ("size", "layer_scale", "early_layer", "parameters", "gflop"),
+    [("base", 0.1, 9, 106_143_056, 128.26), ("large", 1e-5, 21, 336_728_512, 407.26)],
+)
+def test_beit_v2_is_the_official_network_and_schedule(
+    size, layer_scale, early_layer, parameters, gflop
+):
+    config = load(CONFIGS / f"beit_v2_{size}_in1k.yaml")
+    assert (config.model.layer_scale_init, config.objective.early_layer) == (
+        layer_scale,
+        early_layer,
+    )
     assert (config.objective.kind, config.masking.exact) == ("beitv2", True)
     assert (config.optim.epochs, config.optim.lr, config.optim.beta2) == (1600, 1.5e-3, 0.999)
     assert (config.optim.clip_grad_norm, config.data.global_batch_size) == (3.0, 2048)
     with torch.device("meta"):
         objective = build_objective(config, 8192)
-    assert sum(p.numel() for p in objective.parameters()) == 106_143_056
-    # 128.26 GFLOP as the official network is evaluated; ours leaves out projection and MLP of the
+    assert sum(p.numel() for p in objective.parameters()) == parameters
+    # GFLOP are as the official network is evaluated; ours leaves out projection and MLP of the
     # last block but for cls and 75 patches, and of the last head block but for 75.
-    left_out = 3 * (121 + 122) * 18 * 768**2
-    assert objective.flops_per_image(75) + left_out == pytest.approx(128.26e9, rel=1e-4)
+    left_out = 3 * (121 + 122) * 18 * config.model.dim**2
+    assert objective.flops_per_image(75) + left_out == pytest.approx(gflop * 1e9, rel=1e-4)
 
 
 def test_mae_is_the_official_network_and_schedule():
