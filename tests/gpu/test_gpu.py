@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from beit.mae import Mae, MaeNetwork
 from beit.mim import BeitMIM, BeitV2MIM, model_config
@@ -18,6 +19,7 @@ from beit.tokenizers.vqkd import VqkdTokenizer
 from benchmarks import attention
 from pipelines import pretrain
 from pipelines.reading import ingest
+from pipelines.training.distributed import World, wrap_model
 from pipelines.training.update import update
 from tests.pipelines.pretrain_fixtures import (
     Killed,
@@ -103,6 +105,20 @@ def test_bfloat16_and_compiled_steps_have_the_loss_of_float32(pair):
     pair[1].compile()
     compiled = step(pair[1], batch(DEVICE), bf16=True)
     torch.testing.assert_close(compiled, loss, atol=0, rtol=0.01)
+
+
+def test_blocks_that_are_gathered_in_bfloat16_compute_what_autocast_does(pair):
+    expected = step(copy.deepcopy(pair[1]), batch(DEVICE), bf16=True)
+    dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        world = World(0, 1, DEVICE)
+        sharded = wrap_model(pair[1], world, strategy="fsdp", compiled=True, precision="bf16")
+        loss = step(sharded, batch(DEVICE), bf16=True)
+        gradients = [p.grad for p in sharded.parameters() if p.grad is not None]
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(loss, expected, atol=0, rtol=0.01)
+    assert {gradient.dtype for gradient in gradients} == {torch.float32}
 
 
 def test_a_step_waits_for_nothing(pair):
