@@ -94,7 +94,7 @@ def plan_run(config: PretrainConfig) -> tuple[TrainingTables, PretrainPlan]:
     if config.objective.kind == "mae" and config.model.layer_scale_init:
         say_step(
             f"model.layer_scale_init = {config.model.layer_scale_init}: MAE has no layer scale, so "
-            "only unilm's format will hold this network whole; null is MAE's own"
+            "beit export will write this encoder without its decoder; null is MAE's own"
         )
     return tables, plan
 
