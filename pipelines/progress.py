@@ -39,8 +39,9 @@ class Progress:
 
     def update(self, done: int, **fields: object) -> None:
         """States that `done` units (in total) are finished; `fields` are shown at the end."""
-        self.done, self.told = done, False
-        self.fields |= {name: str(value) for name, value in fields.items()}
+        shown = self.fields | {name: str(value) for name, value in fields.items()}
+        self.told = self.told and (done, shown) == (self.done, self.fields)
+        self.done, self.fields = done, shown
         if time.monotonic() - self.printed >= self.every:
             self._print()
 

@@ -30,6 +30,8 @@ def test_the_last_state_is_printed_once():
     progress = Progress(2, "x", "images", stream=io.StringIO(), log_every=0)
     progress.update(1)
     progress.update(2)
+    progress.every = 60
+    progress.update(2)  # seen again
     progress.close()
     assert re.findall(r"(\d)/2", progress.stream.getvalue()) == ["1", "2"]
 
