@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pipelines import storage
 from pipelines.config.evaluate import EvaluateConfig
 from pipelines.config.prepare import PrepareConfig
 from pipelines.config.pretrain import PretrainConfig
@@ -41,7 +42,8 @@ class PipelineConfig:
 
 def stages(config: PipelineConfig) -> Iterator[tuple[str, str, Any]]:
     """(what it does, module, configuration) of every stage, in the order they run."""
-    at = {name: f"{config.output}/{name}" for name in ("images", "tokenizer", "tokens", "run")}
+    names = ("images", "tokenizer", "tokens", "run")
+    at = {name: storage.join(config.output, name) for name in names}
     replace = dataclasses.replace
     yield "prepare", "prepare", replace(config.prepare, output=at["images"])
     yield (

@@ -64,6 +64,7 @@ from pipelines.evaluation.result import (
 from pipelines.progress import Progress
 from pipelines.records import read_values, write_record
 from pipelines.redaction import redacted_values
+from pipelines.tracking.datasets import short_name
 from pipelines.training.checkpoint import checkpoint_name
 from pipelines.training.run_dir import RunDir
 from pipelines.training.weights import is_unfinished, save_newest
@@ -136,14 +137,13 @@ def _run(
     fence: lease.Fence,
 ) -> Result:
     inputs = [
-        tracking.Dataset(name="weights", uri=weights.uri, digest=weights.fingerprint),
-        tracking.Dataset(
-            name="image_table",
-            uri=data.uri,
-            digest=data.fingerprint,
-            context="evaluation",
-            rows=len(data),
-        ),
+        tracking.Dataset(name="weights", uri=each.uri, digest=each.fingerprint)
+        for each in (weights, baseline)
+        if each is not None
+    ]
+    # Last the one that is tested on.
+    inputs += [
+        tracking.Dataset.of_table("image_table", table, "evaluation") for table, _ in data.sources
     ]
     params = {
         name: value for name, value in asdict(config).items() if name not in ("lease", "tracking")
@@ -161,7 +161,8 @@ def _run(
         output=output,
     ) as tracked:
         splits = splits_of(config, data.groups, len(test) if test else 0)
-        report, shown = _evaluate(config, weights, baseline, data, layers, splits)
+        where = short_name(config.run) + (f", step {weights.steps:,}" if weights.steps else "")
+        report, shown = _evaluate(config, weights, baseline, data, layers, splits, where)
         hits = report.pop("hits")
         report["identity"] = identity
         # First, for the report says that everything is there.
@@ -170,7 +171,7 @@ def _run(
         place = storage.join(output, "evaluation.json")
         write_record(place, redacted_values(report), check=fence.check)
         result = result_of(report, output, already_done=False)
-        record(tracked, result, report, inputs[-1], shown)
+        record(tracked, result, report, inputs[-1], shown, where)
     return result
 
 
@@ -304,6 +305,7 @@ def _evaluate(
     data: LabelledImages,
     layers: list[int],
     splits: list[Split],
+    where: str,
 ) -> tuple[dict[str, Any], Mapping[str, Image.Image]]:
     """The report, and pictures of examples."""
     device = config.device
@@ -361,7 +363,7 @@ def _evaluate(
     counts = np.bincount(data.labels[splits[0].known])
     block = scores[PRETRAINED]["linear"]["layers"][0]
     own = np.asarray(features[PRETRAINED][layers.index(block)])
-    shown = examples(config, weights, data, own, splits[0], block, device)
+    shown = examples(config, weights, data, own, splits[0], block, device, where)
     return {
         "kind": "evaluation",
         "scores": scores,

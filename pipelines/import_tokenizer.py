@@ -25,6 +25,7 @@ from pipelines.scorecard import Scorecard, score, scorecard_record
 from pipelines.tables import tokenizer_store
 from pipelines.tables.image_table import ImageTable
 from pipelines.tracking import Dataset, start_run
+from pipelines.tracking.datasets import short_name
 
 STAGE = "import-tokenizer"
 VQKD = "vqkd"
@@ -144,9 +145,7 @@ def _keep(
         stage=STAGE,
         params={name: v for name, v in asdict(config).items() if name not in ("lease", "tracking")},
         tags={f"beit.sha256.{file.role}": file.sha256 for file in files},
-        inputs=[Dataset(name="image_table", uri=images.uri, digest=images.fingerprint)]
-        if images
-        else [],
+        inputs=[Dataset.of_table("image_table", images)] if images else [],
         output=output,
     ) as tracking:
         scorecard: Scorecard | None = None
@@ -154,7 +153,7 @@ def _keep(
             scorecard = score(tokenizer, images, num_images=config.num_images)
             print(scorecard.summary(), file=sys.stderr)
             tracking.log_metrics({f"scorecard/{k}": v for k, v in scorecard.metrics().items()})
-            for name, picture in scorecard_pictures(scorecard).items():
+            for name, picture in scorecard_pictures(scorecard, short_name(config.output)).items():
                 tracking.log_image(name, picture)
         fence.check()
         manifest = tokenizer_store.save(

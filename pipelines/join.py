@@ -62,10 +62,7 @@ def run(config: JoinConfig) -> JoinResult:
             "output; give every table once, and another --output"
         )
     _refuse_passwords(uris)
-    inputs = [
-        tracking.Dataset(name="image_table", uri=s.uri, digest=s.fingerprint, rows=s.num_rows)
-        for s in sources
-    ]
+    inputs = [tracking.Dataset.of_table("image_table", source) for source in sources]
     with tracking.start_run(
         config.tracking, stage="join", params=flatten(asdict(config)), inputs=inputs, output=output
     ) as record:

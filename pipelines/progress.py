@@ -7,6 +7,11 @@ from typing import TextIO
 from tqdm import tqdm
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 class Progress:
     """Progress of `total` units of work.
 

@@ -11,10 +11,12 @@ from pathlib import Path
 from pipelines import storage
 from pipelines.config.report import ReportConfig
 from pipelines.errors import InputError
-from pipelines.reporting.compare import settings_of
+from pipelines.progress import counted
+from pipelines.reporting.compare import settings_of, told_apart
 from pipelines.reporting.facts import chosen_runs, facts_of
 from pipelines.reporting.html import page
 from pipelines.tracking import start_run, store
+from pipelines.tracking.page import link
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +30,8 @@ class ReportResult:
 
     def summary(self) -> str:
         """One line for a person."""
-        counts = f"{_counted(self.runs, 'run')}, {_counted(self.settings, 'setting')}"
+        counts = f"{counted(self.runs, 'run')}, {counted(self.settings, 'setting')}"
         return f"{self.output}: {counts}; {self.where}"
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def run(config: ReportConfig) -> ReportResult:
@@ -49,9 +47,11 @@ def run(config: ReportConfig) -> ReportResult:
     client = store.connect(tracking_uri)
     runs = chosen_runs(client, config.runs, config.tracking.experiment, config.max_runs)
     facts = [facts_of(client, run, config.metrics) for run in runs]
+    names = [one.name for one in facts]
+    shared, facts = told_apart(facts)
     settings = settings_of(facts)
-    title = f"{_counted(len(facts), 'run')} of {config.tracking.experiment}"
-    text = page(title, facts, settings).encode()
+    title = f"{counted(len(facts), 'run')} of {config.tracking.experiment}"
+    text = page(title, shared, facts, settings).encode()
     output = storage.absolute(config.output)
     storage.write_bytes(output, text)
     with start_run(
@@ -62,7 +62,6 @@ def run(config: ReportConfig) -> ReportResult:
         system_metrics=False,
     ) as tracked:
         tracked.log_artifact_file(Path(output).name, text)
-        names = ", ".join(f"[{f.name}](#/experiments/{r.info.experiment_id}/runs/{f.run_id})"
-                          for f, r in zip(facts, runs, strict=True))  # fmt: skip
-        tracked.set_note(f"{Path(output).name} under Artifacts compares {names}")
+        links = ", ".join(f"[{name}]({link(one)})" for name, one in zip(names, runs, strict=True))
+        tracked.set_note(f"{Path(output).name} under Artifacts compares {links}")
     return ReportResult(output=output, runs=len(facts), settings=len(settings), where=tracked.where)

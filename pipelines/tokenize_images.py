@@ -115,13 +115,7 @@ def _tokenize(
     if config.retry_rejected:
         ledger.retry_rejected()
     inputs = [
-        tracking.Dataset(
-            name="image_table",
-            uri=images.uri,
-            digest=images.fingerprint,
-            context="tokens",
-            rows=images.num_rows,
-        ),
+        tracking.Dataset.of_table("image_table", images, "tokens"),
         tracking.Dataset(
             name="tokenizer", uri=task.tokenizer_uri, digest=task.identity.tokenizer_fingerprint
         ),

@@ -142,9 +142,7 @@ def _train(
     # Who had the lease before may have finished the tokenizer.
     if (done := _finished(config, plan)) is not None:
         return done
-    inputs = [
-        Dataset(name="image_table", uri=images.uri, digest=images.fingerprint, context="training")
-    ]
+    inputs = [Dataset.of_table("image_table", images, "training")]
     if config.teacher:
         digest = plan.source["teacher"]["weights"]
         inputs.append(Dataset(name="weights", uri=config.teacher, digest=digest, context="teacher"))

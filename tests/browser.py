@@ -58,6 +58,12 @@ class Page:
                 assert "error" not in answer, answer
                 return answer["result"]
 
+    async def resize(self, width: int, height: int) -> None:
+        await self.ask(
+            "Emulation.setDeviceMetricsOverride",
+            width=width, height=height, deviceScaleFactor=1, mobile=False,
+        )  # fmt: skip
+
     async def open(self, url: str) -> None:
         await self.ask("Page.navigate", url=url)
 
@@ -105,10 +111,7 @@ async def browser(profile: Path, *, width: int = 1440, height: int = 900) -> Asy
                 tabs[0]["webSocketDebuggerUrl"], max_msg_size=0, heartbeat=None
             ) as socket:
                 page = Page(socket)
-                await page.ask(
-                    "Emulation.setDeviceMetricsOverride",
-                    width=width, height=height, deviceScaleFactor=1, mobile=False,
-                )  # fmt: skip
+                await page.resize(width, height)
                 yield page
     finally:
         process.kill()

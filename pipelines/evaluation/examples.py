@@ -24,11 +24,12 @@ def examples(
     split: Split,
     layer: int,
     device: str,
+    where: str,
 ) -> Mapping[str, Image.Image]:
     """Nearest neighbours among the rows that the first split knows, and similar patches.
 
     `features` (n, d) are those after block `layer`; the images to show are spread evenly over the
-    test rows, so that they are the same for all weights.
+    test rows, so that they are the same for all weights. `where` names the weights in titles.
     """
     spread = np.linspace(0, len(split.test) - 1, min(QUERIES, len(split.test)))
     queries = split.test[spread.round().astype(int)]
@@ -48,12 +49,14 @@ def examples(
         "neighbours": nearest_neighbours(
             pixels[np.searchsorted(wanted, rows)],
             names,
+            title=f"Nearest neighbours · {where}",
             note=f"left: a test image; then the most similar known ones. Green: same class. {note}",
         ),
         "patch_similarity": patch_similarity(
             shown,
             patches,
             weights.model.grid_size,
+            title=f"Patches like one patch · {where}",
             note=f"orange: the patch; blue: alike (cosine, less the image's mean). Block {layer}",
         ),
     }

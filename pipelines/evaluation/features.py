@@ -51,6 +51,8 @@ class Weights:
     """Fingerprint of the tokenizer whose tokens they learned to predict; "" where unknown."""
     class_names: tuple[str, ...]
     """Of a classifier."""
+    steps: int
+    """Of the training that made them; 0 where unknown."""
 
 
 class Tracked(TypedDict):
@@ -113,6 +115,7 @@ def open_weights(uri: str, *, field: str = "run") -> Weights:
         run_id=str(record.get("mlflow_run_id") or ""),
         tokenizer=str(extra.get("fingerprints", {}).get("tokenizer") or ""),
         class_names=tuple(extra.get("class_names") or ()),
+        steps=int(extra.get("steps") or 0),
     )
 
 

@@ -15,8 +15,12 @@ def record(
     report: dict[str, Any],
     images: tracking.Dataset,
     examples: Mapping[str, Image.Image],
+    where: str,
 ) -> None:
-    """Figures, note, files and pictures, to MLflow and beside the report."""
+    """Figures, note, files and pictures, to MLflow and beside the report.
+
+    `where` names the weights in titles.
+    """
     linear, knn = (result.scores[PRETRAINED][probe] for probe in ("linear", "knn"))
     headline = {
         tracking.HEADLINE: linear.accuracy,
@@ -65,7 +69,7 @@ def record(
         "confusion": pictures.confusion(
             report["confusion"],
             result.class_names,
-            title="Linear probe of the pretrained features",
+            title=f"Linear probe · {where}",
             note=f"{result.num_images} test images, accuracy {100 * best.accuracy:.1f} % "
             f"[{100 * best.low:.1f}, {100 * best.high:.1f}]",
         ),
@@ -76,7 +80,7 @@ def record(
                 for probe, score in probes.items()
                 if name != PIXELS and score.layer_accuracy
             },
-            title="Features block by block",
+            title=f"Features block by block · {where}",
             x_label="block",
             y_label="validation accuracy",
             bands={
@@ -99,7 +103,7 @@ def record(
                 (f"over {TITLES[name]}", 100 * gain, 100 * low, 100 * high)
                 for name, (gain, low, high) in result.gains.items()
             ],
-            title="What pretraining gains",
+            title=f"What pretraining gains · {where}",
             x_label="points of the linear probe, paired 95 % intervals",
         )
     for name, picture in drawn.items():
@@ -119,22 +123,30 @@ def _band(score: Score) -> tuple[list[float], list[float]]:
     return [value - 2 * error for value, error in pairs], [v + 2 * e for v, e in pairs]
 
 
+PROBE_TITLES = {"linear": "linear probe", "knn": "k-NN", "attentive": "attentive probe"}
+
+
+def _accuracy(score: Score) -> str:
+    return f"{100 * score.accuracy:.1f} % [{100 * score.low:.1f}, {100 * score.high:.1f}]"
+
+
+def _row(*cells: str) -> str:
+    # MLflow's page leaves no room between columns.
+    return "| " + " &nbsp; | ".join(cells) + " |"
+
+
 def note_of(result: Result) -> str:
     """The table of the description: features, probes, intervals, gains."""
-    lines = [
-        "| features | linear probe | k-NN | attentive probe | block |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    found = [kind for kind in PROBE_TITLES if kind in result.scores[PRETRAINED]]
+    lines = [_row("features", *(PROBE_TITLES[kind] for kind in found), "block")]
+    lines.append("| --- " * (len(found) + 2) + "|")
     for name, probes in result.scores.items():
-        linear, knn = probes["linear"], probes["knn"]
-        attentive = f"{100 * probes['attentive'].accuracy:.1f} %" if "attentive" in probes else "-"
+        linear = probes["linear"]
+        cells = [_accuracy(probes[kind]) if kind in probes else "-" for kind in found]
         block = "-" if name == PIXELS else str(max(set(linear.layers), key=linear.layers.count))
-        lines.append(
-            f"| {TITLES[name]} | {100 * linear.accuracy:.1f} % "
-            f"[{100 * linear.low:.1f}, {100 * linear.high:.1f}] | {100 * knn.accuracy:.1f} % | "
-            f"{attentive} | {block} |"
-        )
-    lines.append(f"| most frequent class | {100 * result.majority:.1f} % | | | |")
+        lines.append(_row(TITLES[name], *cells, block))
+    rest = [""] * len(found)
+    lines.append(_row("most frequent class", f"{100 * result.majority:.1f} %", *rest))
     for name, (gain, low, high) in result.gains.items():
         lines.append(
             f"\nLinear probe against {TITLES[name]}: {100 * gain:+.1f} points, 95 % interval "

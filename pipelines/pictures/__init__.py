@@ -97,7 +97,7 @@ def painted_grid(
     *,
     patch_size: int,
     title: str = "Pixels: true and painted",
-    max_images: int = 6,
+    max_images: int = 8,
 ) -> Image.Image:
     """Input, masked input, and the input with masked patches as the model paints them.
 
@@ -131,7 +131,7 @@ def reconstruction_grid(
     patch_size: int,
     accuracy: Sequence[float] | None = None,
     title: str = "Visual tokens: true and predicted",
-    max_images: int = 6,
+    max_images: int = 8,
 ) -> Image.Image:
     """Input, masked input, the true tokens decoded, and the predicted tokens decoded.
 
@@ -197,8 +197,7 @@ def tokenizer_grid(
             tiles=[_tile(array, size=size) for array in _as_images(decoded)[:max_images]],
         ),
     ]
-    groups = 4 if len(arrays) >= 8 else 2 if len(arrays) > 3 else 1
-    return _sheet(columns, title=title, note=note, groups=groups)
+    return _sheet(columns, title=title, note=note, groups=2 if len(arrays) > 3 else 1)
 
 
 def token_map(

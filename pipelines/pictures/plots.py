@@ -147,6 +147,7 @@ def bars(shares: Mapping[str, float], *, title: str, x_label: str, note: str = "
     """A bar for every name, the largest first."""
     order = sorted(shares, key=lambda name: -shares[name])
     figure, axes = _plot(title, note, size=(7.6, 1.6 + 0.3 * len(order)))
+    axes.grid(visible=False, axis="y")
     axes.grid(axis="x", color=_hex(FRAME))
     axes.barh(range(len(order)), [shares[name] for name in order], color=_hex(SERIES[0]))
     axes.set_yticks(range(len(order)), order, parse_math=False)
@@ -164,6 +165,7 @@ def _curves(series: Series, title: str, x_label: str, y_label: str, note: str) -
             color=_hex(SERIES[index % len(SERIES)]), marker="o" if len(points) <= 30 else "",
             markersize=3.5,
         )  # fmt: skip
+    axes.xaxis.get_major_locator().set_params(integer=True)  # steps and blocks are whole
     return figure, axes
 
 
@@ -251,7 +253,7 @@ def _plot(title: str, note: str, *, size: tuple[float, float] = (7.6, 4.2)) -> t
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, compress=True)
     figure = Figure(figsize=size, dpi=DPI, layout=layout, facecolor="white")
     figure.suptitle(title, x=0.02, ha="left", fontsize=14, color=_hex(INK), parse_math=False)
     axes = figure.add_subplot()

@@ -6,19 +6,24 @@ from pipelines import painting, pictures
 from pipelines.scorecard import NUM_EXAMPLES, Nearest, Scorecard
 
 
-def scorecard_pictures(card: Scorecard) -> dict[str, Image.Image]:
-    """Pictures by the names under which they are logged."""
+def scorecard_pictures(card: Scorecard, where: str) -> dict[str, Image.Image]:
+    """Pictures by the names under which they are logged; `where` names the tokenizer in titles."""
     note = painting.DECODED if card.nearest is None else painting.PATCHED
     drawn = {
-        "tokenizer": pictures.tokenizer_grid(card.images, card.reconstructions, note=note),
-        "codebook_usage": pictures.codebook_usage(card.counts),
+        "tokenizer": pictures.tokenizer_grid(
+            card.images,
+            card.reconstructions,
+            title=f"Pictures through the codebook · {where}",
+            note=note,
+        ),
+        "codebook_usage": pictures.codebook_usage(card.counts, title=f"Codebook usage · {where}"),
     }
     if card.nearest is not None:
-        drawn["codes"] = _codes(card.nearest, card)
+        drawn["codes"] = _codes(card.nearest, card, where)
     return drawn
 
 
-def _codes(nearest: Nearest, card: Scorecard) -> Image.Image:
+def _codes(nearest: Nearest, card: Scorecard, where: str) -> Image.Image:
     labels = []
     for code in nearest.codes.tolist():
         share = 100 * float(card.counts[code]) / card.tokens.num_tokens
@@ -27,6 +32,6 @@ def _codes(nearest: Nearest, card: Scorecard) -> Image.Image:
         nearest.examples.flatten(0, 1).numpy(),
         labels=labels,
         columns=NUM_EXAMPLES,
-        title="Codes: the image patches nearest to them",
+        title=f"Codes: the image patches nearest to them · {where}",
         note="a row is a code, with its share of all tokens; from the most frequent to the rarest",
     )

@@ -19,6 +19,7 @@ from pipelines.preparation.source_plan import MEGABYTE, SourcePlan
 from pipelines.progress import Progress
 from pipelines.records import read_record, write_record
 from pipelines.tables.image_table import REJECTED, ImageTable
+from pipelines.tracking.datasets import short_name
 
 NUM_EXAMPLES = 10
 MAX_CLASSES_SAID = 12
@@ -277,5 +278,5 @@ def sample_sheet(table: ImageTable, *, num_images: int = SHEET_IMAGES) -> Image.
             label = row["label"]
             labels.append(row["key"] if label is None else table.class_names[label])
     shown, names = images[:num_images], labels[:num_images]
-    title = f"{len(shown)} of {table.num_rows} images"
+    title = f"{len(shown)} of {table.num_rows:,} images · {short_name(table.uri)}"
     return pictures.contact_sheet(shown, labels=names, title=title)

@@ -1,15 +1,17 @@
 """How runs compare: what differs between them, seeds of one setting, differences in pairs."""
 
 import math
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from pipelines.evaluation.probes import accuracy_interval, seeds_half_width
 from pipelines.reporting.facts import NO_SETTING, Facts
+from pipelines.tracking.table import SEPARATOR
+
+MAX_OPTIONS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,28 +43,63 @@ def differing(runs: Sequence[Facts]) -> dict[str, list[Any]]:
     }
 
 
+def told_apart(runs: Sequence[Facts]) -> tuple[str, list[Facts]]:
+    """What the names of several runs share, and the runs by what is left of their names.
+
+    Where that is nothing, or another's as well, the run's id is added.
+    """
+    words = [run.name.split(SEPARATOR) for run in runs]
+    shared = [word for word in words[0] if len(runs) > 1 and all(word in own for own in words)]
+    left = [SEPARATOR.join(word for word in own if word not in shared) for own in words]
+    named = [
+        name if name and left.count(name) == 1 else f"{name} ({run.run_id[:6]})".strip()
+        for run, name in zip(runs, left, strict=True)
+    ]
+    pairs = zip(runs, named, strict=True)
+    return SEPARATOR.join(shared), [replace(run, name=name) for run, name in pairs]
+
+
 def settings_of(runs: Sequence[Facts]) -> list[Setting]:
     """Runs grouped by what they were asked to do: that of the first run, then the best first."""
     groups: dict[str, list[Facts]] = {}
     for run in runs:
         groups.setdefault(run.setting, []).append(run)
     first = next(iter(groups.values()))
-    found = [_setting(group, first if group is not first else []) for group in groups.values()]
+    labels = _labels(list(groups.values()))
+    found = [
+        _setting(label, group, first if group is not first else [])
+        for label, group in zip(labels, groups.values(), strict=True)
+    ]
     others = sorted(found[1:], key=lambda one: -1.0 if one.mean is None else one.mean, reverse=True)
     return [found[0], *others]
 
 
-def _setting(runs: list[Facts], baseline: list[Facts]) -> Setting:
+def _setting(label: str, runs: list[Facts], baseline: list[Facts]) -> Setting:
     found = [run.judgement.accuracy for run in runs if run.judgement is not None]
     return Setting(
-        # A name ends with its seed, which is no part of the setting.
-        label=re.sub(r" · seed \S+$", "", runs[0].name),
+        label=label,
         runs=tuple(runs),
         mean=float(np.mean(found)) if found else None,
         spread=float(np.std(found, ddof=1)) if len(found) > 1 else None,
         interval=mean_interval(runs),
         difference=paired_difference(runs, baseline) if baseline else None,
     )
+
+
+def _labels(groups: Sequence[Sequence[Facts]]) -> list[str]:
+    """What the names of each group's runs share, without a seed; where that tells groups not apart,
+    the options that differ, too."""
+    labels = []
+    for runs in groups:
+        first, *others = (run.name.split(SEPARATOR) for run in runs)
+        shared = [word for word in first if all(word in words for words in others)]
+        labels.append(SEPARATOR.join(word for word in shared if not word.startswith("seed ")))
+    options = [name for name in differing([runs[0] for runs in groups]) if name != "seed"]
+    for number, runs in enumerate(groups):
+        if not labels[number] or labels.count(labels[number]) > 1:
+            told = [f"{name} {runs[0].config.get(name)}" for name in options[:MAX_OPTIONS]]
+            labels[number] = SEPARATOR.join(filter(None, [labels[number], *told])) or "one setting"
+    return labels
 
 
 def paired_difference(

@@ -13,23 +13,27 @@ body{font:15px/1.45 system-ui,sans-serif;color:#1c2530;max-width:1200px;margin:2
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:.25rem .8rem .25rem 0;border-bottom:1px solid #dde2e8}
-td{vertical-align:top}
+td{vertical-align:top}td:first-child{min-width:14rem}
 .wide{overflow-x:auto}.pictures{display:flex;gap:1rem;overflow-x:auto}
+.curves{display:flex;flex-wrap:wrap;gap:1rem}.curves svg{width:590px}
 figure{margin:0}figure img{max-height:640px}figcaption{color:#5b6673;font-size:.85rem}
 svg{max-width:100%;height:auto}
 """
 MAX_PICTURES = 12
+PLOTS = ("probes.png", "time.png")
 
 
-def page(title: str, runs: Sequence[Facts], settings: Sequence[Setting]) -> str:
-    """The whole file."""
+def page(title: str, shared: str, runs: Sequence[Facts], settings: Sequence[Setting]) -> str:
+    """The whole file. `shared` is what the names of all runs have in common."""
     parts = [
-        f"<h1>{escape(title)}</h1><p>{escape(_sentence(settings))}</p>",
+        f"<h1>{escape(title)}</h1><p><b>{escape(_sentence(settings))}</b></p>",
+        f"<p>Of all runs: {escape(shared)}.</p>" if shared else "",
         _section("Settings", _settings_table(settings), _forest(settings)),
         _section("Runs", _runs_table(runs)),
         _section("What differs", _differences_table(runs)),
-        _section("Curves", *_curves(runs, settings)),
-        _section("The same images", *_pictures(runs)),
+        _section("Curves", f'<div class="curves">{"".join(_curves(runs, settings))}</div>'),
+        _section("The same images", *_pictures(runs, of_images=True)),
+        _section("Figures", *_pictures(runs, of_images=False)),
         _section("Made from", _lineage_table(runs)),
         _section("Cost", _cost_table(runs)),
     ]
@@ -92,7 +96,7 @@ def _forest(settings: Sequence[Setting]) -> str:
     return plots.forest_svg(
         [(label, 100 * gain, 100 * low, 100 * high) for label, gain, low, high in rows],
         title="Linear probe against the first setting",
-        x_label="points, 95 % interval of paired differences, over images and seeds",
+        x_label="points, paired 95 % intervals",
     )
 
 
@@ -135,10 +139,10 @@ def _curve_names(runs: Sequence[Facts]) -> list[str]:
 def _curves(runs: Sequence[Facts], settings: Sequence[Setting]) -> list[str]:
     """Of more runs than a legend can name, those of one setting have one colour: the first
     setting's and those of the best."""
-    kinds = {_line_name(run): one.label for one in settings for run in one.runs}
+    kinds = {run.name: one.label for one in settings for run in one.runs}
     drawn = []
     for name in _curve_names(runs):
-        series = {_line_name(run): run.curves[name] for run in runs if name in run.curves}
+        series = {run.name: run.curves[name] for run in runs if name in run.curves}
         drawn.append(
             plots.curve_svg(
                 series,
@@ -150,14 +154,12 @@ def _curves(runs: Sequence[Facts], settings: Sequence[Setting]) -> list[str]:
     return drawn
 
 
-def _line_name(run: Facts) -> str:
-    return f"{run.name} ({run.run_id[:6]})"
-
-
-def _pictures(runs: Sequence[Facts]) -> list[str]:
+def _pictures(runs: Sequence[Facts], *, of_images: bool) -> list[str]:
     """One row a kind of picture; runs show the same images where seed and tables are the same."""
     rows = []
     for kind in dict.fromkeys(name for run in runs for name in run.pictures):
+        if (kind not in PLOTS) is not of_images:
+            continue
         having = [run for run in runs if kind in run.pictures]
         shown = having[:MAX_PICTURES]
         figures = "".join(

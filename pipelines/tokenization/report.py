@@ -18,6 +18,7 @@ from pipelines.tables.token_table import MISSING, TokenTable
 from pipelines.tokenization.task import TokenizeTask
 from pipelines.tokenization.work import tokenizer_views
 from pipelines.tracking import Run
+from pipelines.tracking.datasets import short_name
 from pipelines.units import Outcome
 
 LOG_EVERY_SECONDS = 10.0
@@ -201,7 +202,8 @@ def log(
         }
     )
     counts = np.bincount(_sample(table).reshape(-1), minlength=table.vocab_size)
-    run.log_image("codebook_usage", pictures.codebook_usage(counts))
+    where = f" · {short_name(table.uri)}"
+    run.log_image("codebook_usage", pictures.codebook_usage(counts, title=f"Codebook usage{where}"))
     run.log_image("views_and_tokens", views_picture(images, table, tokenizer_uri))
 
 
@@ -222,13 +224,11 @@ def views_picture(images: ImageParts, table: TokenTable, tokenizer_uri: str) -> 
             views.append(pixels[0].transpose(2, 0, 1))
     tokens = [table.read_rows(int(row), int(row) + 1)[1][0, 0] for row in present]
     ids = torch.from_numpy(np.stack(tokens).astype(np.int64))
-    shown = np.stack(views)
+    shown, title = np.stack(views), f"Views and their tokens · {short_name(table.uri)}"
     if painter is None:
-        return pictures.token_map(ids.numpy(), grid_size=table.grid_size, images=shown)
+        return pictures.token_map(ids.numpy(), grid_size=table.grid_size, images=shown, title=title)
     painted = painter.paint(ids).numpy()
-    return pictures.tokenizer_grid(
-        shown, painted, title="Views and their tokens", note=painter.note
-    )
+    return pictures.tokenizer_grid(shown, painted, title=title, note=painter.note)
 
 
 def _has_tokens(table: TokenTable, row: int) -> bool:

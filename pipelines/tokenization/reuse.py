@@ -110,12 +110,7 @@ def _refuse_other_tokens(table: TokenTable, wanted: dict[str, Any]) -> None:
 def reused_datasets(older: Sequence[Older]) -> list[Dataset]:
     """The older token tables as inputs of a run."""
     tables = [TokenTable.open(table.tokens) for table in older]
-    return [
-        Dataset(
-            name="token_table", uri=t.uri, digest=t.fingerprint, context="reuse", rows=t.num_rows
-        )
-        for t in tables
-    ]
+    return [Dataset.of_table("token_table", table, "reuse") for table in tables]
 
 
 def find_origins(images: ImageParts, older: Sequence[Older]) -> "Origins | None":

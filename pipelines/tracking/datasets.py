@@ -4,7 +4,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput
@@ -24,6 +24,20 @@ COLUMNS = {
 MAX_DIGEST_LENGTH = 36
 
 
+class Table(Protocol):
+    """What is said of a table."""
+
+    uri: str
+
+    @property
+    def fingerprint(self) -> str:
+        """What it holds."""
+
+    @property
+    def num_rows(self) -> int:
+        """How many of them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
     """An artefact that a stage reads or writes."""
@@ -37,6 +51,13 @@ class Dataset:
     """What it is used for: training, evaluation, ..."""
     rows: int = 0
     """Of a table; 0 where nobody has counted."""
+
+    @classmethod
+    def of_table(cls, name: str, table: Table, context: str = "") -> "Dataset":
+        """A table of a kind."""
+        return cls(
+            name=name, uri=table.uri, digest=table.fingerprint, context=context, rows=table.num_rows
+        )
 
 
 # Names of places in a chain, which say nothing: there, the directory above is named.

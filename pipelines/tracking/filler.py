@@ -6,11 +6,12 @@ what the run has already is asked for first.
 
 import datetime
 import hashlib
+import io
 import logging
 import re
 import tempfile
 import time
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,10 @@ MAX_METRICS, MAX_PARAMS, MAX_TAGS = 1000, 100, 100  # what one request may carry
 MAX_PARAM_LENGTH, MAX_TAG_LENGTH = 6000, 8000
 # Answers that will not change by asking again.
 FINAL_CODES = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST"}
+# Pixels: what MLflow's page of a run has room for in a window of 1,440. It shows figures as they
+# are, and wider ones push what stands beside the description out of the window. The pictures under
+# "Model metrics" keep their size.
+FIGURE_WIDTH = 700
 # Bytes per second that an upload of weights may be as slow as.
 SLOWEST_UPLOAD = 1e6
 
@@ -221,9 +226,11 @@ class Filler:
             self.sent["pictures"] += 1
             self._progress("picture", name, step)
 
-    def _send_files(self, files: Mapping[str, str]) -> None:
+    def _send_files(
+        self, files: Mapping[str, str], change: Callable[[bytes], bytes] = bytes
+    ) -> None:
         for name, uri in files.items():
-            data = storage.read_bytes(uri)
+            data = change(storage.read_bytes(uri))
             if self._files.get(name) == (digest := hashlib.sha256(data).digest()):
                 continue
             directory, _, file_name = name.rpartition("/")
@@ -237,7 +244,7 @@ class Filler:
 
     def _conclude(self) -> None:
         record = self.spool.record()
-        self._send_files(self.spool.figures())
+        self._send_files(self.spool.figures(), fitted)
         refusal = self._send_weights(record)
         self._set_or_delete(MODEL_MISSING_TAG, redacted_text(str(refusal or "")))
         self._send_judged(record)
@@ -313,6 +320,18 @@ class Filler:
         update_page(self.client, parent)
         update_versions(self.client, parent)
         self._progress("judged")
+
+
+def fitted(png: bytes) -> bytes:
+    """A PNG file, made smaller where it is wider than `FIGURE_WIDTH`."""
+    with Image.open(io.BytesIO(png)) as image:
+        if image.width <= FIGURE_WIDTH:
+            return png
+        size = FIGURE_WIDTH, round(image.height * FIGURE_WIDTH / image.width)
+        smaller = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    smaller.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _device_tags(spool: Spool) -> dict[str, str]:

@@ -20,7 +20,7 @@ LIMITS = (
 def card(client: "MlflowClient", run: "Run") -> str:
     """Markdown: data, tokenizer, recipe, results with intervals, limits, figures."""
     params, tags = run.data.params, run.data.tags
-    recipe = "\n".join(f"| {name} | {value} |" for name, value in sorted(params.items()))
+    recipe = "\n".join(f"| {name} &nbsp; | {value} |" for name, value in sorted(params.items()))
     judged = evaluations_of(client, run)
     results = "\n".join(f"- {verdict(one)} ([{one.info.run_name}]({link(one)}))" for one in judged)
     parts = [

@@ -30,7 +30,9 @@ def page(client: "MlflowClient", run: "Run") -> str:
     judged = evaluations_of(client, run)
     own = run.data.tags.get(OWN_NOTE_TAG, "")
     missing = run.data.tags.get(MODEL_MISSING_TAG, "")
-    parts = [f"**{verdict(judged[0])}**" if judged else "", own]
+    is_judge = run.data.tags.get(STAGE_TAG) == "evaluate" and HEADLINE in run.data.metrics
+    judge = run if is_judge else judged[0] if judged else None
+    parts = [f"**{verdict(judge)}**" if judge else "", own]
     parts += [f"No model is here: {missing}"] if missing else []
     made_from = [
         f"{kind.replace('_', ' ')} [{maker.info.run_name}]({link(maker)})"
@@ -71,10 +73,9 @@ def verdict(evaluation: "Run") -> str:
         f"[{_percent(values, LOW)}, {_percent(values, HIGH)}]"
     )
     if "gain_over/pixels" in values:
-        gain, low, high = (
-            f"{100 * values[f'gain_over/pixels{end}']:+.1f}" for end in ("", "_low", "_high")
-        )
-        text += f", {gain} points [{low}, {high}] over raw pixels"
+        gain, low, high = (100 * values[f"gain_over/pixels{end}"] for end in ("", "_low", "_high"))
+        word = "a gain" if low > 0 else "a loss" if high < 0 else "no clear difference"
+        text += f", {gain:+.1f} points [{low:+.1f}, {high:+.1f}] over raw pixels: {word}"
     return text + "."
 
 

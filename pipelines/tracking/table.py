@@ -27,7 +27,7 @@ DECIDING = {
         "optim.steps", "data.global_batch_size", "seed",
     ),
     "train-tokenizer": (
-        "model.architecture", "model.vocab_size", "model.dim", "model.image_size",
+        "model.kind", "model.architecture", "model.vocab_size", "model.dim", "model.image_size",
         "loss.likelihood", "optim.lr", "optim.steps", "data.global_batch_size", "seed", "images",
     ),
     "tokenize": (
@@ -43,7 +43,10 @@ DECIDING = {
 }  # fmt: skip
 """Parameters by stage; a stage that is not here has all of its own."""
 MAX_PARAMS = 15
+SEPARATOR = " · "
 
+NAMED_BY_OUTPUT = ("pretrain", "finetune", "train-tokenizer")
+"""Stages whose options a name cannot tell all: what people call the output tells the rest."""
 SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large"}
 
 # Metrics that an evaluation copies to the run whose weights it judges.
@@ -56,7 +59,7 @@ VIEWS = {
         "filter": "tags.`beit.stage` = 'pretrain'",
         "columns": (
             f"metrics.`{HEADLINE}`", f"metrics.`{LOW}`", f"metrics.`{HIGH}`",
-            "metrics.`knn_accuracy`", "metrics.`mim_accuracy`", "metrics.`loss`",
+            "metrics.`probe/linear_accuracy`", "metrics.`mim_accuracy`", "metrics.`loss`",
             "params.`objective.kind`", "params.`masking.num_masked`", "params.`optim.lr`",
             "params.`seed`", "tags.`beit.error`",
         ),
@@ -65,7 +68,6 @@ VIEWS = {
         "name": "Evaluations",
         "filter": "tags.`beit.stage` = 'evaluate'",
         "columns": (
-            "attributes.`Dataset`",
             f"metrics.`{HEADLINE}`", f"metrics.`{LOW}`", f"metrics.`{HIGH}`",
             "metrics.`knn_accuracy`", "metrics.`gain_over/pixels`",
             "metrics.`gain_over/pixels_low`", "metrics.`gain_over/random_init`",
@@ -79,30 +81,38 @@ def deciding(stage: str, params: Mapping[str, object]) -> dict[str, object]:
     """The parameters that a reader compares runs by."""
     if stage not in DECIDING:
         return dict(params)
-    return {name: params[name] for name in DECIDING[stage] if name in params}
+    # Steps, where they are given, decide over epochs.
+    unused = "optim.steps" if params.get("optim.steps") is None else "optim.epochs"
+    names = [name for name in DECIDING[stage] if name != unused]
+    return {name: params[name] for name in names if name in params}
 
 
 def run_name(stage: str, params: Mapping[str, object]) -> str:
     """What tells this run from others of its stage."""
     words = [stage]
-    if "model.dim" in params and "model.depth" in params:
+    if stage != "train-tokenizer" and "model.dim" in params and "model.depth" in params:
         size = SIZES.get(
             _number(params["model.dim"]), f"{params['model.dim']}x{params['model.depth']}"
         )
         words.append(f"{size}/{params.get('model.patch_size', '')}".rstrip("/"))
-    if "model.architecture" in params:
-        words.append(f"{params['model.architecture']} {params.get('model.vocab_size', '')}".strip())
+    if "model.architecture" in params:  # which of the discrete VAEs, for other kinds have none
+        kind = params.get("model.kind", "dvae")
+        kind = params["model.architecture"] if kind == "dvae" else kind
+        words.append(f"{kind} {params.get('model.vocab_size', '')}".strip())
     if stage == "pretrain":
         words[0] = str(params.get("objective.kind", stage))
         words.append(f"{params.get('masking.kind')} {params.get('masking.num_masked')}")
         words.append(_length(params))
-    places = (params.get(name) for name in ("run", "weights", "source", "images"))
-    words += [short_name(str(place)) for place in places if place]
-    if stage == "tokenize" and params.get("tokenizer"):
-        words.append(short_name(str(params["tokenizer"])))
+    if stage == "tokenize" and "num_views" in params:
+        words.append(f"{params['num_views']} views")
+    places = ["run", "weights", "source", "images"]
+    places += ["tokenizer"] if stage == "tokenize" else []
+    places += ["output"] if stage in NAMED_BY_OUTPUT else []
+    names = [short_name(str(params[place])) for place in places if params.get(place)]
+    words += dict.fromkeys(names)  # those of one chain have one name
     if stage not in ("evaluate", "tokenize", "prepare") and "seed" in params:
         words.append(f"seed {params['seed']}")
-    return " · ".join(words)
+    return SEPARATOR.join(words)
 
 
 def _length(params: Mapping[str, object]) -> str:

@@ -19,6 +19,7 @@ from pipelines.config.checks import flatten, to_dict
 from pipelines.config.common import ScalingConfig
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError, LeaseLost, StageFailed
+from pipelines.progress import counted
 from pipelines.redaction import redacted_text
 from pipelines.steps import say_step
 from pipelines.tracking.spool import Spool
@@ -178,8 +179,8 @@ def _verdict_of_unfinished(report: Mapping[str, Any]) -> str:
     return (
         f"**{report['outcome'] or 'not finished'}** after {report['steps']} of "
         f"{report['total_steps']} steps: {report['message'] or 'its workers were lost'}\n\n"
-        f"{books['attempts']} starts, {books['wall_seconds']:.0f} s, {books['goodput']:.0%} of "
-        f"them productive; most else went into {books['bottleneck']}."
+        f"{counted(books['attempts'], 'start')}, {books['wall_seconds']:.0f} s, "
+        f"{books['goodput']:.0%} of them productive; most else went into {books['bottleneck']}."
     )
 
 

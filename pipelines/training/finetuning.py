@@ -216,21 +216,13 @@ def input_datasets(
     config: FinetuneConfig, plan: FinetunePlan, tables: TrainingTables, source: Stored
 ) -> list[Dataset]:
     """What the run reads, for MLflow."""
-    images = tables.images
     inputs = [
         Dataset(name="weights", uri=source.uri, digest=source.fingerprint),
-        Dataset(name="image_table", uri=images.uri, digest=images.fingerprint, context="training"),
+        Dataset.of_table("image_table", tables.images, "training"),
     ]
     test = test_images(config, plan)
     if test is not None:
-        inputs.append(
-            Dataset(
-                name="test_table",
-                uri=test.table.uri,
-                digest=test.table.fingerprint,
-                context="evaluation",
-            )
-        )
+        inputs.append(Dataset.of_table("test_table", test.table, "evaluation"))
     return inputs
 
 

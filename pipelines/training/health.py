@@ -32,7 +32,7 @@ class Finding:
     action: str
     """warn, stop or rollback; `over` where a warning has passed."""
     step: int
-    """Step it was seen at."""
+    """Steps that were done when it was seen: the last of them is what is wrong."""
     value: float | None
     """The measured number; None stands for one that is not finite."""
     limit: float | None
@@ -87,7 +87,7 @@ class HealthMonitor:
         its fault, and its own affair.
         """
         findings = [*self._non_finite(period, loss_scale), *self._exploding(period)]
-        last = period.first_step + len(period.losses) - 1
+        last = period.first_step + len(period.losses)
         # What is predicted is judged in pretraining only.
         config = self.config if isinstance(self.config, HealthConfig) else None
         if config and period.first_step >= self.judged_from and not findings:
@@ -118,9 +118,9 @@ class HealthMonitor:
     def _non_finite(self, period: Period, loss_scale: float) -> list[Finding]:
         if self.config.non_finite == "off":
             return []
-        for offset, (loss, norm) in enumerate(zip(period.losses, period.grad_norms, strict=True)):
+        pairs = zip(period.losses, period.grad_norms, strict=True)
+        for step, (loss, norm) in enumerate(pairs, start=period.first_step + 1):
             if not (math.isfinite(loss) and (math.isfinite(norm) or loss_scale > 1)):
-                step = period.first_step + offset
                 return [
                     Finding(
                         kind="non_finite",
@@ -136,10 +136,9 @@ class HealthMonitor:
 
     def _exploding(self, period: Period) -> list[Finding]:
         found: list[Finding] = []
-        for offset, norm in enumerate(period.grad_norms):
+        for step, norm in enumerate(period.grad_norms, start=period.first_step + 1):
             if not math.isfinite(norm):
                 continue
-            step = period.first_step + offset
             if len(self.norms) >= MIN_MEMORY and not found:
                 limit = self.config.gradient_ratio * statistics.median(self.norms)
                 if norm > limit and self.config.exploding_gradient != "off":

@@ -20,7 +20,7 @@ from PIL import Image
 
 from pipelines import storage
 from pipelines.errors import InputError, LeaseLost
-from pipelines.progress import Progress
+from pipelines.progress import Progress, counted
 from pipelines.redaction import redacted_text
 from pipelines.steps import say_step
 from pipelines.tracking.spool import LinesFile, Spool
@@ -289,7 +289,7 @@ class ProgressThread:
             text = event.get("message") or json.dumps(event)
             self.progress.stream.write(f"\n{event['event']}: {redacted_text(text)}\n")
         for attempt in attempts[self.started :]:
-            workers = "1 worker" if attempt.workers == 1 else f"{attempt.workers} workers"
+            workers = counted(attempt.workers, "worker")
             say_step(f"{workers} started, from step {attempt.start_step}; reading first batches")
         self.started = len(attempts)
         if attempts and attempts[-1].latest:

@@ -151,10 +151,10 @@ class LoopState:
         if skipped:
             self.log.event(
                 "updates_skipped",
-                step=self.step - 1,
+                step=self.step,
                 skipped=skipped,
                 loss_scale=scale,
-                message=f"step {self.step - 1}: {skipped} updates were left out, for gradients "
+                message=f"step {self.step}: {skipped} updates were left out, for gradients "
                 f"were not finite in fp16; {self.skipped_updates} so far; the loss scale is "
                 f"{scale:g} now",
             )
@@ -179,7 +179,7 @@ class LoopState:
         ]
         self.data.start_period()
         self.period_start, self.first_period = self.step, False
-        for finding in self.monitor.news(findings, self.step - 1):
+        for finding in self.monitor.news(findings, self.step):
             self.log.finding(finding)
         severe = findings[0] if findings and findings[0].action != "warn" else None
         if severe and severe.action == "rollback":

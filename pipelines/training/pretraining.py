@@ -192,16 +192,7 @@ def input_datasets(config: PretrainConfig, data: TrainingTables) -> list[Dataset
     tables = [("image_table", table) for table in images]
     tables += [("token_table", table) for table in data.tokens]
     tables += [("view_table", table) for table in data.stored]
-    inputs = [
-        Dataset(
-            name=name,
-            uri=table.uri,
-            digest=table.fingerprint,
-            context="training",
-            rows=table.num_rows,
-        )
-        for name, table in tables
-    ]
+    inputs = [Dataset.of_table(name, table, "training") for name, table in tables]
     if data.tokens:
         digest = str(data.fingerprints()["tokenizer"])
         inputs.append(Dataset(name="tokenizer", uri=config.tokenizer, digest=digest))

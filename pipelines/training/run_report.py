@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 
 from pipelines import pictures, storage
+from pipelines.progress import counted
 from pipelines.tracking.datasets import short_name
 from pipelines.training.goodput import account
 from pipelines.training.run_dir import RunDir
@@ -44,13 +45,12 @@ def run_report(
 def picture_of_time(run: RunDir, report: Mapping[str, Any]) -> Image.Image:
     """Where the time of a run went, as bars."""
     books = report["goodput"]
-    wall, starts = books["wall_seconds"], books["attempts"]
+    starts = counted(books["attempts"], "start")
     return pictures.bars(
         {name.replace("_", " "): value for name, value in books["seconds"].items() if value > 0},
         title=f"Where the time went · {short_name(run.uri)}, step {report['steps']:,}",
         x_label="seconds",
-        note=f"{wall:,.0f} s in {starts} {'start' if starts == 1 else 'starts'}, "
-        f"{books['goodput']:.0%} productive",
+        note=f"{books['wall_seconds']:,.0f} s in {starts}, {books['goodput']:.0%} productive",
     )
 
 

@@ -19,6 +19,7 @@ from pipelines.scorecard import Scorecard, check_gate, score, scorecard_record
 from pipelines.tables import tokenizer_store
 from pipelines.tables.image_table import ImageTable
 from pipelines.teachers.opening import check_grid, open_teacher
+from pipelines.tracking.datasets import short_name
 from pipelines.training.log import TrainLog
 from pipelines.training.run_dir import RunDir, refuse_changes
 from pipelines.training.tokenizer_step import sample_order, view_policy
@@ -187,7 +188,8 @@ def conclude(
             tokenizer, images, num_images=config.gate.num_images, policy=policy, device=device
         )
         log.tracked({f"scorecard/{k}": v for k, v in scorecard.metrics().items()}, plan.total_steps)
-        for name, picture in scorecard_pictures(scorecard).items():
+        where = f"{short_name(config.output)}, step {plan.total_steps:,}"
+        for name, picture in scorecard_pictures(scorecard, where).items():
             log.picture(name, picture, plan.total_steps)
     check_gate(
         scorecard,

@@ -170,7 +170,7 @@ def test_a_nan_rolls_back_and_skips_the_window(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(LabelledData, "_on_device", poisoned)
     result = finetune.run(small_finetune(inputs, tmp_path / "run"))
     events = {event["event"]: event for event in events_of(result.run_uri)}
-    assert events["non_finite"]["step"] == 5
+    assert events["non_finite"]["step"] == 6
     rolled = events["rolled_back"]
     assert (rolled["to_step"], rolled["skipped_batches"]) == (4, 2), "the epoch has 6 batches"
     assert len(losses(result.run_uri)) == 12

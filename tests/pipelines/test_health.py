@@ -33,7 +33,7 @@ def test_without_tokens_neither_collapse_nor_floor_is_judged():
     nothing = {"accuracy": None, "perplexity": None}
     assert watch.check(period(0, (4.0,) * 20, (2.0,) * 20, **nothing)) == []
     assert kinds(watch.check(period(20, (4.0,), (21.0,), **nothing))) == [
-        ("exploding_gradient", "stop", 20)
+        ("exploding_gradient", "stop", 21)
     ]
 
 
@@ -49,14 +49,14 @@ def test_a_sound_period_gives_no_finding():
 @pytest.mark.parametrize("action", ["warn", "stop", "rollback"])
 def test_a_loss_that_is_not_finite_is_found_at_its_step(bad, action):
     found = monitor(non_finite=action).check(period(40, (4.0, bad, bad), (1.0, 1.0, 1.0)))
-    assert kinds(found) == [("non_finite", action, 41)]
+    assert kinds(found) == [("non_finite", action, 42)]
     assert "optim.lr" in found[0].message
 
 
 def test_a_gradient_that_is_not_finite_is_found_and_not_remembered():
     watch = monitor()
     assert kinds(watch.check(period(0, (4.0, 4.0), (1.0, math.nan)))) == [
-        ("non_finite", "rollback", 1)
+        ("non_finite", "rollback", 2)
     ]
     assert watch.state() == {"norms": [1.0]}
 
@@ -66,7 +66,7 @@ def test_an_exploding_gradient_is_measured_against_its_recent_median():
     assert watch.check(period(0, (4.0,) * 20, (2.0,) * 20)) == []
     assert watch.check(period(20, (4.0,), (19.0,))) == []
     found = watch.check(period(21, (4.0, 4.0), (2.0, 21.0)))
-    assert kinds(found) == [("exploding_gradient", "stop", 22)]
+    assert kinds(found) == [("exploding_gradient", "stop", 23)]
     assert found[0].limit == 20.0
 
 
@@ -79,7 +79,7 @@ def test_memory_travels():
     watch.check(period(0, (4.0,) * 20, (2.0,) * 20))
     other = monitor(exploding_gradient="stop", gradient_ratio=10.0)
     other.restore(watch.state())
-    assert kinds(other.check(period(20, (4.0,), (21.0,)))) == [("exploding_gradient", "stop", 20)]
+    assert kinds(other.check(period(20, (4.0,), (21.0,)))) == [("exploding_gradient", "stop", 21)]
 
 
 def test_collapse_and_floor_are_judged_after_the_grace_only():
@@ -87,12 +87,12 @@ def test_collapse_and_floor_are_judged_after_the_grace_only():
     collapsed = {"perplexity": 1.1, "accuracy": 0.1}
     assert watch.check(period(90, **collapsed)) == []
     found = watch.check(period(100, **collapsed))
-    assert kinds(found) == [("code_collapse", "stop", 101), ("accuracy_floor", "warn", 101)]
+    assert kinds(found) == [("code_collapse", "stop", 102), ("accuracy_floor", "warn", 102)]
 
 
 def test_waiting_for_data_is_found():
     found = monitor(max_data_wait=0.3).check(period(), data_wait_share=0.6)
-    assert kinds(found) == [("data_starvation", "warn", 1)]
+    assert kinds(found) == [("data_starvation", "warn", 2)]
     assert "60%" in found[0].message
 
 
@@ -121,27 +121,27 @@ def test_a_lasting_warning_is_told_at_its_start_when_it_changes_and_at_its_end()
     told = []
     for step, accuracy in enumerate(accuracies):
         findings = watch.check(period(step, (4.0,), (1.0,), accuracy=accuracy))
-        told.append(kinds(watch.news(findings, step)))
+        told.append(kinds(watch.news(findings, step + 1)))
     floor = "accuracy_floor"
     assert told == [
-        [], [(floor, "warn", 1)], [], [], [(floor, "warn", 4)], [], [(floor, "over", 6)], [],
-        [(floor, "warn", 8)],
+        [], [(floor, "warn", 2)], [], [], [(floor, "warn", 5)], [], [(floor, "over", 7)], [],
+        [(floor, "warn", 9)],
     ]  # fmt: skip
 
 
 def test_what_is_not_judged_is_not_over():
     watch = monitor(accuracy_floor="warn", non_finite="warn")
     low = watch.check(period(0, (4.0,), (1.0,), accuracy=0.01))
-    assert kinds(watch.news(low, 0)) == [("accuracy_floor", "warn", 0)]
+    assert kinds(watch.news(low, 1)) == [("accuracy_floor", "warn", 1)]
     broken = watch.check(period(1, (math.nan,), (1.0,), accuracy=0.01))
-    assert kinds(watch.news(broken, 1)) == [("non_finite", "warn", 1)]
-    assert watch.news(watch.check(period(2, (4.0,), (1.0,), accuracy=0.01)), 2) == []
+    assert kinds(watch.news(broken, 2)) == [("non_finite", "warn", 2)]
+    assert watch.news(watch.check(period(2, (4.0,), (1.0,), accuracy=0.01)), 3) == []
 
 
 def test_incidents_and_what_stops_a_run_are_told_each_time():
     watch = monitor(accuracy_floor="stop", non_finite="rollback")
     for step in range(3):
         low = watch.check(period(step, (4.0,), (1.0,), accuracy=0.01))
-        assert kinds(watch.news(low, step)) == [("accuracy_floor", "stop", step)]
+        assert kinds(watch.news(low, step + 1)) == [("accuracy_floor", "stop", step + 1)]
         broken = watch.check(period(step, (math.nan,), (1.0,)))
-        assert kinds(watch.news(broken, step)) == [("non_finite", "rollback", step)]
+        assert kinds(watch.news(broken, step + 1)) == [("non_finite", "rollback", step + 1)]

@@ -18,6 +18,7 @@ pytestmark = [
     pytest.mark.skipif(BROWSER is None, reason="no browser is installed"),
 ]
 ACCURACIES = (0.5125, 0.6375)
+PLOT = Image.new("RGB", (1520, 840), (200, 60, 90))
 SHEET = Image.new("RGB", (660, 900), (10, 200, 90))
 PROBES = cells_on_screen("metrics.`linear_accuracy`")
 # Charts are drawn when they come near the window.
@@ -29,6 +30,11 @@ PICTURE_IN_ITS_CARD = f"""(() => {{ {ON_SCREEN}
     if (e.scrollHeight > e.clientHeight + 50 && ['auto', 'scroll'].includes(
         getComputedStyle(e).overflowY)) e.scrollTop += 300;
   return false; }})()"""
+
+
+# What stands beside the description is 440 pixels wide, and the page has a margin.
+SIDE_PANEL = """[...document.querySelectorAll('*')].some(e => !e.children.length &&
+  e.innerText === 'Created at' && e.getBoundingClientRect().left + 440 <= innerWidth - 24)"""
 
 
 @pytest.fixture(name="served")
@@ -44,6 +50,7 @@ def served_fixture(empty_store, tmp_path):
         with start(config, stage="pretrain", params=params, inputs=[images]) as run:
             for step in (1, 2, 3):
                 run.log_metrics({"loss": 1 / step, "mim_accuracy": 0.1 * step}, step)
+            run.log_image("probes", PLOT, 3)
             run.log_image("reconstruction", SHEET, 3)
             run.set_output(dataset("weights", str(seed) * 32))
         with start(config, stage="evaluate", parent_run_id=run.run_id, inputs=[images]) as judge:
@@ -66,10 +73,12 @@ async def look(address, runs, tmp_path):
         await page.wait_for(f"{PROBES}.length === 2")
         found = await page.value(PROBES)
         assert [float(text) for text in found] == sorted(ACCURACIES, reverse=True)
+        await page.resize(1440, 900)
         run = f"{address}/#/experiments/{experiment}/runs/{runs[1]}"
         await page.open(f"{run}?workflowType=machine_learning")
         await page.wait_for("document.body.innerText.includes('Linear probe 63.7 % [61.7, 65.8]')")
         await page.wait_for(ALL_SHOWN)
         await page.wait_for(FIGURES_DRAWN)
+        assert await page.value(SIDE_PANEL), "no figure pushes it out of the window"
         await page.open(f"{run}/model-metrics?workflowType=machine_learning")
         await page.wait_for(PICTURE_IN_ITS_CARD)

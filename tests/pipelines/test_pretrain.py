@@ -300,7 +300,8 @@ class TestHealth:
         names = [event["event"] for event in events_of(result.run_uri)]
         assert names == ["non_finite", "rolled_back"]
         found, rolled = events_of(result.run_uri)
-        assert (found["step"], found["action"]) == (5, "rollback")
+        # Counted as curves are: of the steps that were done, the last one.
+        assert (found["step"], found["action"]) == (6, "rollback")
         assert (rolled["to_step"], rolled["skipped_batches"]) == (4, 4)
         # Steps 4 to 11 took the batches 8 to 15 of the order.
         config = small_config(tables, tmp_path / "run")
@@ -342,7 +343,7 @@ class TestHealth:
     def test_stop_stops_and_says_why(self, tables, tmp_path, monkeypatch):
         poison(monkeypatch, {5})
         config = small_config(tables, tmp_path / "run", health={"non_finite": "stop"})
-        with pytest.raises(StageFailed, match="step 5: loss nan"):
+        with pytest.raises(StageFailed, match="step 6: loss nan"):
             pretrain.run(config)
         report = json.loads((tmp_path / "run" / "report.json").read_text())
         assert report["outcome"] == "stopped"

@@ -131,7 +131,7 @@ def test_a_nan_rolls_back_and_skips_the_window(kind, tables, tmp_path, monkeypat
     poison(monkeypatch, {5})
     result = pretrain.run(config_for(kind, tables, tmp_path / "run"))
     found, rolled = events_of(result.run_uri)
-    assert (found["event"], found["step"]) == ("non_finite", 5)
+    assert (found["event"], found["step"]) == ("non_finite", 6)
     assert (rolled["event"], rolled["to_step"], rolled["skipped_batches"]) == ("rolled_back", 4, 4)
     assert len(losses(result.run_uri)) == 12
     assert all(math.isfinite(loss) for loss in losses(result.run_uri))

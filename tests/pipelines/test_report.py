@@ -121,7 +121,8 @@ def test_the_table_groups_seeds_and_compares_in_pairs(made):
     tables = Tables(output.read_text()).tables
     _, base, wide = tables["settings"]
     hits = {one: hits_of(*one) for one in RATES}
-    assert base[0] == "beit · tiny · blockwise 75 · 9 epochs · emoji"
+    assert (base[0], wide[0]) == ("tiny", "small")
+    assert "Of all runs: beit · blockwise 75 · 9 epochs · emoji." in output.read_text()
     for row, name in ((base, "base"), (wide, "wide")):
         found = [100 * hits[name, seed].mean() for seed in (0, 1)]
         assert row[1:3] == ["2", f"{np.mean(found):.1f}"]

@@ -179,7 +179,7 @@ def test_score_without_decoder():
             for x in range(2):
                 tile = picture[:, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8]
                 assert np.array_equal(tile, nearest.patches[grid[y, x]])
-    drawn = scorecard_pictures(card)
+    drawn = scorecard_pictures(card, "here")
     assert set(drawn) == {"tokenizer", "codebook_usage", "codes"}
 
 

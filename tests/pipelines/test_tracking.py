@@ -30,10 +30,10 @@ from pipelines.config.lineage import LineageConfig
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError, StageFailed
 from pipelines.tracking import model_registry
-from pipelines.tracking.filler import known_pictures
+from pipelines.tracking.filler import FIGURE_WIDTH, known_pictures
 from pipelines.tracking.lineage import lineage, users
 from pipelines.tracking.spool import Spool
-from pipelines.tracking.table import DECIDING, MAX_PARAMS, VIEWS
+from pipelines.tracking.table import DECIDING, MAX_PARAMS, VIEWS, deciding, run_name
 from tests.pipelines.tracking_fixtures import (  # noqa: F401 - fixtures
     REPOSITORY,
     config_fixture,
@@ -43,6 +43,7 @@ from tests.pipelines.tracking_fixtures import (  # noqa: F401 - fixtures
 )
 from tests.servers import free_port
 
+WIDE = Image.new("RGB", (1520, 76))
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 
@@ -260,7 +261,7 @@ def judged_fixture(empty_store, tmp_path_factory):
                   "images": images.uri, "log_every": 10}  # fmt: skip
         with start(config, stage="pretrain", params=params, inputs=inputs) as run:
             run.set_note("Finished.")
-            run.log_image("painted", Image.new("RGB", (8, 8)), 3)
+            run.log_image("painted", WIDE, 3)
             run.set_output(dataset("weights", str(seed) * 32))
             run.log_weights(str(path.parent / "weights"))
         runs[tokenizer] = run.run_id
@@ -308,12 +309,27 @@ def test_an_evaluation_lies_under_its_run_and_the_page_begins_with_its_verdict(j
     assert client.get_run(runs["evaluate S"]).data.tags["mlflow.parentRunId"] == runs["S"]
     note = client.get_run(runs["S"]).data.tags[NOTE]
     assert note.splitlines()[0] == (
-        "**Linear probe 50.0 % [48.0, 52.0], +2.0 points [-1.0, +5.0] over raw pixels.**"
+        "**Linear probe 50.0 % [48.0, 52.0], +2.0 points [-1.0, +5.0] over raw pixels: "
+        "no clear difference.**"
     )
     assert linked(client, runs["S"]) == {runs["prepare"], runs["evaluate S"]}
     picture = f"![painted.png](get-artifact?path=figures/painted.png&run_uuid={runs['S']})"
     assert picture in note
     assert linked(client, runs["evaluate S"]) == {runs["prepare"], runs["S"]}
+
+
+def test_figures_of_the_page_are_no_wider_than_it_and_pictures_keep_their_size(judged):
+    _, runs, client = judged
+
+    def size(name):
+        with Image.open(client.download_artifacts(runs["S"], name)) as image:
+            return image.size
+
+    [picture] = [
+        f.path for f in client.list_artifacts(runs["S"], "images") if "compr" not in f.path
+    ]
+    assert size(picture) == WIDE.size
+    assert size("figures/painted.png") == (FIGURE_WIDTH, FIGURE_WIDTH // 20)
 
 
 def test_names_and_parameters_say_what_differs(judged):
@@ -324,6 +340,25 @@ def test_names_and_parameters_say_what_differs(judged):
     assert len(run.data.params) <= 15
     kept = client.download_artifacts(runs["T"], "config.yaml")
     assert "log_every: 10" in Path(kept).read_text()
+
+
+@pytest.mark.parametrize(
+    ("stage", "params", "name"),
+    [
+        ("tokenize", {"images": "/a/emoji/images", "tokenizer": "/a/emoji/tokenizer",
+                      "num_views": 4}, "tokenize · 4 views · emoji"),
+        ("pretrain", {"objective.kind": "mae", "masking.kind": "random", "masking.num_masked": 147,
+                      "optim.steps": 9, "images": "/a/emoji/images", "output": "/a/low-lr/run"},
+         "mae · random 147 · 9 steps · emoji · low-lr"),
+        ("evaluate", {"run": "s3://a/base/run?region=x", "images": "/a/emoji/images"},
+         "evaluate · base · emoji"),
+        ("train-tokenizer", {"model.architecture": "dvae", "model.kind": "vqkd", "model.depth": 12,
+                             "model.dim": 768, "model.vocab_size": 8192, "images": "/a/emoji",
+                             "seed": 1}, "train-tokenizer · vqkd 8192 · emoji · seed 1"),
+    ],
+)  # fmt: skip
+def test_names_say_each_thing_once(stage, params, name):
+    assert run_name(stage, params) == name
 
 
 def test_the_saved_views_are_those_of_the_page(judged):
@@ -350,6 +385,9 @@ def test_deciding_parameters_are_fields_of_their_stages():
             known |= {"precision", "image_size"}
         assert set(names) <= known, stage
         assert len(names) <= MAX_PARAMS
+    for steps_given, used in ((None, "optim.epochs"), (9, "optim.steps")):
+        params = {"optim.steps": steps_given, "optim.epochs": 800}
+        assert list(deciding("pretrain", params)) == [used]
 
 
 # Lineage
