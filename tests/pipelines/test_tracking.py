@@ -530,7 +530,7 @@ def test_weights_become_a_model_without_pickle(config, tmp_path):
     client = MlflowClient(config.uri)
     assert len(client.get_run(run_id).outputs.model_outputs) == 1
     [version] = client.search_model_versions("name = 'beit-small'")
-    for said in ("emoji (image table), 4,009 rows", "T" * 32, "| optim.lr | 0.001 |",
+    for said in ("emoji (image table), 4,009 rows", "T" * 32, "| optim.lr &nbsp; | 0.001 |",
                  "Not evaluated", "### Limits", "![painted.png]"):  # fmt: skip
         assert said in version.description
 
