@@ -29,7 +29,7 @@ from pipelines.tracking.datasets import (
     dataset_name,
 )
 from pipelines.tracking.model_card import update_versions
-from pipelines.tracking.page import MODEL_MISSING_TAG, PARENT_TAG, update_page
+from pipelines.tracking.page import ERROR_TAG, MODEL_MISSING_TAG, PARENT_TAG, update_page
 from pipelines.tracking.spool import LINES, OWN_WEIGHTS, Spool, Values
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ERROR_TAG, HEARTBEAT_TAG = "beit.error", "beit.heartbeat"
+HEARTBEAT_TAG = "beit.heartbeat"
 MAX_METRICS, MAX_PARAMS, MAX_TAGS = 1000, 100, 100  # what one request may carry
 MAX_PARAM_LENGTH, MAX_TAG_LENGTH = 6000, 8000
 # Answers that will not change by asking again.
@@ -248,10 +248,10 @@ class Filler:
         refusal = self._send_weights(record)
         self._set_or_delete(MODEL_MISSING_TAG, redacted_text(str(refusal or "")))
         self._send_judged(record)
-        update_page(self.client, self.run_id)
         # One that is gone is of a failure that a later start has left behind, or that `beit sync`
         # has supposed.
         self._set_or_delete(ERROR_TAG, record.get("error", ""))
+        update_page(self.client, self.run_id)
         status = record.get("status", "RUNNING")
         if status != "RUNNING":
             ended = int(1000 * record.get("ended", time.time()))

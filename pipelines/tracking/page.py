@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 NOTE_TAG, OWN_NOTE_TAG, PARENT_TAG = "mlflow.note.content", "beit.note", "mlflow.parentRunId"
-MODEL_MISSING_TAG = "beit.model_missing"
+ERROR_TAG, MODEL_MISSING_TAG = "beit.error", "beit.model_missing"
 FIGURES = "figures"
 
 
@@ -21,7 +21,7 @@ def update_page(client: "MlflowClient", run_id: str) -> None:
     """Writes the description of a run anew, from what is known of it now."""
     run = client.get_run(run_id)
     text = page(client, run)
-    if text and run.data.tags.get(NOTE_TAG) != text:
+    if run.data.tags.get(NOTE_TAG, "") != text:
         client.set_tag(run_id, NOTE_TAG, text[:8000])
 
 
@@ -29,10 +29,12 @@ def page(client: "MlflowClient", run: "Run") -> str:
     """The description as Markdown."""
     judged = evaluations_of(client, run)
     own = run.data.tags.get(OWN_NOTE_TAG, "")
+    error = run.data.tags.get(ERROR_TAG, "")
     missing = run.data.tags.get(MODEL_MISSING_TAG, "")
     is_judge = run.data.tags.get(STAGE_TAG) == "evaluate" and HEADLINE in run.data.metrics
     judge = run if is_judge else judged[0] if judged else None
     parts = [f"**{verdict(judge)}**" if judge else "", own]
+    parts += [f"**It did not end well:** {error}"] if error and not own else []
     parts += [f"No model is here: {missing}"] if missing else []
     made_from = [
         f"{kind.replace('_', ' ')} [{maker.info.run_name}]({link(maker)})"

@@ -121,9 +121,11 @@ def test_a_failure_is_taken_back_by_the_start_that_mends_it(config, tmp_path):
     assert (failed.info.status, failed.data.tags["beit.error"]) == ("FAILED", "ValueError: no")
     assert failed.info.end_time == 2e12
     assert "config.yaml" in {file.path for file in client.list_artifacts(run.run_id)}
+    assert "ValueError: no" in failed.data.tags["mlflow.note.content"]
     spool.update(status="FINISHED", error="")
     Filler(client, run.run_id, spool).fill(final=True)
     check_whole(client, run, periods=3)
+    assert "ValueError" not in client.get_run(run.run_id).data.tags["mlflow.note.content"]
 
 
 def test_what_an_earlier_version_began_keeps_its_steps(config, tmp_path):

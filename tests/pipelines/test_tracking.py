@@ -134,6 +134,7 @@ def test_the_status_tells_how_a_stage_ended(config, error, status):
     stored = MlflowClient(config.uri).get_run(run.run_id)
     assert stored.info.status == status
     assert stored.data.tags["beit.error"].startswith(type(error).__name__)
+    assert stored.data.tags[NOTE] == f"**It did not end well:** {type(error).__name__}: {error}"
 
 
 def test_a_resumed_run_goes_on_without_repeating_steps(config):
