@@ -192,13 +192,7 @@ def _render(
         unverified = ledger.load()
     if config.retry_rejected:
         ledger.retry_rejected()
-    source = tracking.Dataset(
-        name="image_table",
-        uri=images.uri,
-        digest=images.fingerprint,
-        context="views",
-        rows=images.num_rows,
-    )
+    source = tracking.Dataset.of_table("image_table", images, "views")
     params = flatten(asdict(config)) | flatten(task.identity.to_dict())
     with tracking.start_run(
         config.tracking, stage="render", params=params, inputs=[source], output=task.output

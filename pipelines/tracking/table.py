@@ -103,7 +103,7 @@ def run_name(stage: str, params: Mapping[str, object]) -> str:
         words[0] = str(params.get("objective.kind", stage))
         words.append(f"{params.get('masking.kind')} {params.get('masking.num_masked')}")
         words.append(_length(params))
-    if stage == "tokenize" and "num_views" in params:
+    if stage in ("tokenize", "render") and "num_views" in params:
         words.append(f"{params['num_views']} views")
     places = ["run", "weights", "source", "images"]
     places += ["tokenizer"] if stage == "tokenize" else []
