@@ -104,6 +104,7 @@ def run(config: EvaluateConfig) -> Result:
     }
     report_uri = storage.join(output, "evaluation.json")
     if (report := _found(config, report_uri, identity)) is not None:
+        lease.clear(output, config.lease, stage="evaluate")
         return result_of(report, output, already_done=True)
     with lease.held(output, config.lease, stage="evaluate") as holder:
         # Who had the lease before may have done it.
@@ -165,13 +166,15 @@ def _run(
         report, shown = _evaluate(config, weights, baseline, data, layers, splits, where)
         hits = report.pop("hits")
         report["identity"] = identity
-        # First, for the report says that everything is there.
+        result = result_of(report, output, already_done=False)
+        # The report says that everything is there: one of before goes first, its own comes last.
+        place = storage.join(output, "evaluation.json")
+        fence.check()
+        storage.delete(place)
         storage.write_json(storage.join(output, "hits.json"), hits, check=fence.check)
         tracked.log_artifact_file("hits.json", storage.canonical_json(hits))
-        place = storage.join(output, "evaluation.json")
+        record(tracked, result, report, inputs[-1], shown, where, check=fence.check)
         write_record(place, redacted_values(report), check=fence.check)
-        result = result_of(report, output, already_done=False)
-        record(tracked, result, report, inputs[-1], shown, where)
     return result
 
 

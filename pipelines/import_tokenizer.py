@@ -107,6 +107,7 @@ def run(config: ImportTokenizerConfig) -> ImportTokenizerResult:
         "image_size": tokenizer.image_size,
     }
     if (manifest := _found(output, source)) is not None:
+        lease.clear(output, config.lease, stage=STAGE)
         return _result(output, manifest, files, already_done=True)
     with lease.held(output, config.lease, stage=STAGE) as holder:
         # Who had the lease before may have finished it.

@@ -320,6 +320,18 @@ def held(output: str, config: LeaseConfig, *, stage: str) -> Iterator[Held]:
             folder.remove_if_empty()
 
 
+def clear(output: str, config: LeaseConfig, *, stage: str) -> None:
+    """Beside an artefact that is finished: what a killed driver left of its lease goes.
+
+    Raises:
+        StageFailed: as `held`.
+    """
+    with contextlib.suppress(OSError):  # it may be read-only, and the artefact is sound
+        if storage.exists(storage.join(output, FOLDER)):
+            with held(output, config, stage=stage) as holder:
+                holder.done()
+
+
 def _beat(lease: Lease, ended: threading.Event) -> None:
     while not ended.wait(lease.expires / 6):
         lease.beat()

@@ -106,6 +106,7 @@ def _run(
     config: PrepareConfig, output: str, decoder: str, start_ray: Callable[[], None]
 ) -> PrepareResult:
     if _is_finished(output) and not _has_leftovers(output):
+        lease.clear(output, config.lease, stage="prepare")
         return _finished(config, output)
     try:
         # Nobody waits to be refused; of two that plan at once, one plan is created.

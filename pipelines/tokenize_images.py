@@ -63,6 +63,7 @@ def run(config: TokenizeConfig, *, start_ray: Callable[[], None] = ray_is_there)
     known = token_task.settled(config, images, tokenizer)
     done = _take_up(config, ledger := Ledger(output, units), known | options)
     if done and not storage.exists(work_uri(output)):
+        lease.clear(output, config.lease, stage="tokenize")
         return _already_done(config, ledger)
     # A table that is done needs none of those that it was copied from.
     older = () if done else older_tables(config, images, known, libraries)

@@ -112,6 +112,7 @@ def run(
     plan = make_plan(config, images)
     refuse_other(RunDir(config.output), config, plan)
     if (done := _finished(config, plan)) is not None:
+        lease.clear(config.output, config.lease, stage=STAGE)
         return done
     start_ray()
     with lease.held(config.output, config.lease, stage=STAGE) as holder:

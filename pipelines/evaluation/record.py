@@ -1,6 +1,6 @@
 """What an evaluation leaves in MLflow and beside its report."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from PIL import Image
@@ -16,10 +16,12 @@ def record(
     images: tracking.Dataset,
     examples: Mapping[str, Image.Image],
     where: str,
+    *,
+    check: Callable[[], None],
 ) -> None:
     """Figures, note, files and pictures, to MLflow and beside the report.
 
-    `where` names the weights in titles.
+    `where` names the weights in titles; `check` as in `storage.write_bytes`.
     """
     linear, knn = (result.scores[PRETRAINED][probe] for probe in ("linear", "knn"))
     headline = {
@@ -108,7 +110,8 @@ def record(
         )
     for name, picture in drawn.items():
         tracked.log_image(name, picture)
-        storage.write_bytes(storage.join(result.output, f"{name}.png"), pictures.png(picture))
+        place = storage.join(result.output, f"{name}.png")
+        storage.write_bytes(place, pictures.png(picture), check=check)
 
 
 def _by_block(result: Result, score: Score) -> tuple[list[int], list[float]]:

@@ -18,7 +18,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -169,7 +169,7 @@ class SpooledRun(Run):
             except (TypeError, ValueError) as error:
                 log.warning("tracking: %s of step %s not recorded: %s", name, step, error)
         if self._lines is None:
-            self._lines = LinesFile(self._spool.at("driver.jsonl"))
+            self._lines = LinesFile(self._spool.at("driver.jsonl"), check=self._spool.check)
         self._lines.append({"step": int(step), **values})
         self._lines.flush()
 
@@ -254,6 +254,7 @@ def start_run(
     note: str = "",
     output: str = "",
     spool: str = "",
+    check: Callable[[], None] = storage.unchecked,
     system_metrics: bool = True,
 ) -> Run:
     """Starts the run of a stage, or goes on with one, and prints where to see it.
@@ -270,6 +271,7 @@ def start_run(
         note: what the description begins with, Markdown.
         output: what the stage makes; beside it stands what could not be sent, until it is.
         spool: the directory of a training run, which keeps its own record, also with tracking off.
+        check: called before each write there; raises where another driver has taken over.
         system_metrics: record the load of this machine. False where a worker does it.
 
     Raises:
@@ -281,7 +283,7 @@ def start_run(
     client = tracking_store.connect(tracking_uri) if config.enabled else None
     temporary = "" if spool else tempfile.mkdtemp(prefix="beit-record-")
     kept_at = temporary and (storage.beside(output, ".record") if output else temporary + ".kept")
-    files = Spool(spool or temporary)
+    files = Spool(spool or temporary, check)
     earlier = files.record()
     all_tags = {STAGE_TAG: stage, **(tags or {}), **input_tags(inputs)}
     if config.enabled:

@@ -52,10 +52,10 @@ class Values:
 
 
 class Spool:
-    """Reads and writes one such directory."""
+    """Reads and writes one such directory; `check` is called before each write."""
 
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
+    def __init__(self, uri: str, check: Callable[[], None] = storage.unchecked) -> None:
+        self.uri, self.check = uri, check
         self._record: dict[str, Any] | None = None
 
     def at(self, *parts: str) -> str:
@@ -75,18 +75,19 @@ class Spool:
         """Changes fields of tracking.json. Without secrets, as everything that is written."""
         # A new dictionary: a thread may be reading the old one.
         self._record = {**self.record(), **redacted_values(changes)}
-        storage.write_json(self.at(RECORD), self._record)
+        storage.write_json(self.at(RECORD), self._record, check=self.check)
 
     def picture(self, key: str, image: Image.Image, step: int) -> None:
         """Keeps a picture; of two with the same key and step, the last."""
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
         name = f"{step:09d}.png"
-        storage.write_bytes(self.at("pictures", quote(key, safe=" "), name), buffer.getvalue())
+        place = self.at("pictures", quote(key, safe=" "), name)
+        storage.write_bytes(place, buffer.getvalue(), check=self.check)
 
     def file(self, name: str, data: bytes) -> None:
         """Keeps a file; `name` may contain directories."""
-        storage.write_bytes(self.at("files", name), data)
+        storage.write_bytes(self.at("files", name), data, check=self.check)
 
     def values(self) -> Iterator[Values]:
         """All values of all steps, in no order."""

@@ -93,6 +93,7 @@ def start_tracking(
         inputs=inputs,
         resume_run_id=run.record()["mlflow_run_id"] or None,
         spool=run.uri,
+        check=run.check,
         system_metrics=False,  # those of worker 0 are recorded
     )
     run.set_run_id(tracked.run_id)

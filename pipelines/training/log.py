@@ -53,7 +53,7 @@ class TrainLog:
         launched_at: float,
         system_metrics: bool = False,
     ) -> None:
-        self.run, self.books, self.spool = run, Books(), Spool(run.uri)
+        self.run, self.books, self.spool = run, Books(), Spool(run.uri, run.check)
         self.active, self.device = world.rank == 0, world.device
         entered_at = time.time()
         pids = world.gather(torch.tensor([os.getpid()], device=world.device))

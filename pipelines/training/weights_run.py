@@ -147,6 +147,7 @@ def train_to_weights(
     run_dir.holds(config, plan.fingerprints, may_change=may_change)
     done = run_dir.finished_report(plan.total_steps)
     if done is not None and driver.is_recorded(config, run_dir):
+        lease.clear(run_dir.uri, config.lease, stage=stage)
         return result_of(run=run_dir, report=done, resumed_from=plan.total_steps)
     start_ray()
     with lease.held(run_dir.uri, config.lease, stage=stage) as holder:

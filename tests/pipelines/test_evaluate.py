@@ -495,6 +495,31 @@ def test_other_options_are_another_evaluation(shapes, trained_run, tmp_path):
     assert not evaluate.run(EvaluateConfig(**options, pooling="grid", force=True)).already_done
 
 
+@pytest.mark.parametrize("before", [{}, {"pooling": "grid"}])
+def test_one_that_was_killed_in_the_middle_is_done_again(
+    shapes, trained_run, tmp_path, monkeypatch, before
+):
+    """Its report comes last; one of other options does not stand beside its pictures."""
+    options = {
+        "run": trained_run, "images": shapes, "output": str(tmp_path), "baselines": False,
+        "num_folds": 2, "attentive": False, "tracking": OFF,
+    }  # fmt: skip
+    if before:
+        evaluate.run(EvaluateConfig(**options | before))
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipelines.evaluation.record.pictures.curve", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(EvaluateConfig(**options))
+    monkeypatch.undo()
+    for again in [before] * bool(before) + [{}]:
+        assert not evaluate.run(EvaluateConfig(**options | again)).already_done
+    assert {"blocks.png", "confusion.png", "hits.json"} <= {one.name for one in tmp_path.iterdir()}
+    assert evaluate.run(EvaluateConfig(**options)).already_done
+
+
 def test_bad_input_is_named(shapes, trained_run, tmp_path):
     with pytest.raises(InputError, match=r"run: .*finish `beit pretrain`"):
         open_weights(str(tmp_path / "nothing"))

@@ -12,6 +12,7 @@ from jobs.environment import ENVIRONMENT
 from pipelines import lease, sync, tracking
 from pipelines.config.sync import SyncConfig
 from pipelines.config.tracking import TrackingConfig
+from pipelines.errors import LeaseLost
 from pipelines.lease_owner import Owner
 from pipelines.tracking import background, model_registry
 from pipelines.tracking.background import Background
@@ -170,6 +171,21 @@ def test_at_the_end_a_dead_server_is_waited_for_only_so_long(caplog):
     assert 0.9 < time.monotonic() - begin < 5
     assert caplog.text.count("mlflow takes nothing") == 1
     assert "geheim" not in caplog.text
+
+
+def test_nothing_is_kept_where_another_driver_has_taken_over(tmp_path):
+    def lost():
+        raise LeaseLost("taken over")
+
+    spool = Spool(str(tmp_path), lost)
+    for write in (
+        lambda: spool.picture("masks", Image.new("L", (1, 1)), 1),
+        lambda: spool.file("x", b"1"),
+        lambda: spool.update(status="FAILED"),
+    ):
+        with pytest.raises(LeaseLost):
+            write()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_server_that_comes_back_in_time_gets_everything():

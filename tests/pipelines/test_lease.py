@@ -285,6 +285,15 @@ def test_nothing_of_a_lease_stays_beside_what_is_done(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_killed_driver_left_beside_a_finished_artefact_goes(tmp_path):
+    lease_module.clear(str(tmp_path), LeaseConfig(), stage="test")
+    assert not list(tmp_path.iterdir())
+    dead = dataclasses.replace(Owner.here("test"), process=2**22 + 1, started="1")
+    Lease(Folder(str(tmp_path / FOLDER)), dead, expires=60).take(poll=1, waiting=never)
+    lease_module.clear(str(tmp_path), LeaseConfig(), stage="test")
+    assert not list(tmp_path.iterdir())
+
+
 class TestHeld:
     """By who stops where another driver is at work."""
 
