@@ -73,8 +73,10 @@ def absolute(uri: str) -> str:
     """A local path made absolute, so that worker processes with another directory find it.
 
     Raises:
-        InputError: it looks like a URI that lost a slash.
+        InputError: it looks like a URI that lost a slash, or holds what no name may.
     """
+    if "\0" in uri:
+        raise InputError(f"{uri!r}: no path holds the character \\0; give one without")
     if re.match(r"(s3a?|gs|gcs|az|abfss?|hf|https?):/?[^/]", uri):
         raise InputError(f"{uri!r}: a URI has two slashes after its scheme, as in s3://bucket/name")
     return str(Path(local_path(uri)).expanduser().absolute()) if is_local(uri) else uri

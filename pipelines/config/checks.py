@@ -6,6 +6,7 @@ a section to them and to the choices of a `Literal`. What relates fields to each
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
@@ -81,6 +82,8 @@ def check(section: Any, prefix: str = "") -> None:
         entries = value if isinstance(value, tuple) else () if value is None else (value,)
         kept = all(bound.holds(entry) for entry in entries for bound in bounds)
         require(kept, label, value, f"must be {' and '.join(map(str, bounds))}{more}")
+        finite = all(math.isfinite(entry) for entry in entries if isinstance(entry, float))
+        require(finite, label, value, f"give a finite number{more}")
 
 
 def _declared(section: type) -> list[tuple[str, Any, tuple[Any, ...]]]:

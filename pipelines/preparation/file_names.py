@@ -16,6 +16,11 @@ SIDE_FILES = (
     ".json", ".jsonl", ".txt", ".md", ".rst", ".html", ".idx", ".yaml", ".yml", ".csv", ".tsv",
     ".crc", ".md5", ".sha256", ".py", ".log", "license", "readme",
 )  # fmt: skip
+# What says nothing of classes where a folder holds nothing else.
+NO_PICTURES = (
+    *SIDE_FILES, ".xml", ".npy", ".npz", ".mat", ".pkl", ".pt", ".pth", ".h5", ".hdf5", ".mp4",
+    ".mov", ".avi", ".mkv", ".webm", ".wav", ".mp3", ".pdf", ".zip", ".gz", ".7z", ".rar",
+)  # fmt: skip
 # Of these only some are never part of a sample.
 _NO_SAMPLES = tuple(suffix for suffix in SIDE_FILES if suffix not in (".json", ".txt"))
 # What systems, archivers, network disks and programs put beside the files of the user.

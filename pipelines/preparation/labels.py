@@ -60,13 +60,15 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def folder_class(path: str, level: int) -> str | None:
-    """The class of a file: the folder `level` steps below the source (1: the first), if any.
+def comparable(name: str) -> str:
+    """A name of a class as it is compared: Macs and others write `é` in two ways."""
+    return unicodedata.normalize("NFC", name)
 
-    Macs and others write `é` in two ways, which are one class.
-    """
+
+def folder_class(path: str, level: int) -> str | None:
+    """The class of a file: the folder `level` steps below the source (1: the first), if any."""
     folders = path.split("/")[:-1]
-    return unicodedata.normalize("NFC", folders[level - 1]) if len(folders) >= level else None
+    return comparable(folders[level - 1]) if len(folders) >= level else None
 
 
 def stored_type(kind: pa.DataType) -> pa.DataType:
@@ -106,7 +108,7 @@ def described_names(schema: pa.Schema, column: str) -> tuple[str, ...]:
             return ()
     except (KeyError, TypeError, ValueError):
         return ()
-    found = tuple(str(name) for name in names)
+    found = tuple(comparable(str(name)) for name in names)
     if len(set(found)) < len(found):
         twice = next(name for name in found if found.count(name) > 1)
         raise InputError(

@@ -18,7 +18,7 @@ from pipelines import storage
 from pipelines.preparation.ahead import mapped_ahead
 from pipelines.preparation.child import run_child
 from pipelines.preparation.failures import file_failure
-from pipelines.preparation.labels import MAX_CLASSES, kind_of, stored_type
+from pipelines.preparation.labels import MAX_CLASSES, comparable, kind_of, stored_type
 from pipelines.preparation.parquet_rows import image_bytes, stored
 from pipelines.preparation.walking import Entry
 
@@ -150,14 +150,14 @@ def _holds_text(schema: pa.Schema, column: str) -> bool:
 
 
 def _texts(file: pq.ParquetFile, column: str) -> set[str]:
-    """The different texts of a column; no more than it takes to see that they are too many."""
+    """The different names of a column; no more than it takes to see that they are too many."""
     texts: set[str] = set()
     for batch in file.iter_batches(columns=[column]):
         for scalar in stored(batch.column(column)).unique():
             try:
-                texts.add(scalar.as_py())
+                texts.add(comparable(scalar.as_py() or ""))
             except UnicodeDecodeError:  # its rows are rejected when their turn comes
                 continue
         if len(texts) > MAX_CLASSES:
             break
-    return texts - {None}
+    return texts - {""}

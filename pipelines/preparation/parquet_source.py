@@ -41,7 +41,11 @@ class ParquetPlan:
                 self.columns = _columns(config, source, entry, footer.schema)
                 self.classes = ClassNames(self.columns["label_field"])
                 return
-        raise InputError(f"source = {source.uri!r}: none of its files is readable Parquet")
+        first = next((entry.path for entry, _ in self.seen if not entry.ignored), "none at all")
+        raise InputError(
+            f"source = {source.uri!r}: none of its files is readable Parquet ({first} is the "
+            "first); write or fetch them again"
+        )
 
     def with_columns(self, reader: Reader) -> Reader:
         """The reader, told where images, labels, keys and groups are, and what the classes are.
@@ -162,5 +166,9 @@ def _image_column(schema: pa.Schema) -> str:
         return str((named or found)[0])
     raise InputError(
         f"image_field: columns of bytes are {found or 'none'} of {schema.names}; "
-        "name the one with the images"
+        + (
+            "name the one with the images"
+            if found
+            else "write encoded images into one: paths, lists and base64 are not read"
+        )
     )

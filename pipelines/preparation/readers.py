@@ -23,6 +23,7 @@ from pipelines.preparation.ahead import mapped_ahead
 from pipelines.preparation.failures import file_failure
 from pipelines.preparation.file_names import claims_picture, is_hidden, is_no_sample
 from pipelines.preparation.labels import (
+    comparable,
     described_names,
     folder_class,
     member_value,
@@ -31,7 +32,7 @@ from pipelines.preparation.labels import (
 from pipelines.preparation.parquet_rows import batches, value
 from pipelines.preparation.samples import UnclearSample, images_of, labels_of, sample_of
 from pipelines.preparation.sources import OTHER_FILE, Format
-from pipelines.preparation.tars import as_text, member_bytes, tar_members
+from pipelines.preparation.tars import COMPRESSED, as_text, member_bytes, tar_members
 from pipelines.preparation.walking import HIDDEN, Entry
 
 READ_THREADS = 8
@@ -94,7 +95,7 @@ class Reader:
 
     @cached_property
     def classes(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self.class_names)}
+        return {comparable(name): number for number, name in enumerate(self.class_names)}
 
     def items(self, entries: Sequence[Entry]) -> Iterator[Item]:
         """Items of a unit, sorted by key; of equal keys the first in the source comes first.
@@ -126,7 +127,9 @@ class Reader:
         if entry.ignored:
             return replace(item, reason=entry.ignored, ignored=True)
         if item.reason:
-            return item
+            # A socket is no picture, and a link back leads to what is listed already.
+            beside = item.reason in ("not_a_file", "symlink_loop") and not claims
+            return replace(item, ignored=beside)
         if self._too_large(entry.size):
             return self._large_file(entry, item)
         if self.format == "sample":
@@ -180,7 +183,9 @@ class Reader:
     def _tar_items(self, entry: Entry, file: BinaryIO) -> Iterator[Item]:
         members, broken_at = tar_members(file)
         if broken_at is not None:
-            yield Item(key=entry.path, size=max(0, entry.size - broken_at), reason="bad_tar")
+            file.seek(0)
+            reason = "compressed_tar" if file.read(8).startswith(COMPRESSED) else "bad_tar"
+            yield Item(key=entry.path, size=max(0, entry.size - broken_at), reason=reason)
         yield from self.member_items(entry, file, members)
 
     def member_items(
@@ -317,7 +322,7 @@ class Reader:
         """The class of a label as the source has it; `names`: what its numbers stand for."""
         number = None if isinstance(value, str) else whole_number(value)
         if isinstance(value, str):
-            return self.classes[value]
+            return self.classes[comparable(value)]
         if number is None or not self.class_names:
             return number
         if number >= len(names):

@@ -117,9 +117,18 @@ def reasons(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in ordered)
 
 
+REMEDIES = {
+    "bad_label": "labels are whole numbers, or texts in Parquet; name what holds them with "
+    "--label_field, or set --labels none",
+    "compressed_tar": "unpack it to .tar, whatever its name says",
+    "no_image": "a sample without a picture, or a row without bytes (a path beside them is not "
+    "followed: write the bytes into the column)",
+}
+
+
 def remedy(counts: Mapping[str, int]) -> str:
     """What to do about rejected or ignored items, for those reasons that tell it; on new lines."""
-    known = {"lfs_pointer": git_lfs.REMEDY, **UNCLEAR}
+    known = {"lfs_pointer": git_lfs.REMEDY, **UNCLEAR, **REMEDIES}
     return "".join(f"\n{reason}: {known[reason]}." for reason in known if counts.get(reason))
 
 

@@ -12,6 +12,7 @@ from pipelines import storage, stores
 from pipelines.errors import InputError
 from pipelines.preparation import sample_images
 from pipelines.preparation.file_names import (
+    NO_PICTURES,
     PACKED,
     SIDE_FILES,
     claims_picture,
@@ -32,6 +33,12 @@ _PART = re.compile(
     r"(?:.*[-_.])?(?:(?P<train>train(?:ing|val)?)|(?P<val>val(?:id(?:ation)?)?|minival|dev)|"
     r"(?P<test>test(?:ing)?|eval(?:uation)?|hold[-_ ]?out)|(?P<rest>extra|unlabell?ed))"
     r"(?:[-_. ]?(?:[0-9]+|[a-z]|set|data|images?|split))?"
+)
+# Pieces of a data set (`fold1`), and what lies beside its pictures (`images`, `masks`, `depth`).
+_PIECE = re.compile(
+    r"(?:fold|split|part|subset|shard|chunk|batch)[-_. ]?[0-9]+|(?:jpe?g|png)?images?|imgs?|"
+    r"pictures|photos|frames|rgb|depth|masks?|labels?|annotations?|ground[-_ ]?truth|gt|"
+    r"(?:semantic|instance)?[-_ ]?seg(?:mentation)?s?(?:class|object)?|thumb(?:nail)?s?"
 )
 
 
@@ -222,7 +229,7 @@ def class_folders(entries: Iterable[Entry], seen: set[str], level: int = 1) -> I
     for entry in entries:
         folder = folder_class(entry.path, level)
         # A folder of notes is no class.
-        text = entry.path.lower().endswith(SIDE_FILES) and not claims_picture(entry.path)
+        text = entry.path.lower().endswith(NO_PICTURES) and not claims_picture(entry.path)
         # What lies between the slashes of `s3://bucket//a.png` is none either.
         if folder and not entry.ignored and not text:
             seen.add(folder)
@@ -235,10 +242,13 @@ def class_folders(entries: Iterable[Entry], seen: set[str], level: int = 1) -> I
 
 
 def look_like_parts(folders: Iterable[str]) -> bool:
-    """Whether folders are called like the parts of a data set (`train`, `val`), not like classes.
+    """Whether folders are called like the parts of a data set (`train`, `val`; `images`, `masks`),
+    not like classes.
 
     `train` among other names may be the vehicle.
     """
-    names = set(folders)
-    found = [match for name in names if (match := _PART.fullmatch(name.lower()))]
-    return len({match.lastgroup for match in found}) > 1 or 0 < len(found) == len(names)
+    names = {name.lower() for name in folders}
+    parts = [match for name in names if (match := _PART.fullmatch(name))]
+    pieces = [name for name in names if _PIECE.fullmatch(name)]
+    every = 0 < len(parts) + len(pieces) == len(names)
+    return every or len({match.lastgroup for match in parts}) > 1

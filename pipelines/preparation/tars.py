@@ -4,6 +4,8 @@ import io
 import tarfile
 from typing import BinaryIO
 
+# Beginnings of what gzip, bzip2, xz and zstd make of an archive, whatever its name says.
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
 # Archives are filled up with zeros to a multiple of their record, which is 10 kB or seldom more.
 MAX_PADDING = 2**20
 
@@ -49,8 +51,23 @@ def member_bytes(file: BinaryIO, member: tarfile.TarInfo, *, at_most: int | None
     """
     if at_most is not None and member.size > at_most:
         raise ValueError(f"{member.name}: {member.size} bytes")
+    if member.sparse is not None:
+        return _sparse_bytes(file, member)
     file.seek(member.offset_data)
     return file.read(member.size)
+
+
+def _sparse_bytes(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
+    """Of a file with holes (`tar --sparse`) the archive has the pieces between them."""
+    data, at = bytearray(member.size), member.offset_data
+    for begin, size in member.sparse:
+        file.seek(at)
+        piece = file.read(size) if 0 <= begin <= begin + size <= member.size else b""
+        if len(piece) < size or size < 0:
+            return b""
+        data[begin : begin + size] = piece
+        at += size
+    return bytes(data)
 
 
 def as_text(name: str) -> str:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipelines import storage, stores
 from pipelines.errors import InputError
@@ -160,7 +161,9 @@ def _list_local(root: str, path: str) -> list[Listed]:
                 return Listed(name=name, size=found.stat().st_size, is_dir=False, reason=reason)
         except OSError:
             return Listed(name=name, size=0, is_dir=False, reason="unreadable")
-        return Listed(name=name, size=0, is_dir=False, reason="not_a_file")
+        gone = found.is_symlink()  # to nothing: what else it leads to is a device, or a pipe
+        reason = "missing" if gone and not Path(found.path).exists() else "not_a_file"
+        return Listed(name=name, size=0, is_dir=False, reason=reason)
 
     try:
         with os.scandir(directory) as scan:

@@ -71,6 +71,15 @@ def test_every_declared_bound_is_kept_and_named(config):
                     dataclasses.replace(section, **{name: entry})
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
+def test_no_number_is_endless(config):
+    for prefix, section in sections(config):
+        for name in [f.name for f in dataclasses.fields(section)]:
+            if isinstance(getattr(section, name), float):
+                with pytest.raises(ValueError, match=rf"^{prefix}{name}.* = .*inf"):
+                    dataclasses.replace(section, **{name: math.inf})
+
+
 @pytest.mark.parametrize(
     ("section", "changes", "message"),
     [

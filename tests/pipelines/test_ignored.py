@@ -1,6 +1,7 @@
 """Files beside pictures are no bad pictures: ignored, counted apart, listed, no reason to stop."""
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -89,18 +90,27 @@ def test_what_is_no_picture_by_name_and_by_content_is_ignored(tmp_path: Path) ->
         "notes/readme.md": b"# notes", "b/film.mp4": film,
         "a/page.jpg": b"<html>404", "a/empty.png": b"", "a/drawing.svg": b"<svg/>",
         "b/cut": encoded(4, "PNG")[:300], "b/long.jpg": JPEG + bytes(3000),
-        "b/long": JPEG + bytes(3000),
+        "b/long": JPEG + bytes(3000), "features/1.npy": b"\x93NUMPY", "films/1.mp4": film,
     })  # fmt: skip
+    os.mkfifo(source / "a/pipe")
+    os.mkfifo(source / "a/pipe.jpg")
+    (source / "b/back").symlink_to(source)
+    (source / "b/gone").symlink_to("nowhere")
     table, rejected, ignored = prepared(source, max_rejected=10, max_image_mb=0.003)
     assert keys(table) == ["a/1.jpg", "b/2", "b/3.txt"]
     assert table.class_names == ["a", "b"], "a folder of notes is no class"
     assert rejected == {
         "a/page.jpg": "not_an_image", "a/empty.png": "empty", "a/drawing.svg": "not_an_image",
         "b/cut": "truncated", "b/long.jpg": "too_large", "b/long": "too_large",
+        "a/pipe.jpg": "not_a_file", "b/gone": "missing",
     }  # fmt: skip
     assert ignored == dict.fromkeys(
-        ["a/metadata.csv", "b/labels.txt", "b/film.mp4", "notes/readme.md"], "not_an_image"
-    ) | {"b/empty": "empty"}
+        [
+            "a/metadata.csv", "b/labels.txt", "b/film.mp4", "notes/readme.md", "features/1.npy",
+            "films/1.mp4",
+        ],
+        "not_an_image",
+    ) | {"b/empty": "empty", "a/pipe": "not_a_file", "b/back": "symlink_loop"}  # fmt: skip
 
 
 def test_files_beside_tars_and_in_them(tmp_path: Path) -> None:

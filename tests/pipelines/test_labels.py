@@ -298,6 +298,21 @@ def test_labels_in_every_form_that_writers_leave(tmp_path: Path, array, expected
     assert classes(tmp_path) == expected
 
 
+def test_names_are_one_however_their_accents_are_written(tmp_path: Path) -> None:
+    parquet(tmp_path / "a.parquet", ["caf\u00e9", "b", "cafe\u0301"])
+    parquet(tmp_path / "b.parquet", [0, 1], names=["b", "cafe\u0301"])
+    assert classes(tmp_path) == ["caf\u00e9", "b", "caf\u00e9", "b", "caf\u00e9"]
+    parquet(tmp_path / "c.parquet", [0, 1], names=["caf\u00e9", "cafe\u0301"])
+    with pytest.raises(InputError, match="two classes are called"):
+        planned(tmp_path)
+
+
+def test_an_empty_text_is_no_name(tmp_path: Path) -> None:
+    parquet(tmp_path / "a.parquet", ["x", "", None])
+    assert planned(tmp_path)[0].class_names == ("x",)
+    assert classes(tmp_path) == ["x", "bad_label", None]
+
+
 def test_a_column_of_nothing_is_no_column_of_labels(tmp_path: Path) -> None:
     parquet(tmp_path / "a.parquet", [None], pa.null())
     with pytest.raises(InputError, match=r"label_field = 'label': is null.*labels = 'none'"):
@@ -348,6 +363,17 @@ def tree(root: Path, *names: str) -> Path:
         ("imagenet_train imagenet_val", True),
         ("train", True),
         ("extra unlabeled", True),
+        ("fold0 fold1", True),
+        ("split_0 split_1 split_2", True),
+        ("images masks", True),
+        ("JPEGImages SegmentationClass", True),
+        ("rgb depth", True),
+        ("images train", True),
+        ("cat_images dog_images", False),
+        ("mask no_mask", False),
+        ("mask train picture", False),
+        ("photo sketch cartoon", False),
+        ("0 1 2", False),
         ("car train boat", False),
         ("bullet_train freight_train boat", False),
         ("training_day valley testament", False),

@@ -210,7 +210,7 @@ def test_bad_input_is_normalised_or_listed(tmp_path: Path) -> None:
         assert row["image"] == cases[name][0]
         assert decode_image(row["image"]).size == (row["width"], row["height"])
     refused = {name: why for name, (_, why) in cases.items() if isinstance(why, str)}
-    assert dict(rejected_rows(table)) == refused | {"gone.jpg": "not_a_file"}
+    assert dict(rejected_rows(table)) == refused | {"gone.jpg": "missing"}
     assert result.num_items == len(cases) + 1 == result.num_rows + sum(result.rejected.values())
 
 

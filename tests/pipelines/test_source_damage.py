@@ -1,7 +1,10 @@
 """Files that are damaged, gone or refused: rejected with a reason, and never the end of a job."""
 
+import bz2
 import errno
+import gzip
 import io
+import lzma
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,6 +19,7 @@ from pipelines.preparation.failures import file_failure
 from pipelines.preparation.parquet_footers import Footer, read_footers
 from pipelines.preparation.parquet_source import ParquetPlan
 from pipelines.preparation.readers import Item, Reader
+from pipelines.preparation.report import remedy
 from pipelines.preparation.sources import open_source
 from pipelines.preparation.tars import MAX_PADDING, tar_members
 from pipelines.preparation.walking import Entry
@@ -81,6 +85,15 @@ def test_the_lost_rest_of_a_tar_is_told(tmp_path: Path, damage: str) -> None:
     lost = [item for item in items if item.reason == "bad_tar"]
     assert [item.key for item in lost] == ["bad.tar"]
     assert 0 < lost[0].size < len(data)
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_tar_that_is_compressed_in_spite_of_its_name_is_told(tmp_path: Path, pack) -> None:
+    (tmp_path / "a.tar").write_bytes(pack(tar_bytes([("a.jpg", encoded(1))])))
+    reader = Reader(root=str(tmp_path), format="webdataset", labels="none", max_image_bytes=10**6)
+    items = list(reader.items(list(open_source(str(tmp_path)).entries())))
+    assert outcomes(items) == {"a.tar": "compressed_tar"}
+    assert "unpack it to .tar" in remedy({"compressed_tar": 1})
 
 
 def test_padding_is_no_damage() -> None:
@@ -192,7 +205,7 @@ def test_files_that_are_no_parquet_cost_themselves_only(tmp_path: Path) -> None:
         "a.parquet/0000000000": "",
         "b.parquet": "bad_parquet",
         "c.parquet": "bad_parquet",
-        "d.parquet": "not_a_file",
+        "d.parquet": "missing",
     }
 
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+import tarfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -86,7 +87,7 @@ def test_what_is_no_file_has_a_reason(tmp_path: Path) -> None:
     assert found == {
         "dir/image.png": (5, ""),
         "dir/loop": (0, "symlink_loop"),
-        "gone": (0, "not_a_file"),
+        "gone": (0, "missing"),
         "latin-\\xe9.png": (1, "bad_name"),
         "linked": (5, ""),
         "pipe": (0, "not_a_file"),
@@ -252,6 +253,34 @@ def test_every_member_of_a_tar_is_accounted_for(tmp_path: Path) -> None:
         ("odd.tar/x/c.jpg", "bad_label"),
     ]
     assert [item.data for item in items if item.key.endswith("b.jpg")] == [good, encoded(2)]
+
+
+def sparse_tar(*, pieces: list[tuple[int, bytes]], size: int) -> bytes:
+    """`1.ppm` with holes as GNU tar keeps it, then another file."""
+    info = tarfile.TarInfo("1.ppm")
+    data = b"".join(piece for _, piece in pieces)
+    info.size, info.type = len(data), tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    for number, (begin, piece) in enumerate(pieces):
+        header[386 + 24 * number : 410 + 24 * number] = b"%011o\0%011o\0" % (begin, len(piece))
+    header[483:495] = b"%011o\0" % size
+    header[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(header))[0]
+    rest = tar_bytes([("2.png", encoded(1, "PNG"))])
+    return bytes(header) + data + bytes(-len(data) % 512) + rest
+
+
+def test_files_with_holes_are_read_whole(tmp_path: Path) -> None:
+    whole = b"P6 100 100 255\n" + bytes(20_000) + bytes(range(100)) * 100
+    pieces = [(0, whole[:512]), (19_968, whole[19_968:])]
+    for name, found in {
+        "good": pieces,
+        "beyond": [pieces[0], (20_480, pieces[1][1])],
+    }.items():
+        (tmp_path / f"{name}.tar").write_bytes(sparse_tar(pieces=found, size=len(whole)))
+    items = {item.key: item for item in read(open_source(str(tmp_path)))}
+    assert items["good.tar/1.ppm"].data == whole
+    assert items["beyond.tar/1.ppm"].reason == "truncated"
+    assert [items[f"{name}.tar/2.png"].reason for name in ("good", "beyond")] == ["", ""]
 
 
 @pytest.mark.parametrize("damage", ["cut in a member", "cut in a header", "broken header", "text"])

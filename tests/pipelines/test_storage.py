@@ -88,6 +88,8 @@ def test_file_uris_are_uris(tmp_path):
         assert storage.absolute(uri) == str(folder)
         assert [file.path for file in storage.list_files(uri)] == ["a#b.png"]
     assert storage.absolute("file://localhost/a%20b") == "/a b"
+    with pytest.raises(InputError, match=r"a\\x00b.*no path holds"):
+        storage.absolute("a\0b")
     assert storage.absolute("a:b") == str(Path("a:b").absolute())
 
 
