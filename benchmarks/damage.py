@@ -3,10 +3,13 @@
     python benchmarks/damage.py [--rounds 9] [--output FILE.md]
 
 Row groups of an image part and of a token part that lie in the page cache, read as training does,
-with and without `page_checksum_verification`; variants run interleaved, figures are medians.
+with and without `page_checksum_verification`; and PNGs decoded as `prepare` does, with and without
+a look at the checksums and the length of their pixel data. Variants run interleaved, figures are
+medians.
 """
 
 import argparse
+import io
 import os
 import statistics
 import tempfile
@@ -18,7 +21,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
+from beit.images import decode_array
+from beit.png_pixels import has_damaged_pixels, lacks_rows
 from beit.views import ViewPolicy
 from pipelines.tables.image_files import IMAGE_SCHEMA, ImageRow, PartWriter
 from pipelines.tables.open_parts import as_written
@@ -57,6 +63,26 @@ def read(path: Path, columns: pa.Schema, *, checked: bool) -> None:
         table = reader.read_row_groups([group], columns=columns.names, use_threads=False)
         if checked:
             as_written(table, columns, reader.metadata.row_group(group).num_rows)
+
+
+def pngs(count: int = 40) -> list[bytes]:
+    """Pictures of 500 x 375 pixels with noise, as photographs have."""
+    random, found = np.random.default_rng(0), []
+    for _ in range(count):
+        coarse = Image.fromarray(random.integers(0, 200, (12, 16, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC))
+        noise = random.integers(0, 16, smooth.shape, dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(np.minimum(smooth, 239) + noise).save(file, "PNG")
+        found.append(file.getvalue())
+    return found
+
+
+def decode(images: list[bytes], *, checked: bool) -> None:
+    """All images one by one."""
+    for data in images:
+        pixels = decode_array(data)
+        assert not (checked and (has_damaged_pixels(data) or lacks_rows(data, pixels)))
 
 
 def medians(variants: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
@@ -105,6 +131,16 @@ def main() -> None:
             f"| {name} | {len(data) / 1e6:.1f} | {plain:.4f} | {checked:.4f} | "
             f"{checked / plain - 1:+.0%} | {1e6 * (checked - plain) / rows:.1f} us |"
         )
+    images = pngs()
+    found = medians(
+        {str(on): partial(decode, images, checked=on) for on in (False, True)}, options.rounds
+    )
+    plain, checked = found["False"], found["True"]
+    lines.append(
+        f"| {len(images)} PNGs of 500 x 375 | {sum(map(len, images)) / 1e6:.1f} | {plain:.4f} | "
+        f"{checked:.4f} | {checked / plain - 1:+.1%} | "
+        f"{1e6 * (checked - plain) / len(images):.1f} us |"
+    )
     text = "\n".join(lines) + "\n"
     print(text)
     if options.output:

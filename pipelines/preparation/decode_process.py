@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from beit.images import UnusableImage, decode_array, image_digest
-from beit.png_pixels import has_damaged_pixels
+from beit.png_pixels import has_damaged_pixels, lacks_rows
 from pipelines.preparation.child import start_child
 
 DECODER = f"{decode_array.__module__}:{decode_array.__name__}"
@@ -71,8 +71,7 @@ def examine(
     """Decodes an image fully and applies the rules; never raises."""
     try:
         pixels = decode(data, max_pixels=rules.max_pixels)
-        if has_damaged_pixels(data):
-            return Refused(reason="corrupt", detail="the checksum of its pixels is another")
+        _check_png(data, pixels)
         height, width = int(pixels.shape[0]), int(pixels.shape[1])
         stored = _stored_size(height, width, rules.max_side)
         if min(stored) < rules.min_side:
@@ -86,6 +85,14 @@ def examine(
         return Refused(reason=OUT_OF_MEMORY, detail=str(error))
     except Exception as error:  # whatever is wrong with one image, the job goes on
         return Refused(reason="corrupt", detail=f"{type(error).__name__}: {error}")
+
+
+def _check_png(data: bytes, pixels: Any) -> None:
+    """Raises UnusableImage where Pillow makes pixels of a PNG that are not in it."""
+    if has_damaged_pixels(data):
+        raise UnusableImage("corrupt", "the checksum of its pixels is another")
+    if lacks_rows(data, pixels):
+        raise UnusableImage("truncated", "its pixels end before the last row")
 
 
 def _stored_size(height: int, width: int, max_side: int) -> tuple[int, int]:

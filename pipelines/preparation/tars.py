@@ -2,7 +2,7 @@
 
 import io
 import tarfile
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 # Beginnings of what gzip, bzip2, xz and zstd make of an archive, whatever its name says.
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
@@ -60,7 +60,8 @@ def member_bytes(file: BinaryIO, member: tarfile.TarInfo, *, at_most: int | None
 def _sparse_bytes(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
     """Of a file with holes (`tar --sparse`) the archive has the pieces between them."""
     data, at = bytearray(member.size), member.offset_data
-    for begin, size in member.sparse:
+    pieces: Any = member.sparse  # typeshed says bytes; they are pairs of place and size
+    for begin, size in pieces:
         file.seek(at)
         piece = file.read(size) if 0 <= begin <= begin + size <= member.size else b""
         if len(piece) < size or size < 0:

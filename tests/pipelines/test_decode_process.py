@@ -3,7 +3,9 @@
 import io
 import os
 import signal
+import struct
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -150,6 +152,32 @@ def test_pixels_of_a_png_have_their_checksum() -> None:
     refused = examine(damaged, rules)
     assert isinstance(refused, Refused) and refused.reason == "corrupt"
     assert isinstance(examine(data + damaged, rules), Decoded)  # what follows the end is no image
+
+
+@pytest.mark.parametrize("interlaced", [0, 1])
+@pytest.mark.parametrize("left", [1, 4, 7])
+def test_a_png_has_all_of_its_rows(interlaced: int, left: int) -> None:
+    """Pillow fills those that are missing with black."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    def png(rows: int) -> bytes:
+        # 8 x 8 grey pixels; interlaced they come in 7 passes, of 15 rows.
+        passes = [1, 1, 2, 2, 2, 4, 4, 4, 4, 4, 4, 8, 8, 8, 8]
+        widths = passes if interlaced else [8] * 8
+        data = b"".join(b"\0" + b"\xff" * width for width in widths[: len(widths) - 8 + rows])
+        header = struct.pack(">IIBBBBB", 8, 8, 8, 0, 0, 0, interlaced)
+        return b"\x89PNG\r\n\x1a\n" + b"".join(
+            chunk(*one)
+            for one in ((b"IHDR", header), (b"IDAT", zlib.compress(data)), (b"IEND", b""))
+        )
+
+    assert isinstance(examine(png(8), Rules(max_pixels=64)), Decoded)
+    refused = examine(png(left), Rules(max_pixels=64))
+    assert isinstance(refused, Refused) and refused.reason == "truncated"
 
 
 def test_a_lower_bound_on_the_sides() -> None:

@@ -39,7 +39,9 @@ def prepared(source: object, **fields) -> tuple[ImageTable, dict[str, str], dict
     """The table, and reasons by key: of what was rejected, of what was ignored."""
     output = Path(str(source)).parent / "out"
     config = config_of(source, output, **fields)
-    Totals(config, *_work(config)).check(final=True)
+    totals = Totals(config, *_work(config))
+    totals.check(final=True)
+    assert totals.progress().total == totals.done, "progress ends at 100 %"
     result = prepare._commit(config, config.output, read_plan(config, config.output))
     rejected, ignored = (
         {row["key"]: row["reason"] for row in pq.read_table(output / f"{name}.parquet").to_pylist()}

@@ -8,8 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipelines import audit, join
+from pipelines import audit, evaluate, join, pretrain, storage
 from pipelines.config.audit import AuditConfig
+from pipelines.config.evaluate import EvaluateConfig
 from pipelines.config.join import JoinConfig
 from pipelines.config.protocol import ProtocolConfig
 from pipelines.config.tokenize_images import TokenizeConfig
@@ -23,6 +24,13 @@ from pipelines.tables.open_parts import OpenParts
 from pipelines.tables.token_table import TokenTable
 from pipelines.tokenization.reuse import Origins, older_tables
 from tests.chaos import world
+from tests.pipelines.pretrain_fixtures import (
+    make_tables,
+    per_step,
+    small_config,
+    weight_bytes,
+    write_tokens,
+)
 
 
 def joined(*images, output, **changes):
@@ -201,6 +209,51 @@ def test_tokens_are_those_of_the_tables(root):
     assert rows.images[5:] == same.images
     np.testing.assert_array_equal(rows.views[5:], same.views)
     np.testing.assert_array_equal(rows.token_ids[5:], same.token_ids)
+
+
+def halves(whole, root):
+    """The parts of a table as tables of their own below `root`."""
+    uris = [storage.join(root, f"half-{number}") for number in range(len(whole.parts))]
+    for number, (uri, part) in enumerate(zip(uris, whole.parts, strict=True)):
+        storage.write_bytes(
+            storage.join(uri, part.name), storage.read_bytes(whole.part_uri(number))
+        )
+        image_table.commit_manifest(
+            uri, parts=[part], class_names=whole.class_names, source={}, options={}, rejected={},
+            num_items=part.rows,
+        )  # fmt: skip
+    return uris
+
+
+def test_training_and_evaluation_are_those_of_one_table_with_these_rows(tmp_path):
+    tables = make_tables(tmp_path)
+    whole = ImageTable.open(tables[0])
+    joined(*halves(whole, str(tmp_path)), output=tmp_path / "both")
+    both = ImageTable.open(str(tmp_path / "both"))
+    write_tokens(str(tmp_path / "both-tokens"), both)
+    optim = {"steps": 6, "warmup_steps": 1}
+    runs = [
+        pretrain.run(small_config(given, tmp_path / name, optim=optim)).run_uri
+        for name, given in (("one", tables), ("two", (both.uri, str(tmp_path / "both-tokens"))))
+    ]
+    assert weight_bytes(runs[0]) == weight_bytes(runs[1])
+    assert per_step(runs[0]) == per_step(runs[1])
+    options = {"baselines": False, "attentive": False, "num_folds": 2}
+    found = [
+        evaluate.run(
+            EvaluateConfig(
+                run=runs[0],
+                images=images,
+                output=str(tmp_path / name),
+                tracking=TrackingConfig(enabled=False),
+                **options,
+            )
+        )
+        for name, images in (("alone", tables[0]), ("joined", both.uri))
+    ]
+    assert [one.num_images for one in found] == [96, 96]
+    assert found[0].class_names == found[1].class_names
+    assert found[0].scores.keys() == found[1].scores.keys()
 
 
 def test_a_run_names_the_tables(root, tmp_path, mlflow_uri):

@@ -7,15 +7,20 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from pipelines import audit, pretrain, storage, stores, train_tokenizer
 from pipelines.config.audit import AuditConfig
+from pipelines.config.tokenize_images import TokenizeConfig
 from pipelines.errors import StageFailed, StoreError
 from pipelines.preparation.sources import open_source
 from pipelines.tables import tokenizer_store
 from pipelines.tables.image_table import ImageTable
+from pipelines.tables.token_table import TokenTable
+from pipelines.tokenization.reuse import Origins, older_tables
+from pipelines.tokenization.work import Unit, render_unit
 from pipelines.training.run_dir import RunDir
 from tests.chaos import world
 from tests.faulty_proxy import FAULTS, faulty_proxy
@@ -26,6 +31,7 @@ from tests.pipelines.pretrain_fixtures import (
     write_images,
     write_tokens,
 )
+from tests.pipelines.test_join import halves, joined
 from tests.pipelines.test_train_tokenizer import replaced, settings
 from tests.pipelines.tokenizer_fixtures import disc, image_table
 from tests.s3_server import bucket, s3  # noqa: F401 - fixtures
@@ -255,6 +261,41 @@ def test_tokenizer_training(s3, bucket, tmp_path):  # noqa: F811
     assert outputs[0].fingerprint == outputs[1].fingerprint
     loaded = tokenizer_store.load(outputs[0].output)
     assert loaded.fingerprint() == outputs[0].fingerprint
+
+
+def test_a_joined_table_and_tokens_that_are_reused(s3, bucket, tmp_path):  # noqa: F811
+    """All on the store: training sees the rows and tokens of one table on a disk."""
+    remote, local = s3.uri(bucket), str(tmp_path)
+    tables = tables_below(local)
+    whole = ImageTable.open(tables[0])
+    uris = halves(whole, remote)
+    both = ImageTable.open(joined(*uris, output=storage.join(remote, "both")).uri)
+    assert [file.path for file in storage.list_files(both.uri)] == ["manifest.json"]
+    # The tokens of one half are there, those of the other are made.
+    half, tokens = ImageTable.open(uris[1]), storage.join(remote, "half-tokens")
+    write_tokens(tokens, half)
+    write_tokens(storage.join(remote, "tokens"), both)
+    made = TokenTable.open(storage.join(remote, "tokens"))
+    config = TokenizeConfig(
+        images=both.uri, tokenizer="t", output="o", reuse=[tokens], reuse_images=[half.uri]
+    )
+    older = older_tables(config, both, made.identity.to_dict(), {})
+    origins = Origins(both, older)
+    assert origins.num_reused == half.num_rows
+    unit = Unit(
+        index=0, part=both.parts[1].to_dict(), start=0, stop=half.num_rows,
+        reused=origins.runs(half.num_rows, both.num_rows),
+    )  # fmt: skip
+    copied = render_unit(both.uri, unit, made.identity, older)
+    assert len(copied.pixels) == 0
+    np.testing.assert_array_equal(copied.token_ids, made.read_rows(half.num_rows, both.num_rows)[1])
+    optim = {"steps": 6, "warmup_steps": 1}
+    runs = [
+        pretrain.run(small_config(given, storage.join(place, "run"), optim=optim)).run_uri
+        for place, given in ((local, tables), (remote, (both.uri, made.uri)))
+    ]
+    assert weight_bytes(runs[0]) == weight_bytes(runs[1])
+    assert per_step(runs[0]) == per_step(runs[1])
 
 
 def test_audit(s3, bucket):  # noqa: F811
