@@ -1,8 +1,10 @@
 """What `tokenize --reuse` saves, and what looking up digests takes.
 
-`python benchmarks/reuse.py` tokenizes images of which 90 % are in an older table, whole and with
-`--reuse` in turns, on CPUs; medians of the seconds of the stage and their ratio. `--rows 20000000`
-looks up so many digests in a table of as many instead, half of them there, without Ray.
+    python benchmarks/reuse.py [--images 640] [--rounds 3] [--rows 20000000] [--output FILE.md]
+
+Images of which 90 % are in an older table are tokenized whole and with `--reuse` in turns, on CPUs;
+medians of the seconds of the stage and their ratio. With `--rows`, so many digests are looked up in
+a table of as many, half of them there, without Ray; `--images 0` does that alone.
 """
 
 import argparse
@@ -66,7 +68,7 @@ def compare_runs(count, rounds):
         config = TokenizeConfig(
             images=f"{root}/{images}", tokenizer=f"{root}/tokenizer", output=f"{root}/{output}",
             rows_per_unit=64, batch_size=16, encoders=ActorsConfig(max_actors=1),
-            tracking=TrackingConfig(enabled=False), **options,
+            num_views=4, tracking=TrackingConfig(enabled=False), **options,
         )  # fmt: skip
         begin = time.monotonic()
         result = tokenize_images.run(config)
@@ -78,9 +80,16 @@ def compare_runs(count, rounds):
     for number in range(rounds):
         whole.append(run("new", f"whole-{number}"))
         less.append(run("new", f"less-{number}", **older))
+    lines = [
+        f"{count} JPEGs of 500 x 375, 4 views, {rounds} rounds in turns, medians of seconds.",
+        "",
+        "| | whole | 90 % reused | times |",
+        "| --- | --- | --- | --- |",
+    ]
     for name, place in (("stage", 0), ("from the first unit on", 1)):
         left, right = (statistics.median(times[place] for times in runs) for runs in (whole, less))
-        print(f"{name}: whole {left:.1f} s, 90 % reused {right:.1f} s, {left / right:.1f} times")
+        lines.append(f"| {name} | {left:.1f} | {right:.1f} | {left / right:.1f} |")
+    return lines
 
 
 def look_up(rows):
@@ -110,10 +119,10 @@ def look_up(rows):
     seconds = time.monotonic() - begin
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert origins.num_reused == rows - rows // 2
-    print(
-        f"{rows:,} rows in as many: {seconds:.0f} s, peak {peak / 1e3:,.0f} MB of which "
-        f"{before / 1e3:,.0f} MB were there before"
-    )
+    return [
+        f"{rows:,} digests are looked up in as many, half of them there: {seconds:.0f} s, peak "
+        f"{peak / 1e3:,.0f} MB, of which {before / 1e3:,.0f} MB were there before."
+    ]
 
 
 def main():
@@ -121,11 +130,17 @@ def main():
     parser.add_argument("--images", type=int, default=640)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=0)
+    parser.add_argument("--output", default="")
     options = parser.parse_args()
+    lines = ["# Reuse of tokens", "", "Written by `benchmarks/reuse.py`.", ""]
+    if options.images:
+        lines += [*compare_runs(options.images, options.rounds), ""]
     if options.rows:
-        look_up(options.rows)
-    else:
-        compare_runs(options.images, options.rounds)
+        lines += look_up(options.rows)
+    text = "\n".join(lines).rstrip() + "\n"
+    print(text)
+    if options.output:
+        Path(options.output).write_text(text)
 
 
 if __name__ == "__main__":
