@@ -27,7 +27,7 @@ def has_damaged_pixels(data: bytes) -> bool:
     return any(
         zlib.crc32(chunk) != int.from_bytes(crc, "big")
         for chunk, crc in _chunks(data)
-        if chunk[:4] == b"IDAT"
+        if bytes(chunk[:4]) == b"IDAT"
     )
 
 
@@ -50,7 +50,7 @@ def lacks_rows(data: bytes, pixels: np.ndarray) -> bool:
         missing += rows * row if columns else 0
     stream = zlib.decompressobj()
     for chunk, _ in _chunks(data):
-        piece = bytes(chunk[4:]) if chunk[:4] == b"IDAT" else b""
+        piece = bytes(chunk[4:]) if bytes(chunk[:4]) == b"IDAT" else b""
         while piece and missing > 0:
             missing -= len(stream.decompress(piece, _PIECE))
             piece = stream.unconsumed_tail
@@ -63,7 +63,7 @@ def _chunks(data: bytes) -> Iterator[tuple[memoryview, memoryview]]:
     view = memoryview(data)
     while at < len(data):
         end = at + 8 + int.from_bytes(view[at : at + 4], "big")
-        if view[at + 4 : at + 8] == b"IEND":
+        if bytes(view[at + 4 : at + 8]) == b"IEND":
             return
         yield view[at + 4 : end], view[end : end + 4]
         at = end + 4

@@ -4,7 +4,6 @@ Every stage takes the joined table for an image table. Classes are matched by na
 in several tables are rows of each, which is said.
 """
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -14,6 +13,7 @@ from pipelines.config.join import JoinConfig
 from pipelines.errors import InputError
 from pipelines.redaction import redacted
 from pipelines.steps import say_step
+from pipelines.tables.class_names import comparable
 from pipelines.tables.digests import num_repeated
 from pipelines.tables.image_files import Part
 from pipelines.tables.image_table import MANIFEST, ImageParts, JoinedRecord, commit_manifest
@@ -115,24 +115,19 @@ def _refuse_passwords(uris: Sequence[str]) -> None:
             )
 
 
-def _comparable(name: str) -> str:
-    """Macs and others write the same accent in two ways."""
-    return unicodedata.normalize("NFC", name)
-
-
 def _union(sources: list[ImageParts]) -> list[str]:
     """Classes of all tables, each once, in the order in which they come."""
     names: dict[str, str] = {}
     for source in sources:
         for name in source.class_names:
-            names.setdefault(_comparable(name), name)
+            names.setdefault(comparable(name), name)
     return list(names.values())
 
 
 def _records(source: ImageParts, class_names: list[str]) -> list[JoinedRecord]:
     """The tables behind one that is joined: itself, or those that it was joined from."""
-    numbers = {_comparable(name): number for number, name in enumerate(class_names)}
-    labels = [numbers[_comparable(name)] for name in source.class_names]
+    numbers = {comparable(name): number for number, name in enumerate(class_names)}
+    labels = [numbers[comparable(name)] for name in source.class_names]
     own = JoinedRecord(
         uri=source.uri,
         fingerprint=source.fingerprint,

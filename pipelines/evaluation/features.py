@@ -23,9 +23,10 @@ from beit.vit import BeitEncoder
 from beit.weights import CONFIG_FILE, load_weights, read_weights_config
 from pipelines import storage
 from pipelines.errors import InputError
-from pipelines.evaluation.labelled_images import LabelledImages, comparable
+from pipelines.evaluation.labelled_images import LabelledImages
 from pipelines.progress import Progress
 from pipelines.records import check_values, read_values
+from pipelines.tables.class_names import comparable
 from pipelines.tables.weights_store import weights_fingerprint
 
 Channels = Annotated[list[float], Field(min_length=3, max_length=3)]

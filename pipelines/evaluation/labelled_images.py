@@ -1,7 +1,6 @@
 """Labelled images as a probe needs them: which rows, what they show, who is near to whom."""
 
 import dataclasses
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import numpy as np
 from pipelines.config.protocol import ProtocolConfig
 from pipelines.errors import InputError
 from pipelines.reading.pixels import central, read_pixels
+from pipelines.tables.class_names import comparable
 from pipelines.tables.image_table import ImageTable
 
 BATCH = 64
@@ -156,8 +156,3 @@ def joined(train: LabelledImages, test: LabelledImages) -> LabelledImages:
         groups=[*train.groups, *test.groups],
         class_names=[train.known[number] for number in used],
     )
-
-
-def comparable(name: str) -> str:
-    """A class's name as names are compared: Macs and others write the same accent in two ways."""
-    return unicodedata.normalize("NFC", name)

@@ -6,7 +6,6 @@ what could be read in two ways is not read.
 
 import json
 import re
-import unicodedata
 from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from pipelines.errors import InputError
+from pipelines.tables.class_names import comparable
 
 # What tells more classes apart than this is free text, or numbers that mean something else.
 MAX_CLASSES = 1_000_000
@@ -58,11 +58,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         raise ValueError("a name is given twice")
     return found
-
-
-def comparable(name: str) -> str:
-    """A name of a class as it is compared: Macs and others write `é` in two ways."""
-    return unicodedata.normalize("NFC", name)
 
 
 def folder_class(path: str, level: int) -> str | None:

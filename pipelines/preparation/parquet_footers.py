@@ -18,9 +18,10 @@ from pipelines import storage
 from pipelines.preparation.ahead import mapped_ahead
 from pipelines.preparation.child import run_child
 from pipelines.preparation.failures import file_failure
-from pipelines.preparation.labels import MAX_CLASSES, comparable, kind_of, stored_type
+from pipelines.preparation.labels import MAX_CLASSES, kind_of, stored_type
 from pipelines.preparation.parquet_rows import image_bytes, stored
 from pipelines.preparation.walking import Entry
+from pipelines.tables.class_names import comparable
 
 FILES_PER_CHILD = 256
 CHILDREN = 2

@@ -23,7 +23,6 @@ from pipelines.preparation.ahead import mapped_ahead
 from pipelines.preparation.failures import file_failure
 from pipelines.preparation.file_names import claims_picture, is_hidden, is_no_sample
 from pipelines.preparation.labels import (
-    comparable,
     described_names,
     folder_class,
     member_value,
@@ -34,6 +33,7 @@ from pipelines.preparation.samples import UnclearSample, images_of, labels_of, s
 from pipelines.preparation.sources import OTHER_FILE, Format
 from pipelines.preparation.tars import COMPRESSED, as_text, member_bytes, tar_members
 from pipelines.preparation.walking import HIDDEN, Entry
+from pipelines.tables.class_names import comparable
 
 READ_THREADS = 8
 HEAD_BYTES = 64

@@ -13,9 +13,9 @@ from torch import nn
 
 from pipelines.config.finetune import FinetuneConfig
 from pipelines.errors import InputError
-from pipelines.evaluation.labelled_images import comparable
 from pipelines.evaluation.probes import wilson_interval
 from pipelines.reading.pixels import central, read_pixels
+from pipelines.tables.class_names import comparable
 from pipelines.tables.image_table import ImageTable
 from pipelines.training.distributed import World, autocast
 from pipelines.training.labelled import LabelledData
