@@ -135,7 +135,7 @@ def _prepare(
 ) -> PrepareResult:
     """All units that are not done, and the table of all of them."""
     totals = Totals(config, plan, _receipts(output, plan))
-    with start_tracking(config, work_uri(output, "run.json")) as tracked:
+    with start_tracking(config, work_uri(output, "run.json"), fence.check) as tracked:
         try:
             _run_units(config, output, plan, totals, decoder, fence)
             fence.check()

@@ -1,7 +1,7 @@
 """What a prepare tells: progress, counts by reason, the result, and its MLflow run."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -225,8 +225,11 @@ class TrackedRun:
     run_id: str
 
 
-def start_tracking(config: PrepareConfig, run_file: str) -> tracking.Run:
-    """Starts the stage's run, or goes on with the one noted in `run_file`."""
+def start_tracking(config: PrepareConfig, run_file: str, check: Callable[[], None]) -> tracking.Run:
+    """Starts the stage's run, or goes on with the one noted in `run_file`.
+
+    `check` as in `storage.write_bytes`.
+    """
     params = {name: value for name, value in vars(config).items() if name != "tracking"}
     try:
         earlier = read_record(run_file, TrackedRun, "remove it").run_id
@@ -240,7 +243,7 @@ def start_tracking(config: PrepareConfig, run_file: str) -> tracking.Run:
         output=storage.absolute(config.output),
     )
     if run.run_id != earlier:
-        write_record(run_file, {"run_id": run.run_id})
+        write_record(run_file, {"run_id": run.run_id}, check=check)
     return run
 
 
