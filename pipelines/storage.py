@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import re
+import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -94,6 +95,16 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
 
 
+def _checked(uri: str) -> str:
+    """The path of a local file that is to be read. Raises InputError for one that never ends."""
+    path = absolute(uri)
+    with contextlib.suppress(OSError):  # which opening tells
+        mode = Path(path).stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise InputError(f"{path}: is no file, but a pipe, socket or device; give a file")
+    return path
+
+
 def open_input(uri: str, *, size: int | None = None) -> pa.NativeFile:
     """A random-access file. Raises FileNotFoundError naming the URI.
 
@@ -101,7 +112,7 @@ def open_input(uri: str, *, size: int | None = None) -> pa.NativeFile:
         size: Bytes, where they are known: then opening a remote file asks for nothing.
     """
     if is_local(uri):
-        return LOCAL.open_input_file(absolute(uri))
+        return LOCAL.open_input_file(_checked(uri))
     return pa.PythonFile(stores.RemoteFile(uri, size), mode="r")
 
 
@@ -113,7 +124,7 @@ def open_shared(uri: str) -> pa.NativeFile | None:
     than `open_input` does, so be ready to turn to that. None where there is no such file.
     """
     if is_local(uri):
-        return LOCAL.open_input_file(absolute(uri))
+        return LOCAL.open_input_file(_checked(uri))
     if not stores.is_s3(uri):
         return None
     try:
@@ -125,7 +136,7 @@ def open_shared(uri: str) -> pa.NativeFile | None:
 def read_bytes(uri: str) -> bytes:
     """The whole file. Raises FileNotFoundError naming the URI."""
     if is_local(uri):
-        return Path(absolute(uri)).read_bytes()
+        return Path(_checked(uri)).read_bytes()
     filesystem, path = stores.locate(uri)
     # One request; s3fs would ask for the size first.
     options = {"max_concurrency": 1} if stores.is_s3(uri) else {}
@@ -246,14 +257,21 @@ def delete_prefix(uri: str) -> None:
     store_writes.delete_below(uri)
 
 
-def fetch_dir(uri: str, local_dir: str | Path, *, num_threads: int = 8) -> None:
+def fetch_dir(
+    uri: str, local_dir: str | Path, *, suffixes: tuple[str, ...] = (), num_threads: int = 8
+) -> None:
     """Copies all files below `uri` into a local directory.
+
+    Args:
+        suffixes: If given, only files of `uri` itself with one of these are meant: whoever names a
+            wrong folder, perhaps one of many images, shall not wait until all of it is here.
 
     Raises:
         FileNotFoundError: nothing is there.
         InputError: a name would lie outside of `local_dir`, or is no name on a disk.
     """
-    files = list_files(uri)
+    files = list_files(uri, recursive=not suffixes)
+    files = [file for file in files if not suffixes or file.path.endswith(suffixes)]
     if not files:
         raise FileNotFoundError(uri)
     for file in files:

@@ -20,7 +20,7 @@ from typing_extensions import TypedDict
 from beit.classifier import BeitClassifier
 from beit.convert import Network
 from beit.vit import BeitEncoder
-from beit.weights import CONFIG_FILE, load_weights, read_weights_config
+from beit.weights import CONFIG_FILE, WEIGHTS_FILE, load_weights, read_weights_config
 from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.evaluation.labelled_images import LabelledImages
@@ -86,7 +86,7 @@ def open_weights(uri: str, *, field: str = "run") -> Weights:
     weights_uri = nested if storage.exists(storage.join(nested, "config.json")) else run_uri
     with tempfile.TemporaryDirectory() as directory:
         try:
-            storage.fetch_dir(weights_uri, directory)
+            storage.fetch_dir(weights_uri, directory, suffixes=(WEIGHTS_FILE, CONFIG_FILE))
             extra: dict[str, Any] = read_weights_config(directory).get("extra") or {}
             model = load_weights(directory)
         except FileNotFoundError as error:

@@ -15,6 +15,8 @@ from pipelines import storage
 from pipelines.errors import InputError
 
 WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
+# What else a folder with weights has to say.
+FILES = (*WEIGHT_FILES, ".json")
 
 Whole: TypeAlias = Network | MaeNetwork
 N = TypeVar("N", Network, Whole)
@@ -113,18 +115,24 @@ def _fetch(uri: str, local: Path, field: str) -> tuple[str, Path]:
         file.write_bytes(storage.read_bytes(uri))
         return storage.absolute(uri), file
     weights = storage.join(uri, "weights")
-    if storage.list_files(weights):
-        storage.fetch_dir(weights, local)
+    if _holds_weights(weights):
+        storage.fetch_dir(weights, local, suffixes=FILES)
         return storage.absolute(weights), local
     if storage.exists(storage.join(uri, "run.json")):
         raise InputError(
             f"{field} = {uri}: the run has no finished weights yet; start the same command that "
             "began it again and let it finish"
         )
-    if not storage.list_files(uri):
-        raise InputError(f"{field} = {uri}: nothing is there")
-    storage.fetch_dir(uri, local)
+    if not _holds_weights(uri):
+        lacks = f"no weights are there ({', '.join(WEIGHT_FILES)}); give a run or a weights folder"
+        raise InputError(f"{field} = {uri}: {lacks if storage.exists(uri) else 'nothing is there'}")
+    storage.fetch_dir(uri, local, suffixes=FILES)
     return storage.absolute(uri), local
+
+
+def _holds_weights(uri: str) -> bool:
+    files = storage.list_files(uri, recursive=False)
+    return any(file.path.endswith((*WEIGHT_FILES, CONFIG_FILE)) for file in files)
 
 
 def _extra(local: Path) -> dict[str, Any]:

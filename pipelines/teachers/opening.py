@@ -30,7 +30,7 @@ def open_teacher(uri: str, *, layer: int | None, side: int, device: str = "cpu")
         folder = Path(storage.absolute(uri))
         if not storage.is_local(uri):
             folder = Path(directory)
-            storage.fetch_dir(uri, directory)
+            storage.fetch_dir(uri, directory, suffixes=(".json", ".safetensors"))
         config = read_config(folder, uri)
         if "model_type" in config:
             return transformers_teacher(folder, config, uri, layer=layer, side=side, device=device)

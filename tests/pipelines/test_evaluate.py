@@ -43,7 +43,7 @@ from pipelines.evaluation.probes import (
 from pipelines.evaluation.protocol import splits_of
 from pipelines.tables.image_files import ImageRow, write_part
 from pipelines.tables.image_table import commit_manifest
-from pipelines.tables.weights_store import weights_fingerprint
+from pipelines.tables.weights_store import open_network, weights_fingerprint
 from pipelines.tracking.lineage import lineage
 
 OFF = TrackingConfig(enabled=False)
@@ -520,9 +520,15 @@ def test_one_that_was_killed_in_the_middle_is_done_again(
     assert evaluate.run(EvaluateConfig(**options)).already_done
 
 
-def test_bad_input_is_named(shapes, trained_run, tmp_path):
+def test_bad_input_is_named(shapes, trained_run, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"run: .*finish `beit pretrain`"):
         open_weights(str(tmp_path / "nothing"))
+    with monkeypatch.context() as patched:  # two arguments that are mistaken for each other
+        patched.setattr(storage, "read_bytes", lambda uri: pytest.fail(f"copies {uri}"))
+        with pytest.raises(InputError, match=r"run: nothing at .*finish `beit pretrain`"):
+            open_weights(shapes)
+        with pytest.raises(InputError, match=r"run = .*: no weights are there \(\.pth, "):
+            open_network(shapes)
     save_weights(small_model(), tmp_path / "weights")
     with pytest.raises(InputError, match=r"extra\.pixel_mean"):
         open_weights(str(tmp_path))

@@ -119,6 +119,24 @@ def test_one_of_many_creates(tmp_path, root):
     assert [file.path for file in storage.list_files(root)] == ["claim"]
 
 
+def test_what_never_ends_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "manifest.json")
+    (tmp_path / "null").symlink_to("/dev/null")
+    for name in ("manifest.json", "null"):
+        for read in (storage.read_bytes, storage.open_input, storage.open_shared):
+            with pytest.raises(InputError, match=f"{name}: is no file, but a pipe"):
+                read(str(tmp_path / name))
+
+
+def test_of_a_folder_that_may_be_the_wrong_one_only_what_is_meant_is_copied(tmp_path):
+    for name in ("config.json", "part-00000.parquet", "deep/weights.safetensors"):
+        storage.write_bytes(str(tmp_path / "in" / name), b"1")
+    storage.fetch_dir(str(tmp_path / "in"), tmp_path / "out", suffixes=(".json", ".safetensors"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
+    with pytest.raises(FileNotFoundError):
+        storage.fetch_dir(str(tmp_path / "in"), tmp_path / "none", suffixes=(".pth",))
+
+
 def test_a_store_that_overwrites_is_named_once():
     with pytest.warns(UserWarning, match=r"careless://store cannot create .* only if") as seen:
         assert storage.create("careless://store/a", b"1")
