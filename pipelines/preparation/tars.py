@@ -58,7 +58,7 @@ def member_bytes(file: BinaryIO, member: tarfile.TarInfo, *, at_most: int | None
 
 
 def _sparse_bytes(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
-    """Of a file with holes (`tar --sparse`) the archive has the pieces between them."""
+    """Of a file with holes (`tar -S`) the archive has the pieces between them."""
     data, at = bytearray(member.size), member.offset_data
     pieces: Any = member.sparse  # typeshed says bytes; they are pairs of place and size
     for begin, size in pieces:
