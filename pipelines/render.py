@@ -101,6 +101,7 @@ def run(config: RenderConfig, *, start_ray: Callable[[], None] = ray_is_there) -
     # What can be refused is refused before anything is waited for or written.
     done = _take_up(config, ledger := Ledger(task.output, units, form=ViewIdentityRecord), wanted)
     if done and not storage.exists(work_uri(task.output)):
+        lease.clear(task.output, config.lease, stage="render")
         return _already_done(config, ledger)
     if config.dry_run:
         return _dry_run(config, task, ledger)
