@@ -28,11 +28,22 @@ def finished(images, tmp_path_factory, ray_cluster):
     return output, render.run(render_config(images, output))
 
 
-def die_once(batch, task, attempts):
-    """`render_batch` that kills its process on the first row of the second part."""
-    if '"start": 0' in (text := batch.column("unit")[0].as_py()) and "part-00001" in text:
+def deadly(unit, task):
+    """`render_unit` that its process does not survive for the first rows of the second part."""
+    if unit.start == 0 and unit.part["name"] == "part-00001.parquet":
         os.kill(os.getpid(), signal.SIGKILL)
-    return render_work.render_batch(batch, task, attempts)
+    return REAL(unit, task)
+
+
+REAL = render_work.render_unit
+
+
+def die_in_pool(batch, task, attempts):
+    render_work.render_unit = deadly
+    try:
+        return render_work.render_batch(batch, task, attempts)
+    finally:
+        render_work.render_unit = REAL
 
 
 @pytest.mark.ray
@@ -75,7 +86,7 @@ def test_ctrl_c_stops_cleanly_and_the_next_run_goes_on(finished, images, tmp_pat
 def test_a_unit_that_kills_its_process_is_tried_alone(
     finished, images, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(render_work, "render_batch", die_once)
+    monkeypatch.setattr(render_work, "render_batch", die_in_pool)
     render.run(render_config(images, tmp_path / "t"))
     assert "set aside" in capsys.readouterr().err
     assert contents(tmp_path / "t") == contents(finished[0])
