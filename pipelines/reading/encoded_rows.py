@@ -117,14 +117,14 @@ class TrainingTables:
         return self._images
 
     @property
-    def of(self) -> ImageTable | ImagesOfViews:
+    def image_source(self) -> ImageTable | ImagesOfViews:
         """Address, fingerprint and number of rows of the images."""
         return self.stored[0].images if self._images is None else self._images
 
     @property
     def num_rows(self) -> int:
         """Rows of the image table."""
-        return self.of.num_rows
+        return self.image_source.num_rows
 
     @property
     def row_group_sizes(self) -> np.ndarray:
@@ -150,7 +150,7 @@ class TrainingTables:
 
     def fingerprints(self) -> dict[str, str | list[str]]:
         """Identity of everything that is read, for checkpoints and lineage."""
-        values: dict[str, str | list[str]] = {"images": self.of.fingerprint}
+        values: dict[str, str | list[str]] = {"images": self.image_source.fingerprint}
         if self.tokens:
             values["tokens"] = [table.fingerprint for table in self.tokens]
             values["tokenizer"] = self.tokens[0].tokenizer_fingerprint
@@ -204,8 +204,8 @@ class TrainingTables:
         )
         raise InputError(
             f"{table.uri}: key of row {start + row} is {token_key!r}, but {key!r} in the image "
-            f"table {self.of.uri}: the tokens are of other images; run `beit audit`, then "
-            "tokenize again"
+            f"table {self.image_source.uri}: the tokens are of other images; run `beit audit`, "
+            "then tokenize again"
         )
 
     def _read_images(self, start: int, stop: int, epoch: int) -> pa.Table:
@@ -261,13 +261,13 @@ def open_training_tables(
     """
     stored = [ViewTable.open(uri) for uri in view_uris]
     images = ImageTable.open(images_uri) if images_uri or not stored else None
-    of = images or stored[0].images
+    source = images or stored[0].images
     if labelled and images is not None:
         check_labelled(images)
     tokens = [TokenTable.open(uri) for uri in token_uris]
     for table in tokens:
         table.check_compatible(
-            of,
+            source,
             grid_size=grid_size,
             vocab_size=vocab_size,
             tokenizer_fingerprint=tokenizer_fingerprint,
@@ -280,7 +280,7 @@ def open_training_tables(
         raise InputError("tokens: none given, and no view policy to draw views from; give one")
     for views in stored:
         views.check_compatible(
-            image_fingerprint=of.fingerprint, policy=policy, image_size=image_size
+            image_fingerprint=source.fingerprint, policy=policy, image_size=image_size
         )
     tables = TrainingTables(images, tokens, policy, stored=stored, labelled=labelled)
     if stored:

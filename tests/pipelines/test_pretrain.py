@@ -405,7 +405,9 @@ class TestStarvation:
             return real(*args, **options)
 
         monkeypatch.setattr(decoding, "render_encoded", slow)
-        with pytest.raises(StageFailed, match=r"waiting for data.*Cause: decoding.*num_threads.*beit render"):
+        with pytest.raises(
+            StageFailed, match=r"waiting for data.*Cause: decoding.*num_threads.*beit render"
+        ):
             pretrain.run(self.config(tables, tmp_path))
 
 
