@@ -26,7 +26,7 @@ from tests.browser import (
 )
 from tests.servers import Server, free_port, running
 
-WIDTH, HEIGHT = 1280, 800
+WIDTH, HEIGHT = 1440, 900
 MAX_BYTES = 150_000
 PROBES = cells_on_screen(f"metrics.`{HEADLINE}`")
 
