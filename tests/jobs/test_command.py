@@ -212,10 +212,10 @@ def test_of_a_node_that_is_lost_ray_says_one_line(capsys: pytest.CaptureFixture[
 
 def test_what_is_printed_has_no_secret_of_a_uri(capsys: pytest.CaptureFixture[str]) -> None:
     with printable_output():
-        print("done: s3://bucket/run?region=eu&session_token=geheim, at http://anna:geheim@host/")
+        print("done: s3://bucket/run?region=eu&session_token=geheim at http://anna:geheim@host/")
         print("warning: s3://key:geheim@bucket", file=sys.stderr)
     shown = capsys.readouterr()
-    assert shown.out == "done: s3://bucket/run?region=eu&session_token=***, at http://***@host/\n"
+    assert shown.out == "done: s3://bucket/run?region=eu&session_token=*** at http://***@host/\n"
     assert shown.err == "warning: s3://***@bucket\n"
 
 
