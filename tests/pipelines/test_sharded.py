@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -15,15 +16,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from beit.vit import BlockNorm, Mlp
-from pipelines import pretrain
+from pipelines import finetune, pretrain
 from pipelines.config.pretrain import PretrainConfig
 from pipelines.reading import ingest
 from pipelines.training.checkpoint import load_newest
 from pipelines.training.data import WorkerData
 from pipelines.training.distributed import autocast, unsharded, wrap_model
 from pipelines.training.fixed_images import FixedImages
+from pipelines.training.log import TrainLog
 from pipelines.training.objective import build_objective
 from pipelines.training.run_dir import RunDir
+from tests.pipelines.finetune_fixtures import make_inputs, small_finetune
 from tests.pipelines.pretrain_fixtures import (
     VOCAB,
     Killed,
@@ -33,6 +36,7 @@ from tests.pipelines.pretrain_fixtures import (
     small_config,
     weight_bytes,
 )
+from tests.pipelines.test_finetune import make
 from tests.pipelines.test_pretrain_objectives import (
     SECTIONS,
     SHORT,
@@ -188,3 +192,24 @@ def test_it_resumes_bit_for_bit(runs):
     assert "resumed" in [event["event"] for event in events_of(resumed)]
     assert weight_bytes(resumed) == weight_bytes(whole)
     assert per_step(resumed) == per_step(whole)
+
+
+@pytest.mark.long
+def test_fine_tuning_too(tmp_path):
+    inputs = make_inputs(tmp_path / "inputs")
+    plain = finetune.run(small_finetune(inputs, tmp_path / "plain"))
+    scaling = {**SCALING, "num_workers": 1}
+    config = small_finetune(inputs, tmp_path / "sharded", scaling=scaling)
+    run, plan = RunDir(config.output), make(config)
+    run.begin(config, plan.fingerprints, may_change=())
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with TrainLog(run, ALONE, launched_at=time.time()) as log:
+            finetune.train_loop(config, plan, ALONE, log)
+    finally:
+        dist.destroy_process_group()
+    found, wanted = losses(config.output), losses(plain.run_uri)
+    assert found != wanted
+    assert found == pytest.approx(wanted, rel=2e-3)
+    *_, test = [event for event in events_of(config.output) if event["event"] == "test"]
+    assert test["accuracy"] == pytest.approx(plain.test.accuracy, abs=0.04)
