@@ -71,7 +71,7 @@ from pipelines.training.weights import is_unfinished, save_newest
 
 __all__ = ["Result", "run"]
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Raised when the same weights, images and options would give other figures."""
 
 
