@@ -16,9 +16,11 @@ import site
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+import yaml
 
 import jobs
 from jobs.attempt import Attempt
@@ -26,6 +28,7 @@ from jobs.environment import hide_secrets, prepare_environment, worker_environme
 from jobs.recipes import recipe_names, with_lists, with_recipes
 from jobs.submission.access import JOB, NO_CLUSTER, require_cluster, token_file, use_token
 from jobs.terminal import printable_output
+from pipelines.config.checks import to_dict
 from pipelines.config.lease import LeaseConfig
 from pipelines.config.pretrain import PretrainConfig, run_uri
 from pipelines.config.tracking import TrackingConfig
@@ -46,15 +49,43 @@ def parse(config_class: type[Config], argv: Sequence[str] | None, *, stage: str)
         SystemExit: 0 after --help and --print_config.
         InputError: unknown keys, wrong types, or what the configuration's own checks refuse.
     """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    read = with_recipes(config_class, with_lists(config_class, arguments))
+    return _typed(config_class, read, stage=stage, recipes=recipe_names(arguments))
+
+
+def with_changes(config: Config, changes: Mapping[str, Any], *, label: str) -> Config:
+    """The configuration with other values in some fields, written as in a recipe.
+
+    Raises:
+        InputError: an unknown field or a wrong value; names `label`.
+    """
+    values = yaml.safe_dump(_merged(to_dict(config), changes))
+    try:
+        return _typed(type(config), [f"--config={values}"], stage=label, recipes=())
+    except InputError as error:
+        raise InputError(f"{label}: {error}") from error
+
+
+def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    both = {
+        name: _merged(values[name], new) if isinstance(values.get(name), dict) else new
+        for name, new in changes.items()
+    }
+    return {**values, **both}
+
+
+def _typed(
+    config_class: type[Config], arguments: list[str], *, stage: str, recipes: Sequence[str]
+) -> Config:
     from jsonargparse import auto_cli, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         config: Config = auto_cli(
             config_class,
             as_positional=False,
-            args=with_recipes(config_class, with_lists(config_class, arguments)),
+            args=arguments,
             prog=f"beit {stage}",
             allow_abbrev=False,
             exit_on_error=False,
@@ -62,9 +93,9 @@ def parse(config_class: type[Config], argv: Sequence[str] | None, *, stage: str)
     except ValueError as error:
         raise InputError(str(error)) from error
     except argparse.ArgumentError as error:
-        recipes = "".join(f" (recipe {name})" for name in recipe_names(arguments))
+        named = "".join(f" (recipe {name})" for name in recipes)
         said = " ".join(str(error).split())
-        raise InputError(f"{said}{recipes}; `beit {stage} --help` lists all fields") from error
+        raise InputError(f"{said}{named}; `beit {stage} --help` lists all fields") from error
     return config
 
 

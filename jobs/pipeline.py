@@ -1,30 +1,39 @@
 """`beit pipeline`: the whole chain, stage by stage, with one Ray and one tracking store.
 
 Every stage is the one its own command runs; it resumes, or says that it is done already. So a
-chain that was interrupted goes on where it stopped when the same command is given again.
+chain that was interrupted goes on where it stopped when the same command is given again. With
+`arms` it is a comparison: several trainings of the same images, one table, one report.
 """
 
+import contextlib
 import dataclasses
 import importlib
+import importlib.metadata
+import os
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from jobs.command import with_changes
 from pipelines import storage
 from pipelines.config.evaluate import EvaluateConfig
 from pipelines.config.prepare import PrepareConfig
 from pipelines.config.pretrain import PretrainConfig
+from pipelines.config.report import ReportConfig
 from pipelines.config.tokenize_images import TokenizeConfig
 from pipelines.config.train_tokenizer import TrainTokenizerConfig
 
-WITHOUT_RAY = ("evaluate",)
+WITHOUT_RAY = ("evaluate", "report")
+RECORD = "chain.json"
+"""What the stages said and how long they took, below `output`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineConfig:
-    """The five stages of the chain; their inputs and outputs are places below `output`."""
+    """The stages of the chain; their inputs and outputs are places below `output`."""
 
     output: str
     """Directory or URI that gets images/, tokenizer/, tokens/ and run/."""
@@ -38,12 +47,14 @@ class PipelineConfig:
     """Image table and token table to a pretrained BEiT."""
     evaluate: EvaluateConfig
     """Frozen features beside random initialisation and raw pixels."""
+    arms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Other trainings to compare with `pretrain`, by name: those of its fields that differ. Each
+    gets run-NAME/ and an evaluation; all of them get one table, and a report (needs MLflow)."""
 
 
 def stages(config: PipelineConfig) -> Iterator[tuple[str, str, Any]]:
     """(what it does, module, configuration) of every stage, in the order they run."""
-    names = ("images", "tokenizer", "tokens", "run")
-    at = {name: storage.join(config.output, name) for name in names}
+    at = {name: storage.join(config.output, name) for name in ("images", "tokenizer", "tokens")}
     replace = dataclasses.replace
     yield "prepare", "prepare", replace(config.prepare, output=at["images"])
     yield (
@@ -58,18 +69,53 @@ def stages(config: PipelineConfig) -> Iterator[tuple[str, str, Any]]:
             config.tokenize, images=at["images"], tokenizer=at["tokenizer"], output=at["tokens"]
         ),
     )
-    yield (
-        "pretrain",
-        "pretrain",
-        replace(
-            config.pretrain,
-            images=at["images"],
-            tokens=[at["tokens"]],
-            tokenizer=at["tokenizer"],
-            output=at["run"],
-        ),
-    )
-    yield "evaluate", "evaluate", replace(config.evaluate, run=at["run"], images=at["images"])
+    for name, training in trainings(config).items():
+        predicts_tokens = training.objective.kind != "mae"
+        yield (
+            f"pretrain {name}".rstrip(),
+            "pretrain",
+            replace(
+                training,
+                images=at["images"],
+                tokens=[at["tokens"]] if predicts_tokens else [],
+                tokenizer=at["tokenizer"] if predicts_tokens else "",
+                output=run_of(config, name),
+            ),
+        )
+        # What no training has changed is looked at once.
+        baselines = config.evaluate.baselines and not name
+        yield (
+            f"evaluate {name}".rstrip(),
+            "evaluate",
+            replace(
+                config.evaluate,
+                run=run_of(config, name),
+                images=at["images"],
+                baselines=baselines,
+            ),
+        )
+    if config.arms and config.pretrain.tracking.enabled:
+        runs = [run_of(config, name) for name in trainings(config)]
+        output, tracking = storage.join(config.output, "report.html"), config.pretrain.tracking
+        yield "report", "report", ReportConfig(runs=runs, output=output, tracking=tracking)
+
+
+def trainings(config: PipelineConfig) -> dict[str, PretrainConfig]:
+    """The training of the chain under "", and those of `arms` by their names.
+
+    Raises:
+        InputError: an arm names a field that there is not, or a value that it cannot have.
+    """
+    others = {
+        name: with_changes(config.pretrain, changes, label=f"arms.{name}")
+        for name, changes in config.arms.items()
+    }
+    return {"": config.pretrain, **others}
+
+
+def run_of(config: PipelineConfig, name: str) -> str:
+    """The run directory of a training."""
+    return storage.join(config.output, f"run-{name}" if name else "run")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,15 +126,22 @@ class PipelineResult:
     seconds: float
     stages: tuple[tuple[str, float, str], ...]
     """Name, seconds and summary of each."""
+    verdict: str
+    """What was learned, in words; of several trainings their table."""
 
     def summary(self) -> str:
         """What the command prints at the end."""
-        lines = [f"  {name:<16}{seconds:5.0f} s  {said}" for name, seconds, said in self.stages]
+        width = max(len(name) for name, _, _ in self.stages) + 1
+        lines = [
+            f"  {name:<{width}}{seconds:5.0f} s  {said}" for name, seconds, said in self.stages
+        ]
         return "\n".join(
             [
                 f"\nDone in {self.seconds / 60:.1f} minutes; everything is below",
                 f"{self.output}/.\n",
                 *lines,
+                "",
+                self.verdict,
                 "\nLook at it:  make ui    (runs, curves, pictures, lineage in MLflow)",
             ]
         )
@@ -99,17 +152,84 @@ def run(config: PipelineConfig, *, start_ray: Callable[[], None]) -> PipelineRes
     start = time.monotonic()
     done: list[tuple[str, float, str]] = []
     chain = list(stages(config))
+    results: dict[str, Any] = {}
+    record = ChainRecord(storage.join(storage.absolute(config.output), RECORD))
     for number, (stage, module, stage_config) in enumerate(chain, start=1):
         print(f"\n[{number}/{len(chain)}] {stage}", flush=True)
-        began = time.monotonic()
-        options = {} if stage in WITHOUT_RAY else {"start_ray": start_ray}
-        result = importlib.import_module(f"pipelines.{module}").run(stage_config, **options)
-        said = str(result.summary() if hasattr(result, "summary") else result)
-        done.append((stage, time.monotonic() - began, said))
-        print(f"      {said}  ({done[-1][1]:.0f} s)", flush=True)
+        options = {} if module in WITHOUT_RAY else {"start_ray": start_ray}
+        with record.timed(stage) as entry:
+            result = importlib.import_module(f"pipelines.{module}").run(stage_config, **options)
+            entry.said = str(result.summary() if hasattr(result, "summary") else result)
+        results[stage] = result
+        done.append((stage, entry.seconds, entry.said))
+        print(f"      {entry.said}  ({entry.seconds:.0f} s)", flush=True)
     return PipelineResult(
-        output=config.output, seconds=time.monotonic() - start, stages=tuple(done)
+        output=config.output,
+        seconds=time.monotonic() - start,
+        stages=tuple(done),
+        verdict=_verdict(config, results),
     )
+
+
+def _verdict(config: PipelineConfig, results: dict[str, Any]) -> str:
+    # What torch and MLflow are imported for is there by now.
+    from jobs.comparison import Arm, comparison
+    from jobs.headline import headline
+
+    if not config.arms:
+        return headline(results["pretrain"], results["evaluate"])
+    return comparison(
+        [
+            Arm(
+                name=name or config.pretrain.objective.kind,
+                batch=training.data.global_batch_size,
+                trained=results[f"pretrain {name}".rstrip()],
+                judged=results[f"evaluate {name}".rstrip()],
+            )
+            for name, training in trainings(config).items()
+        ]
+    )
+
+
+@dataclass
+class _Entry:
+    seconds: float = 0.0
+    said: str = ""
+
+
+class ChainRecord:
+    """`chain.json`: seconds and words of each stage, over all starts of the chain until it ended.
+
+    A stage that had ended keeps what stands there: said once more it would be done in a second.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self._stages: dict[str, Any] = {}
+        if storage.exists(uri):
+            self._stages = storage.read_json(uri)["stages"]
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[_Entry]:
+        """Writes down what the block takes, also where it fails; the block sets `said`."""
+        began, entry = time.monotonic(), _Entry()
+        before = self._stages.get(stage, {"seconds": 0.0, "said": ""})
+        try:
+            yield entry
+        finally:
+            entry.seconds = time.monotonic() - began
+            if not before["said"]:
+                seconds = before["seconds"] + entry.seconds
+                self._stages[stage] = {"seconds": seconds, "said": entry.said}
+                storage.write_json(self._uri, {"stages": self._stages, **_made_by()})
+
+
+def _made_by() -> dict[str, Any]:
+    from pipelines.tracking.context import code_version
+
+    version = importlib.metadata.version("torch")
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {version}"
+    return {"machine": machine, "code": code_version()}
 
 
 if __name__ == "__main__":
