@@ -1,4 +1,4 @@
-# Everything a newcomer needs: `make run`, `make demo`, `make ui`, `make test`.
+# Everything a newcomer needs: `make run`, `make demo`, `make compare`, `make ui`, `make test`.
 # The virtual environment is made on first use; only python3 (3.11+) and make are assumed.
 
 PYTHON ?= python3
@@ -18,7 +18,7 @@ UV_SETTINGS = UV_FIND_LINKS="$(LINKS)" $(if $(LINKS),,UV_TORCH_BACKEND=$(TORCH))
 PEERS := timm==1.0.31 torchvision==0.29.2
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo ui evidence test tests-with-ray tests-without-ray test-long gpu lint audit format clean
+.PHONY: help run demo compare ui evidence test tests-with-ray tests-without-ray test-long gpu lint audit format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,9 @@ run: $(BIN)/.run  ## images to a reviewed run in six minutes on two cores (IMAGE
 
 demo: $(BIN)/.run  ## the same chain, long enough that the features beat raw pixels (under an hour)
 	$(BIN)/beit quickstart --config jobs/configs/demo.yaml $(ARGS)
+
+compare: $(BIN)/.run  ## BEiT, BEiT v2 and MAE on the sample for the same time, and one table (half an hour)
+	$(BIN)/beit pipeline --config jobs/configs/compare.yaml $(ARGS)
 
 evidence: $(BIN)/.dev  ## the experiments of docs/evidence.md that are still open (ARGS="--experiment views --most 3")
 	$(BIN)/python -m benchmarks.evidence.run $(ARGS)

@@ -17,8 +17,8 @@ def headline(trained: PretrainResult, judged: Result) -> str:
 def _tokens(trained: PretrainResult) -> Iterator[tuple[str, str]]:
     accuracy, floor = trained.mim_accuracy, trained.unigram_accuracy
     if accuracy is not None and floor is not None:
-        often = f"always the most frequent one: {floor:.1%}"
-        yield "masked tokens", f"{accuracy:.1%} are predicted right ({often})"
+        often = f"always the most frequent one: {100 * floor:.1f} %"
+        yield "masked tokens", f"{100 * accuracy:.1f} % are predicted right ({often})"
 
 
 def _picture(trained: PretrainResult) -> Iterator[tuple[str, str]]:

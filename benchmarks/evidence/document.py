@@ -43,10 +43,28 @@ def write(path: Path, results: Results) -> None:
     path.write_text("\n".join(sections))
 
 
+def front(results: Results) -> str:
+    """README's part: the first experiment, as table and plot."""
+    experiment = experiments()[0]
+    if not any(_of(setting, results) for setting in experiment.settings):
+        return f"{experiment.title}: open, no cell of it was run yet."
+    parts = [
+        f"{experiment.title}, with 95 % intervals over seeds and images:",
+        table(experiment, results),
+    ]
+    if plot(experiment, results) is not None:
+        parts.append(f"![{experiment.title}](docs/pictures/evidence-{experiment.name}.svg)")
+    return "\n\n".join([*parts, rule(results).strip()])
+
+
 def section(experiment: Experiment, results: Results) -> str:
-    """Heading and table; a setting without any result says so."""
+    """Heading and table."""
+    return f"## {experiment.title}\n\n{table(experiment, results)}\n"
+
+
+def table(experiment: Experiment, results: Results) -> str:
+    """A row for each setting; one without any result says so."""
     lines = [
-        f"## {experiment.title}\n",
         f"| {' | '.join(experiment.axis)} | seeds | linear probe | against the first row | k-NN "
         "| held-out loss | images seen | training |",
         "| --- " * (len(experiment.axis) + 7) + "|",
@@ -54,8 +72,7 @@ def section(experiment: Experiment, results: Results) -> str:
     for setting in experiment.settings:
         axis = " | ".join(str(getattr(setting, name)) or "pixels" for name in experiment.axis)
         lines.append(f"| {axis} | {_row(setting, experiment.settings[0], results)} |")
-    lines += _baselines(experiment, results)
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *_baselines(experiment, results)])
 
 
 def _row(setting: Cell, reference: Cell, results: Results) -> str:
@@ -97,7 +114,9 @@ def rule(results: Results) -> str:
         fit = []
         for setting in experiment.settings:
             if set(_of(setting, results)) != set(SEEDS):
-                return "**The rule for V is open**: cells of the two tables above are missing.\n"
+                return (
+                    "**The rule for V is open**: cells of the first two experiments are missing.\n"
+                )
             paired = _against(setting, reference, results)
             if paired is None or paired.low > MARGIN:
                 fit.append(setting.views)

@@ -22,6 +22,7 @@ import torch
 from benchmarks.evidence import document
 from benchmarks.evidence.cells import BATCH, Cell, experiments
 from benchmarks.evidence.stages import Places, commands
+from benchmarks.front_page import README, with_part
 from pipelines.training.run_dir import RunDir
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +41,9 @@ def main() -> None:
     run(
         options.work.absolute(), options.results, options.document, options.experiment, options.most
     )
+    if options.results == RESULTS:
+        text = with_part(README.read_text(), "evidence", document.front(read(RESULTS)))
+        README.write_text(text)
 
 
 def run(

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import numpy as np
 
 DRAWS = 10_000
-CHUNK = 500
 
 
 @dataclass(frozen=True)
@@ -34,13 +33,15 @@ def difference(hits: np.ndarray, reference: np.ndarray) -> Estimate:
 
 
 def _estimate(values: np.ndarray, draws: int) -> Estimate:
-    """Bootstrap: seeds and rows are both drawn with replacement, with as many as there are."""
+    """Bootstrap: seeds and rows are both drawn with replacement, with as many as there are.
+
+    Rows that are alike in all seeds are one kind: how often each kind is drawn is all that counts.
+    """
     draw = np.random.default_rng(0)
     seeds, rows = values.shape
-    means = []
-    for _ in range(draws // CHUNK):
-        of_rows = draw.multinomial(rows, np.full(rows, 1 / rows), CHUNK) / rows
-        of_seeds = draw.multinomial(seeds, np.full(seeds, 1 / seeds), CHUNK) / seeds
-        means.append(((of_rows @ values.T) * of_seeds).sum(1))
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    kinds, counts = np.unique(values, axis=1, return_counts=True)
+    of_kinds = draw.multinomial(rows, counts / rows, draws) / rows
+    of_seeds = draw.multinomial(seeds, np.full(seeds, 1 / seeds), draws) / seeds
+    means = ((of_kinds @ kinds.T) * of_seeds).sum(1)
+    low, high = np.percentile(means, [2.5, 97.5])
     return Estimate(100 * float(values.mean()), 100 * float(low), 100 * float(high))

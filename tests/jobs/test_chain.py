@@ -34,6 +34,13 @@ SMALLER = [
     "--pretrain.checkpoint.every_steps=60",
     "--evaluate.num_folds=2",
 ]
+MAE = {
+    "objective": {"kind": "mae", "decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2},
+    "model": {"relative_positions": "none"},
+    "masking": {"kind": "random", "num_masked": 48},
+    "optim": {"steps": 6, "warmup_steps": 1},
+    "scaling": {"num_workers": 0},
+}
 
 
 @pytest.mark.parametrize("name", ["quickstart", "demo"])
@@ -68,12 +75,16 @@ def test_from_a_folder_to_a_reviewed_run(
         *("--prepare.source", str(tmp_path / "source")),
         *("--output", str(tmp_path / "out")),
         *SMALLER,
+        f"--arms={json.dumps({'mae': MAE})}",
     ]
     assert cli.main(command) == 0
     shown = capsys.readouterr().out
     assert "codes used" in shown
     assert "linear probe" in shown
     assert "make ui" in shown
+    assert (tmp_path / "out" / "report.html").read_text().count("<svg") >= 1
+    table = [line.split() for line in shown.partition("  training ")[2].splitlines()]
+    assert [row[0] for row in table if row][1:3] == ["beit", "mae"]
 
     # The artefacts name each other.
     images = ImageTable.open(str(tmp_path / "out" / "images"))
@@ -91,13 +102,13 @@ def test_from_a_folder_to_a_reviewed_run(
     floor = cli_report(tmp_path)["unigram_accuracy"]
     assert periods[-1]["mim_accuracy"] > floor
 
-    # MLflow has five finished runs, and pictures of what was predicted.
+    # MLflow has a finished run of every stage, and pictures of what was predicted.
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(absolute_tracking_uri(""))
     experiment = client.get_experiment_by_name("beit")
     runs = client.search_runs([experiment.experiment_id])
-    assert [run.info.status for run in runs] == ["FINISHED"] * 5
+    assert [run.info.status for run in runs] == ["FINISHED"] * 8
     pictures = {
         file.path for run in runs for file in client.list_artifacts(run.info.run_id, "images")
     }
@@ -105,8 +116,14 @@ def test_from_a_folder_to_a_reviewed_run(
 
     # Once more: nothing is done twice.
     assert cli.main(command) == 0
-    assert "done already" in capsys.readouterr().out
-    assert len(client.search_runs([experiment.experiment_id])) == 5
+    again = capsys.readouterr().out
+    assert "done already" in again
+    assert again.partition("  training ")[2] == shown.partition("  training ")[2]
+    record = json.loads((tmp_path / "out" / "chain.json").read_text())["stages"]
+    assert len(record) == 8
+    assert not any("already" in stage["said"] for stage in record.values())
+    # The report alone is written again.
+    assert len(client.search_runs([experiment.experiment_id])) == 9
 
 
 def cli_report(folder: Path) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Every recipe of a paper parses, and means what its name and header say."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -10,13 +11,17 @@ from beit.classifier import BeitClassifier
 from beit.mim import SIZES, BeitMIM, model_config
 from beit.tokenizers.vqkd import FeatureDecoder
 from jobs.command import parse
+from jobs.recipes import shipped_recipes
+from pipelines import plan
 from pipelines.config.finetune import AugmentConfig, FinetuneConfig, MixingConfig
+from pipelines.config.plan import PlanConfig
 from pipelines.config.pretrain import PretrainConfig
 from pipelines.config.train_tokenizer import TrainTokenizerConfig
 from pipelines.training.objective import build_objective
 from pipelines.training.tokenizer_step import build_tokenizer
 
-CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
+REPOSITORY = Path(__file__).parents[2]
+CONFIGS = REPOSITORY / "jobs" / "configs"
 BEIT_V2 = set(CONFIGS.glob("beit_v2_*.yaml"))
 BEIT = sorted(set(CONFIGS.glob("beit_*.yaml")) - BEIT_V2)
 RECIPES = [*BEIT, *sorted(BEIT_V2), CONFIGS / "mae_base_in1k.yaml"]
@@ -201,3 +206,29 @@ def test_a_header_says_what_a_user_wants_to_know(path):
     per_epoch = int(re.search(r"([\d,]+) steps an epoch", text)[1].replace(",", ""))
     config = load_tuning(path) if path.stem.startswith("finetune") else load(path)
     assert steps == per_epoch * config.optim.epochs
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_recipe_says_what_it_reaches(name):
+    """Command, cost, expected figure, source; and where its result is, or that there is none."""
+    path = shipped_recipes()[name]
+    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+    text = " ".join(line.lstrip("# ") for line in lines)
+    for label in ("Command:", "Cost:", "Expect:", "Settings:", "Run here:"):
+        assert text.count(label) == 1, label
+    assert re.search(rf"Command: beit [\w-]+ --config jobs/configs/{name}\.yaml", text)
+    (ran,) = re.findall(r"Run here: (\S+)", text)
+    assert ran.startswith("never") or (REPOSITORY / ran).is_file()
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*_in*k*.yaml")), ids=lambda path: path.stem)
+def test_the_hours_of_a_recipe_are_those_of_the_plan(path):
+    text = path.read_text()
+    hours = re.search(r"Hours: about ([\d.]+)", text)
+    flags = re.search(r"^# Cost: beit plan (.*)$", text, re.MULTILINE)[1]
+    if hours is None:
+        assert "Hours: not known" in text
+        return
+    planned = plan.run(parse(PlanConfig, flags.split(), stage="plan")).pretrain_hours
+    digits = len(hours[1].partition(".")[2])
+    assert round(planned, digits) == float(hours[1])

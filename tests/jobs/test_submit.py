@@ -86,7 +86,7 @@ def test_this_checkout_is_small(tmp_path):
 
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_the_configuration_that_is_sent_is_the_one_that_was_meant(name, tmp_path):
-    chain = name in ("quickstart", "demo")
+    chain = name in ("quickstart", "demo", "compare")
     tunes = name.startswith("finetune")
     codes = name.startswith("vqkd")
     stage = "pipeline" if chain else "finetune" if tunes else "pretrain"

@@ -174,7 +174,7 @@ def test_room_is_on_nodes_not_in_sums(count, each, nodes, fitting):
 
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_every_recipe_says_what_it_needs(name):
-    chain = name in ("quickstart", "demo")
+    chain = name in ("quickstart", "demo", "compare")
     tunes = name.startswith("finetune")
     codes = name.startswith("vqkd")
     stage = "pipeline" if chain else "finetune" if tunes else "pretrain"
@@ -191,7 +191,7 @@ def test_every_recipe_says_what_it_needs(name):
     named = {place.field: place.uri for place in needs.places}
     if chain:
         assert named == {"output": "s3://b/out"}
-        assert len(needs.bundles) == 2  # tokenize and pretrain
+        assert len(needs.bundles) == 2 + len(config.arms)  # tokenize and every pretrain
         return
     inputs = {"tokens[0]": "s3://b/t", "tokens[1]": "s3://b/u"}
     if tunes:

@@ -1,0 +1,141 @@
+"""What a chain says at its end, and what it keeps of it: table, headline, record."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+
+from jobs import pipeline
+from jobs.cli import parse_stage
+from jobs.comparison import Arm, comparison
+from jobs.headline import headline
+from pipelines import storage
+from pipelines.errors import InputError
+from pipelines.evaluation.result import Result, Score
+
+
+def judged(output, accuracy, gains=None):
+    score = Score(
+        accuracy=accuracy, low=accuracy - 0.02, high=accuracy + 0.02,
+        class_accuracy=[], layers=[4], layer_accuracy=[],
+    )  # fmt: skip
+    scores = {name: {"linear": score, "knn": score} for name in ("pretrained", *(gains or {}))}
+    return Result(
+        scores=scores, gains=gains or {}, head=None, majority=0.2, num_images=100, class_names=[],
+        layers=[4], output=str(output), already_done=False,
+    )  # fmt: skip
+
+
+def trained(folder, seconds, steps, accuracy):
+    return SimpleNamespace(
+        report={"goodput": {"seconds": {"compute": seconds - 1, "data_wait": 1, "startup": 30}}},
+        steps=steps,
+        mim_accuracy=accuracy,
+        unigram_accuracy=None if accuracy is None else 0.024,
+        run=SimpleNamespace(at=lambda *parts: str(folder.joinpath(*parts))),
+    )
+
+
+def arm(folder, name, right, *, seconds=100, steps=500, accuracy=0.2, gains=None):
+    """An arm whose linear probe got the first `right` of 100 images right."""
+    output = folder / name
+    output.mkdir(exist_ok=True)
+    hits = {"linear": "1" * right + "0" * (100 - right), "groups": list(range(100))}
+    storage.write_json(str(output / "hits.json"), hits)
+    of = trained(folder, seconds, steps, accuracy)
+    return Arm(name=name, batch=128, trained=of, judged=judged(output, right / 100, gains))
+
+
+def test_a_comparison_is_in_pairs_and_tells_times_that_differ(tmp_path):
+    first = arm(tmp_path, "beit", 50, gains={"pixels": (-0.02, -0.04, -0.01)})
+    same = arm(tmp_path, "beitv2", 53, seconds=104, steps=400)
+    longer = arm(tmp_path, "mae", 41, seconds=200, steps=1000, accuracy=None)
+    shown = comparison([first, same, longer]).splitlines()
+    rows = {line.split()[0]: line for line in shown[1:5]}
+    assert "50.0 % [48.0, 52.0]" in rows["beit"]
+    assert "20.0 % (2.4)" in rows["beit"]
+    assert rows["beit"].split()[-3:] == ["500", "100", "640"]
+    # Paired: three images of a hundred were won and none lost.
+    assert "+3.0 [+0.0, +7.0]" in rows["beitv2"] or "+3.0 [+0.0, +6.0]" in rows["beitv2"]
+    assert "predicts pixels" in rows["mae"]
+    assert "raw" in rows
+    told = "\n".join(shown[5:])
+    assert "mae trained 2.00 times as long as beit; equal: arms.mae.optim.steps = 500" in told
+    assert "beitv2 trained" not in told
+    assert not any(line.rstrip() != line for line in shown)
+
+
+@pytest.mark.parametrize(
+    ("gain", "words", "short"),
+    [
+        ((-0.03, -0.05, -0.01), "worse than raw pixels", True),
+        ((0.01, -0.01, 0.03), "not told apart from raw pixels", True),
+        ((0.03, 0.01, 0.05), "better than raw pixels", False),
+    ],
+)
+def test_the_headline_is_tokens_the_picture_and_features_in_words(tmp_path, gain, words, short):
+    of = trained(tmp_path, 100, 220, 0.201)
+    said = headline(of, judged(tmp_path, 0.527, {"pixels": gain}))
+    assert said.index("20.1 % are predicted right") < said.index(
+        "52.7 %, 95 % interval [50.7, 54.7]"
+    )
+    assert "2.4 %" in said
+    assert words in said
+    assert ("make demo" in said) == short
+    assert "picture" not in said
+    picture = tmp_path / "pictures" / "reconstruction" / "000000220.png"
+    picture.parent.mkdir(parents=True)
+    picture.touch()
+    assert str(picture) in headline(of, judged(tmp_path, 0.5))
+
+
+def test_the_record_of_a_chain_adds_up_what_was_interrupted(tmp_path):
+    uri = str(tmp_path / "chain.json")
+    with pytest.raises(KeyError), pipeline.ChainRecord(uri).timed("prepare"):
+        raise KeyError
+    first = storage.read_json(uri)["stages"]["prepare"]
+    assert first["said"] == ""
+    record = pipeline.ChainRecord(uri)
+    record._stages["prepare"]["seconds"] = 100.0
+    with record.timed("prepare") as entry:
+        entry.said = "12 images"
+    done = storage.read_json(uri)["stages"]["prepare"]
+    assert done["said"] == "12 images"
+    assert done["seconds"] > 100
+    with pipeline.ChainRecord(uri).timed("prepare") as entry:
+        entry.said = "12 images, was done already"
+    assert storage.read_json(uri)["stages"]["prepare"] == done
+
+
+def test_the_recipe_of_the_comparison_differs_in_what_it_compares():
+    config = parse_stage("pipeline", ["--config", "compare", "--output", "here"])
+    chain = {stage: each for stage, _, each in pipeline.stages(config)}
+    assert list(chain)[3:] == [
+        "pretrain", "evaluate", "pretrain beitv2", "evaluate beitv2", "pretrain mae",
+        "evaluate mae", "report",
+    ]  # fmt: skip
+    assert chain["report"].runs == ["here/run", "here/run-beitv2", "here/run-mae"]
+    kinds = [chain[f"pretrain{arm}"].objective.kind for arm in ("", " beitv2", " mae")]
+    assert kinds == ["beit", "beitv2", "mae"]
+    assert (chain["pretrain mae"].tokens, chain["pretrain beitv2"].tokens) == ([], ["here/tokens"])
+    assert [chain[f"evaluate{arm}"].baselines for arm in ("", " mae")] == [True, False]
+    same = ("data", "scaling", "seed", "probe")
+    for name in (" beitv2", " mae"):
+        for field in same:
+            assert getattr(chain[f"pretrain{name}"], field) == getattr(chain["pretrain"], field)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"objective": {"knd": "mae"}}, "arms.wrong.*knd"),
+        ({"optim": {"steps": "many"}}, "arms.wrong.*many"),
+        ({"masking": {"num_masked": 0}}, "arms.wrong.*num_masked"),
+        ({"nothing": 1}, "arms.wrong.*nothing"),
+    ],
+)
+def test_a_wrong_arm_is_named_before_anything_runs(changes, said):
+    config = parse_stage("pipeline", ["--config", "compare", "--output", "here"])
+    wrong = dataclasses.replace(config, arms={"wrong": changes})
+    with pytest.raises(InputError, match=said):
+        pipeline.run(wrong, start_ray=lambda: None)
