@@ -232,6 +232,10 @@ def clean(values: Any) -> Any:
     return values
 
 
+WAITING_EVERY = 10.0
+"""Seconds between two signs of life before the first step; later they are further apart."""
+
+
 class ProgressThread:
     """Shows on the driver what worker 0 writes into the run directory while training blocks.
 
@@ -253,6 +257,7 @@ class ProgressThread:
         self.seen = {event["time"] for event in run.events()}
         self.attempts = len(run.attempts())
         self.started, self.counted = 0, (0, 0)
+        self.began = self.said = time.monotonic()
         self.progress = Progress(total_steps, label, "step", initial=start_step)
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._work, name="progress", daemon=True)
@@ -298,3 +303,13 @@ class ProgressThread:
                 self.counted = last.number, last.next_step
                 self.progress.counted_from(last.start_step, last.seconds_of_steps)
             self.progress.update(last.next_step, **last.latest)
+        else:
+            self._say_waiting()
+
+    def _say_waiting(self) -> None:
+        """Workers take half a minute to start on a small machine, and hours where nodes lack."""
+        now = time.monotonic()
+        if now - self.said >= (WAITING_EVERY if now - self.began < 60 else 6 * WAITING_EVERY):
+            self.said = now
+            what = "the first step" if self.started else "workers"
+            say_step(f"still waiting for {what} after {now - self.began:.0f} s")

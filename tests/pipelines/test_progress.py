@@ -54,6 +54,24 @@ def test_a_training_counts_its_steps_from_its_own_books(tmp_path, capsys):
     assert re.search(r"^\[\d\d:\d\d:\d\dZ \+\d+ s\] 8 workers started, from step 40", said)
 
 
+def test_a_training_is_not_silent_before_its_first_step(tmp_path, capsys):
+    thread = ProgressThread(
+        RunDir(str(tmp_path / "run")), "pretrain", total_steps=100, start_step=0
+    )
+    thread.progress.stream = io.StringIO()
+    thread._show()
+    assert capsys.readouterr().err == ""
+    thread.began = thread.said = time.monotonic() - 11
+    thread._show()
+    thread._show()
+    said = capsys.readouterr().err
+    assert said.count("still waiting for workers after 11 s") == 1
+    thread.began -= 60  # then once a minute
+    thread.said -= 11
+    thread._show()
+    assert capsys.readouterr().err == ""
+
+
 def test_a_step_says_the_time(capsys):
     say_step("waiting for nodes")
     assert re.fullmatch(r"\[\d\d:\d\d:\d\dZ \+\d+ s\] waiting for nodes\n", capsys.readouterr().err)
