@@ -82,10 +82,10 @@ def _difference(arm: Arm, first: Arm) -> str:
 
 
 def _baselines(arm: Arm) -> Iterator[tuple[str, ...]]:
-    for name, probes in arm.judged.scores.items():
-        if name != PRETRAINED:
+    for name, title in TITLES.items():
+        if name != PRETRAINED and (probes := arm.judged.scores.get(name)):
             linear, knn = (f"{100 * probes[probe].accuracy:.1f} %" for probe in ("linear", "knn"))
-            yield (TITLES[name], linear, "", knn, "", "", "", "")
+            yield (title, linear, "", knn, "", "", "", "")
 
 
 def _on_time(arms: Sequence[Arm]) -> Iterator[str]:

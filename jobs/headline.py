@@ -31,7 +31,7 @@ def _features(judged: Result) -> Iterator[tuple[str, str]]:
     linear = judged.scores[PRETRAINED]["linear"]
     interval = f"[{100 * linear.low:.1f}, {100 * linear.high:.1f}]"
     yield "features", f"linear probe {100 * linear.accuracy:.1f} %, 95 % interval {interval}"
-    for name, (gain, low, high) in judged.gains.items():
+    for name, (gain, low, high) in sorted(judged.gains.items()):
         points = f"{100 * gain:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
         yield "", f"{_words(low, high)} {TITLES[name]}: {points}, image by image"
     if judged.gains and not any(low > 0 for _, low, _ in judged.gains.values()):

@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.command import with_changes
-from pipelines import storage
 from pipelines.config.evaluate import EvaluateConfig
 from pipelines.config.prepare import PrepareConfig
 from pipelines.config.pretrain import PretrainConfig
 from pipelines.config.report import ReportConfig
 from pipelines.config.tokenize_images import TokenizeConfig
 from pipelines.config.train_tokenizer import TrainTokenizerConfig
+from pipelines.errors import InputError
 
 WITHOUT_RAY = ("evaluate", "report")
 RECORD = "chain.json"
@@ -54,6 +54,8 @@ class PipelineConfig:
 
 def stages(config: PipelineConfig) -> Iterator[tuple[str, str, Any]]:
     """(what it does, module, configuration) of every stage, in the order they run."""
+    from pipelines import storage  # imports too much for --help
+
     at = {name: storage.join(config.output, name) for name in ("images", "tokenizer", "tokens")}
     replace = dataclasses.replace
     yield "prepare", "prepare", replace(config.prepare, output=at["images"])
@@ -115,6 +117,8 @@ def trainings(config: PipelineConfig) -> dict[str, PretrainConfig]:
 
 def run_of(config: PipelineConfig, name: str) -> str:
     """The run directory of a training."""
+    from pipelines import storage
+
     return storage.join(config.output, f"run-{name}" if name else "run")
 
 
@@ -149,6 +153,8 @@ class PipelineResult:
 
 def run(config: PipelineConfig, *, start_ray: Callable[[], None]) -> PipelineResult:
     """Runs the chain. Raises what its first failing stage raises."""
+    from pipelines import storage
+
     start = time.monotonic()
     done: list[tuple[str, float, str]] = []
     chain = list(stages(config))
@@ -204,6 +210,8 @@ class ChainRecord:
     """
 
     def __init__(self, uri: str) -> None:
+        from pipelines import storage
+
         self._uri = uri
         self._stages: dict[str, Any] = {}
         if storage.exists(uri):
@@ -211,17 +219,29 @@ class ChainRecord:
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[_Entry]:
-        """Writes down what the block takes, also where it fails; the block sets `said`."""
-        began, entry = time.monotonic(), _Entry()
-        before = self._stages.get(stage, {"seconds": 0.0, "said": ""})
+        """Writes down what the block takes, also where it fails; the block sets `said`.
+
+        Of a stage that refuses its input nothing is written.
+        """
+        began, entry, refused = time.monotonic(), _Entry(), False
         try:
             yield entry
+        except InputError:
+            refused = True
+            raise
         finally:
             entry.seconds = time.monotonic() - began
-            if not before["said"]:
-                seconds = before["seconds"] + entry.seconds
-                self._stages[stage] = {"seconds": seconds, "said": entry.said}
-                storage.write_json(self._uri, {"stages": self._stages, **_made_by()})
+            if not refused:
+                self._keep(stage, entry)
+
+    def _keep(self, stage: str, entry: _Entry) -> None:
+        from pipelines import storage
+
+        before = self._stages.get(stage, {"seconds": 0.0, "said": ""})
+        if not before["said"]:
+            seconds = before["seconds"] + entry.seconds
+            self._stages[stage] = {"seconds": seconds, "said": entry.said}
+            storage.write_json(self._uri, {"stages": self._stages, **_made_by()})
 
 
 def _made_by() -> dict[str, Any]:

@@ -107,6 +107,13 @@ def test_the_record_of_a_chain_adds_up_what_was_interrupted(tmp_path):
     assert storage.read_json(uri)["stages"]["prepare"] == done
 
 
+def test_a_stage_that_refuses_leaves_nothing(tmp_path):
+    record = pipeline.ChainRecord(str(tmp_path / "out" / "chain.json"))
+    with pytest.raises(InputError), record.timed("prepare"):
+        raise InputError("source: there is none")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_recipe_of_the_comparison_differs_in_what_it_compares():
     config = parse_stage("pipeline", ["--config", "compare", "--output", "here"])
     chain = {stage: each for stage, _, each in pipeline.stages(config)}
