@@ -22,7 +22,8 @@ from jobs.environment import (
     take_secrets,
     worker_environment,
 )
-from jobs.submission import cluster
+from jobs.submission import cluster, package
+from jobs.submission.follow import LogPrinter, follow
 from pipelines import redaction
 from pipelines.config.checks import changed_fields, to_dict
 from pipelines.config.pretrain import PretrainConfig
@@ -232,3 +233,63 @@ def test_workers_of_a_cluster_that_others_started_have_them(ray_turn, shell, tmp
         "MLFLOW_HTTP_REQUEST_TIMEOUT 20", "RAY_worker_niceness 0", "HF_TOKEN named-geheim",
         "MY_PASSPHRASE None",
     ], done.stderr  # fmt: skip
+
+
+ASK_JOB = """
+import os, ray
+from jobs.environment import take_secrets
+take_secrets()
+ray.init(address="auto", runtime_env={"env_vars": {"MORE": "1"}})
+ask = ray.remote(num_cpus=0)(lambda: sorted(name for name in os.environ if name in NAMES))
+NAMES = %s
+print("driver has", sum(name in os.environ for name in NAMES))
+print("worker has", len(ray.get(ask.remote())))
+"""
+
+
+@pytest.mark.long
+def test_secrets_of_a_job_reach_its_workers_and_stand_in_nothing_else(
+    ray_turn, shell, tmp_path, capsys
+):
+    """Ray's logs and metadata, what a submitted stage writes, and what its client shows."""
+    from ray.cluster_utils import Cluster
+
+    for name in SECRETS:
+        shell.delenv(name)
+    shell.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    started = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": True}
+    )
+    address = f"http://{started.head_node.webui_url}"
+    session = Path(started.head_node.get_session_dir_path())
+    asking, made = tmp_path / "asking", tmp_path / "made"
+    asking.mkdir()
+    package.write_package(asking, config_text="{}", with_code=True, include=[], secrets=SECRETS)
+    (asking / "ask.py").write_text(ASK_JOB % repr(tuple(SECRETS)))
+    names = [word for name in SECRETS for word in ("--env", name)]
+    flags = ["--source", str(REPOSITORY / "tests/data/v0.1.0/source")]
+    flags += ["--output", f"{made}/images", "--tracking.uri", f"sqlite:///{made}/mlflow.db"]
+    try:
+        client = cluster.connect(address, "")
+        cluster.submit(
+            client, entrypoint=f"{sys.executable} ask.py", submission_id="ask", metadata={},
+            runtime_env={"working_dir": str(asking), "worker_process_setup_hook": TAKE_SECRETS},
+        )  # fmt: skip
+        ended = follow(client, "ask", LogPrinter(sys.stdout))
+        for name, value in SECRETS.items():
+            shell.setenv(name, value)
+        code = submit.main(["prepare", "--address", address, *names, "--", *flags])
+        jobs = str(client.list_jobs())
+    finally:
+        started.shutdown()
+    told = capsys.readouterr()
+    assert ended.status.value == "SUCCEEDED", told
+    assert f"driver has {len(SECRETS)}" in told.out
+    assert f"worker has {len(SECRETS)}" in told.out
+    assert code == 0, told
+    files = [path for place in (session, made) for path in place.rglob("*") if path.is_file()]
+    kinds = {path.name.partition("-")[0] for path in files}
+    assert {"manifest.json", "mlflow.db", "images.result.json", "runtime_env_setup"} <= kinds
+    leaks = {path.name for path in files if b"geheim" in path.read_bytes()}
+    assert leaks == {SECRETS_FILE}
+    assert "geheim" not in jobs + told.out + told.err
