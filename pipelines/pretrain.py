@@ -132,6 +132,18 @@ def train_loop(  # noqa: PLR0915
         prober = Prober(config, data, world, fixed, first_step=state.step)
         batches = data.batches(state.segments())
 
+        def look(*, at_probe: bool, at_pictures: bool) -> None:
+            with books.spend("evaluation"), unsharded(objective, spare) as seen:
+                if at_probe:
+                    prober.run(seen, log, state.step)
+                if at_pictures:
+                    fixed.log_pictures(seen, log, state.step)
+                    prober.log_curve(log, state.step)
+
+        # Who was killed after the last checkpoint may not have come to what follows it.
+        if state.at_end:
+            look(at_probe=config.probe.every_steps > 0, at_pictures=True)
+
         # --- The steps.
         while state.step < plan.total_steps:
             with books.spend("data_wait"):
@@ -188,14 +200,8 @@ def train_loop(  # noqa: PLR0915
             # Checkpoint, also where the run was asked to end.
             state.checkpoint()
 
-            # Probe and pictures.
             if at_probe or at_pictures:
-                with books.spend("evaluation"), unsharded(objective, spare) as seen:
-                    if at_probe:
-                        prober.run(seen, log, state.step)
-                    if at_pictures:
-                        fixed.log_pictures(seen, log, state.step)
-                        prober.log_curve(log, state.step)
+                look(at_probe=at_probe, at_pictures=at_pictures)
         prober.tell_left_out(log, state.step)
 
         # --- The end: the encoder as later stages load it, and nothing left in flight.

@@ -645,3 +645,16 @@ class TestPieces:
         assert optim.total_steps(625) == 500_000
         assert optim.total_warmup_steps(625) == 6_250
         assert dataclasses.replace(optim, steps=10, warmup_steps=3).total_steps(625) == 10
+
+    def test_what_follows_the_last_checkpoint_is_made_up_for(self, tables, tmp_path, monkeypatch):
+        config = small_config(tables, tmp_path, optim={"steps": 4, "warmup_steps": 1})
+
+        def killed(*_):
+            raise StageFailed("killed here")
+
+        with monkeypatch.context() as patch, pytest.raises(StageFailed, match="killed here"):
+            patch.setattr(FixedImages, "log_pictures", killed)
+            pretrain.run(config)
+        assert not list(tmp_path.glob("pictures/*/*.png"))
+        assert pretrain.run(config).resumed_from == 4
+        assert (tmp_path / "pictures/masked_input/000000004.png").exists()
