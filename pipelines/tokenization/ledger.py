@@ -143,7 +143,7 @@ class Ledger:
         """
         if not self.refuse_other(wanted):
             record = storage.canonical_json(wanted)
-            if not storage.create(work_uri(self.uri, IDENTITY), record):
+            if not storage.create(work_uri(self.uri, IDENTITY), record, check=self._check):
                 self.refuse_other(wanted)
 
     def refuse_other(self, wanted: Mapping[str, Any]) -> bool:
