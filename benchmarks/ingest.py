@@ -45,7 +45,6 @@ from pipelines.tables.image_table import ImageTable, commit_manifest
 from pipelines.tables.token_files import Identity, encode_file
 from pipelines.tables.unit_files import UnitFile, file_name
 from pipelines.tables.view_files import CODECS
-from tests.pipelines.view_fixtures import write_views
 
 try:
     import webdataset
@@ -245,6 +244,8 @@ def loaders(root: Path, files: list[bytes]) -> dict[str, Callable[[], None]]:
         path.write_bytes(data)
     images_uri, tokens_uri = write_tables(root, files)
     data = open_training_tables(images_uri, [tokens_uri])
+    from tests.pipelines.view_fixtures import write_views  # needs Ray, which `train` does not
+
     stored = {}
     for form in CODECS:
         views = write_views(data.images, root / form, image_size=224, policy=POLICY, form=form)
