@@ -111,7 +111,7 @@ def look_up(rows):
 
         return SimpleNamespace(num_rows=rows, iter_parts=iter_parts)
 
-    tokens = SimpleNamespace(have_tokens=lambda numbers: np.ones(len(numbers), bool))
+    tokens = SimpleNamespace(have_file=lambda numbers: np.ones(len(numbers), bool))
     reuse._opened = lambda _: (table(rows // 2), tokens)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begin = time.monotonic()
