@@ -21,7 +21,7 @@ from pipelines.config.checks import flatten
 from pipelines.config.render import RenderConfig
 from pipelines.errors import InputError
 from pipelines.preflight import Bundle
-from pipelines.preflight.capacity import shortages
+from pipelines.preflight.capacity import autoscaled, shortages
 from pipelines.progress import Progress
 from pipelines.rendering import work as render_work
 from pipelines.rendering.work import INTERPOLATION, RenderTask
@@ -101,7 +101,8 @@ def run(config: RenderConfig, *, start_ray: Callable[[], None] = ray_is_there) -
     # What can be refused is refused before anything is waited for or written.
     done = _take_up(config, ledger := Ledger(task.output, units, form=ViewIdentityRecord), wanted)
     if done and not storage.exists(work_uri(task.output)):
-        lease.clear(task.output, config.lease, stage="render")
+        if not config.dry_run:
+            lease.clear(task.output, config.lease, stage="render")
         return _already_done(config, ledger)
     if config.dry_run:
         return _dry_run(config, task, ledger)
@@ -141,7 +142,7 @@ def plan_task(config: RenderConfig, images: ImageParts) -> RenderTask:
 
 
 def _check_room(task: RenderTask) -> None:
-    """Raises InputError where no node has what one task needs: it would wait for ever."""
+    """Raises InputError where no node has what a task needs, and none is to come."""
     bundle = Bundle(
         field="task_cpus",
         count=1,
@@ -149,8 +150,10 @@ def _check_room(task: RenderTask) -> None:
         remedy="lower it, rows_per_unit or num_views, or add nodes",
     )
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if missing := shortages([bundle], nodes):
-        raise InputError(missing[0])
+    for missing in shortages([bundle], nodes):
+        if not autoscaled():
+            raise InputError(missing)
+        say_step(f"{missing}; the autoscaler is asked")
 
 
 def _take_up(config: RenderConfig, ledger: Ledger, wanted: dict[str, Any]) -> bool:

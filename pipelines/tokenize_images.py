@@ -7,6 +7,7 @@ and the table is the same, byte for byte, as that of an undisturbed run.
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -63,7 +64,8 @@ def run(config: TokenizeConfig, *, start_ray: Callable[[], None] = ray_is_there)
     known = token_task.settled(config, images, tokenizer)
     done = _take_up(config, ledger := Ledger(output, units), known | options)
     if done and not storage.exists(work_uri(output)):
-        lease.clear(output, config.lease, stage="tokenize")
+        if not config.dry_run:
+            lease.clear(output, config.lease, stage="tokenize")
         return _already_done(config, ledger)
     # A table that is done needs none of those that it was copied from.
     older = () if done else older_tables(config, images, known, libraries)
@@ -196,7 +198,8 @@ def _compute(
     if len(todo):
         say_step("waiting for the first unit: encoders start")
     computed = reused = 0
-    with kept(ledger, progress, images.num_rows):
+    with ExitStack() as last, kept(ledger, progress, images.num_rows):
+        last.callback(meter.flush)
         gate.check()
         for outcome in _outcomes(task, ledger.units, gate.first(todo), images, origins):
             if not computed and outcome.facts:  # starting up belongs to no rate
@@ -214,7 +217,6 @@ def _compute(
             ledger.save_now_and_then()
             gate.check()
         gate.check(last=True)
-    meter.flush()
     seconds = time.monotonic() - begin
     if computed:
         meter.advise(say)

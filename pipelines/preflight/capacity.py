@@ -38,14 +38,18 @@ def _place(resources: Mapping[str, float], free: list[Counter[str]]) -> bool:
 
 
 def _sentence(bundle: Bundle, placed: int, nodes: Sequence[Mapping[str, float]]) -> str:
-    each = " and ".join(f"{amount:g} {name}" for name, amount in bundle.resources.items() if amount)
+    each = " and ".join(_said(name, amount) for name, amount in bundle.resources.items() if amount)
     have = " and ".join(
-        f"{sum(node.get(name, 0) for node in nodes):g} {name}" for name in bundle.resources
+        _said(name, sum(node.get(name, 0) for node in nodes)) for name in bundle.resources
     )
     return (
         f"{bundle.field}: {bundle.count} x {each} are needed at once, {placed} of them fit; the "
         f"cluster has {have} on {len(nodes)} nodes; {bundle.remedy}"
     )
+
+
+def _said(name: str, amount: float) -> str:
+    return f"{amount / 1e9:.1f} GB of memory" if name == "memory" else f"{amount:g} {name}"
 
 
 def autoscaled() -> bool:

@@ -20,6 +20,7 @@ from PIL import Image
 from typing_extensions import TypedDict
 
 from beit.images import UnusableImage, decode_array
+from beit.view_policy import ViewPolicy
 from pipelines.errors import DamagedFileError, InputError, parsing
 from pipelines.records import Count, Pair
 from pipelines.tables.unit_files import differing_field
@@ -66,6 +67,7 @@ class ViewIdentity:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ViewIdentity":
         """The inverse of `to_dict`; further keys are ignored. Raises KeyError by name."""
+        values = completed(values)
         picked = {field.name: values[field.name] for field in fields(cls)}
         return cls(**picked | {"views": tuple(picked["views"])})
 
@@ -194,4 +196,9 @@ def check_file(identity: ViewIdentity, data: bytes, rows: int) -> tuple[bool, st
 
 def stamp_of(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
     """The identity in a file's metadata."""
-    return dict(json.loads((metadata or {})[STAMP]))
+    return completed(json.loads((metadata or {})[STAMP]))
+
+
+def completed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded identity; fields that `ViewPolicy` got since have their defaults."""
+    return {**record, "policy": ViewPolicy().to_dict() | record["policy"]}

@@ -242,6 +242,11 @@ def check_windows(tables: Sequence[ViewTable], views: Sequence[int] | np.ndarray
             "tables used together must have as many each: render all views as one table"
         )
     stored = [view for window in windows for view in window]
+    for view in stored:
+        if stored.count(view) > 1:
+            raise InputError(
+                f"views: view {view} is in both of {uris}; render further views with --first_view"
+            )
     wanted = [int(view) for view in views]
     if stored != wanted:
         raise InputError(

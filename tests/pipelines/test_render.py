@@ -121,3 +121,28 @@ def test_a_dry_run_writes_nothing(images, tmp_path, capsys):
     assert "would render views [0, 1] of 120 images" in capsys.readouterr().err
     assert result.summary().endswith("nothing was done (dry run)")
     assert not (tmp_path / "t").exists()
+
+
+def test_a_dry_run_leaves_what_lies_beside_a_finished_table(images, tmp_path):
+    output = tmp_path / "t"
+    write_views(ImageTable.open(images), output)
+    for name in ("_lease/.000001.json.0a1b2c3d.tmp", ".manifest.json.0a1b2c3d.tmp"):
+        (output / name).parent.mkdir(exist_ok=True)
+        (output / name).touch()
+    before = sorted(output.rglob("*"))
+    render.run(render_config(images, output, dry_run=True))
+    assert sorted(output.rglob("*")) == before
+    render.run(render_config(images, output))
+    assert not (output / "_lease").exists()
+
+
+def test_a_cluster_without_room_is_refused_unless_it_grows(images, tmp_path, monkeypatch, capsys):
+    task = render.plan_task(render_config(images, tmp_path / "t"), ImageTable.open(images))
+    head = {"Alive": True, "Resources": {"CPU": 0.0, "memory": 2e9}}
+    monkeypatch.setattr(render.ray, "nodes", lambda: [head])
+    monkeypatch.setattr(render, "autoscaled", lambda: False, raising=False)
+    with pytest.raises(InputError, match=r"task_cpus: .* 0 CPU and 2\.0 GB of memory on 1 node"):
+        render._check_room(task)
+    monkeypatch.setattr(render, "autoscaled", lambda: True)
+    render._check_room(task)
+    assert "the autoscaler is asked" in capsys.readouterr().err

@@ -22,6 +22,7 @@ from pipelines.tables import tokenizer_store
 from pipelines.tables.image_table import ImageTable
 from pipelines.tables.token_table import MISSING, TokenTable, check_together
 from pipelines.tokenization import pool as token_pool
+from pipelines.tokenization import report as token_report
 from pipelines.tokenization import task as token_task
 from pipelines.tokenization.gate import Gate
 from pipelines.tokenization.ledger import Ledger, plan_units
@@ -409,11 +410,17 @@ def test_views_can_be_added_later_and_a_run_is_recorded(
 
 
 @pytest.mark.ray
-def test_a_dry_run_touches_nothing(images, tokenizer, tmp_path, ray_cluster, capsys):
+def test_a_dry_run_touches_nothing(finished, images, tokenizer, tmp_path, capsys):
     config = world.make_config(images, tokenizer, tmp_path / "none", dry_run=True)
     assert tokenize_images.run(config).units_computed == 0
     assert "12 of 12 units to do" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+    shutil.copytree(finished[0], tmp_path / "t")
+    (tmp_path / "t/_lease").mkdir()
+    (tmp_path / "t/_lease/.000001.json.0a1b2c3d.tmp").touch()
+    before = sorted(tmp_path.rglob("*"))
+    tokenize_images.run(dataclasses.replace(config, output=str(tmp_path / "t")))
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.ray
@@ -477,9 +484,12 @@ def test_ctrl_c_stops_cleanly_and_the_next_run_goes_on(
         seen.append(outcome.unit)
         return book(outcome, ledger, options)
 
+    sent = []
+    monkeypatch.setattr(token_report.Meter, "flush", lambda meter: sent.append(meter.units))
     monkeypatch.setattr(unit_tables, "book", interrupted)
     with pytest.raises(KeyboardInterrupt, match="60 of 240 images are done; the same command"):
         tokenize_images.run(config)
+    assert sent[-1:] == [3]
     monkeypatch.undo()
     result = tokenize_images.run(config)
     assert result.units_computed <= 12 - 3

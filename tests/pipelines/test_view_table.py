@@ -129,6 +129,18 @@ def test_windows_that_do_not_fit_are_refused_by_name(root):
     other = ViewTable.open(str(root / "jpegs"))
     with pytest.raises(InputError, match="codec"):
         check_windows([table, other], range(4))
+    # As where tables come without tokens: what is trained on is what they hold.
+    with pytest.raises(InputError, match=r"view 0 is in both of .*; render further views"):
+        check_windows([table, table], [0, 1, 2, 0, 1, 2])
+
+
+def test_what_was_written_before_a_field_of_the_policy_existed_has_its_default(root):
+    table = ViewTable.open(str(root / "views"))
+    record = table.identity.to_dict()
+    del record["policy"]["saturation"]
+    stamp = {view_files.STAMP: json.dumps(record).encode()}
+    assert view_files.ViewIdentity.from_dict(record) == table.identity
+    assert view_files.stamp_of(stamp) == table.identity.to_dict()
 
 
 def test_damage_is_refused_by_name(copied):
