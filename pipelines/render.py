@@ -131,6 +131,7 @@ def plan_task(config: RenderConfig, images: ImageParts) -> RenderTask:
         interpolation=INTERPOLATION,
         form=config.form,
         codec=CODECS[config.form],
+        row_group_rows=ROW_GROUP_ROWS,
     )
     return RenderTask(
         images_uri=images.uri,
@@ -203,7 +204,13 @@ def _render(
     ) as record:
         if len(unverified):
             check = partial(check_file, task.identity)
-            unit_tables.verify(ledger, unverified, check, num_cpus=task.num_cpus)
+            unit_tables.verify(
+                ledger,
+                unverified,
+                check,
+                lambda unit: render_work.row_groups(unit_of(ledger.units, images, unit), task),
+                num_cpus=task.num_cpus,
+            )
         computed, seconds = _compute(config, task, ledger, images)
         unit_tables.check_complete(ledger, config.max_rejected_units)
         manifest = build_manifest(

@@ -130,7 +130,9 @@ def _tokenize(
     ) as record:
         if len(unverified):
             check = partial(check_file, task.identity)
-            unit_tables.verify(ledger, unverified, check, num_cpus=task.decode_cpus)
+            unit_tables.verify(
+                ledger, unverified, check, ledger.units.rows, num_cpus=task.decode_cpus
+            )
         computed, seconds, reused = _compute(config, task, ledger, images, record)
         unit_tables.check_complete(ledger, config.max_rejected_units)
         table = _commit(task, ledger, images, config.rows_per_unit, options["libraries"])

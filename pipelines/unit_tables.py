@@ -24,9 +24,9 @@ ASIDE_IN_A_ROW = 16
 DEATHS_ALONE = 3
 FILES_PER_TASK = 64
 
-Check = Callable[[bytes, int], tuple[bool, str | None]]
-"""Bytes of a file and the rows it should have, to whether it is whole, and what of another identity
-it carries."""
+Check = Callable[[bytes, Any], tuple[bool, str | None]]
+"""Bytes of a file and the rows, or row groups, it should have, to whether it is whole, and what of
+another identity it carries."""
 
 
 class AnyUnit(Protocol):
@@ -204,14 +204,23 @@ def check_complete(ledger: Ledger, max_rejected_units: int) -> None:
         raise StageFailed(f"{ledger.uri}: every unit was rejected; there is no table to make")
 
 
-def verify(ledger: Ledger, unverified: np.ndarray, check: Check, *, num_cpus: float) -> None:
+def verify(
+    ledger: Ledger,
+    unverified: np.ndarray,
+    check: Check,
+    rows_of: Callable[[int], Any],
+    *,
+    num_cpus: float,
+) -> None:
     """Takes over files whose receipts were lost with an earlier driver; bad ones are redone.
+
+    `rows_of` a unit are what `check` asks for.
 
     Raises:
         InputError: a file belongs to a table of another identity.
     """
     units = ledger.units
-    names = [(int(unit), units.name(unit), units.rows(unit)) for unit in unverified]
+    names = [(int(unit), units.name(unit), rows_of(int(unit))) for unit in unverified]
     for unit, size, digest, difference in _verified(names, ledger.uri, check, num_cpus):
         if difference:
             raise InputError(
@@ -224,7 +233,7 @@ def verify(ledger: Ledger, unverified: np.ndarray, check: Check, *, num_cpus: fl
 
 
 def _verified(
-    names: list[tuple[int, str, int]], uri: str, check: Check, num_cpus: float
+    names: list[tuple[int, str, Any]], uri: str, check: Check, num_cpus: float
 ) -> Iterator[tuple[int, int, str, str | None]]:
     """`verify_files` in tasks."""
     task = ray.remote(verify_files).options(num_cpus=num_cpus)
@@ -236,7 +245,7 @@ def _verified(
 
 
 def verify_files(
-    names: Sequence[tuple[int, str, int]], uri: str, check: Check
+    names: Sequence[tuple[int, str, Any]], uri: str, check: Check
 ) -> list[tuple[int, int, str, str | None]]:
     """Re-reads files of (unit, name, rows): unit, size, hash, difference; size -1: not whole."""
     results: list[tuple[int, int, str, str | None]] = []

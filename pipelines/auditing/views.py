@@ -24,12 +24,12 @@ def audit_views(config: AuditConfig, table: ViewTable, findings: Findings) -> tu
         table.uri, names, table.file_uri, table.file_record, sample, config, findings
     )
     for index in changed:
-        data, rows = storage.read_bytes(table.file_uri(index)), len(table.file_rows(index))
-        whole, difference = check_file(table.identity, data, rows)
+        data, row_groups = storage.read_bytes(table.file_uri(index)), table.sizes_of(index)
+        whole, difference = check_file(table.identity, data, row_groups)
         if difference:
             findings.add(f"{names[index]}: {difference} (file != manifest)")
         elif not whole:
-            findings.add(f"{names[index]}: not a whole file of {rows} rows")
+            findings.add(f"{names[index]}: not a whole file of row groups as in the manifest")
     if not config.images:
         return len(sample), total, 0
     images = ImageTable.open(config.images)

@@ -49,7 +49,7 @@ def _sentence(bundle: Bundle, placed: int, nodes: Sequence[Mapping[str, float]])
 
 
 def _said(name: str, amount: float) -> str:
-    return f"{amount / 1e9:.1f} GB of memory" if name == "memory" else f"{amount:g} {name}"
+    return f"{amount / 1e9:.3g} GB of memory" if name == "memory" else f"{amount:g} {name}"
 
 
 def autoscaled() -> bool:

@@ -15,6 +15,7 @@ from pipelines import storage, unit_tables
 from pipelines.reading.pixels import DamagedImageError, drawn, render_encoded
 from pipelines.tables.image_files import Part, read_part
 from pipelines.tables.view_files import (
+    ROW_GROUP_ROWS,
     ViewIdentity,
     cut_row_groups,
     encode_file,
@@ -51,7 +52,7 @@ def plan_units(parts: Sequence[Part], rows_per_unit: int) -> Units:
     bounds: list[tuple[int, int, int]] = []
     for number, part in enumerate(parts):
         start = stop = 0
-        for rows in [*cut_row_groups(part.row_groups), 0]:
+        for rows in [*cut_row_groups(part.row_groups, ROW_GROUP_ROWS), 0]:
             last = not rows
             if stop > start and (last or stop + rows - start > rows_per_unit):
                 bounds.append((number, start, stop))
@@ -101,7 +102,7 @@ def _render(unit: Unit, task: RenderTask) -> Outcome:
     names = schema(identity)
     columns = [images["key"], images["digest"], *(pa.array(slot, pa.binary()) for slot in slots)]
     rows = pa.Table.from_arrays(columns, schema=names)
-    data = encode_file(rows, _row_groups(part, unit), identity)
+    data = encode_file(rows, row_groups(unit, task), identity)
     storage.write_bytes(storage.join(task.output, unit.name), data)
     seconds = {
         "read": read - begin,
@@ -112,9 +113,10 @@ def _render(unit: Unit, task: RenderTask) -> Outcome:
     return Outcome(unit=unit.index, facts=facts)
 
 
-def _row_groups(part: Part, unit: Unit) -> list[int]:
+def row_groups(unit: Unit, task: RenderTask) -> list[int]:
     """Row groups of the unit's file: those between its first row and its last."""
-    cut = cut_row_groups(part.row_groups)
+    part = Part.from_dict(unit.part)
+    cut = cut_row_groups(part.row_groups, task.identity.row_group_rows)
     starts = np.cumsum([0, *cut[:-1]])
     inside = (starts >= unit.start) & (starts < unit.stop)
     return [rows for rows, chosen in zip(cut, inside, strict=True) if chosen]

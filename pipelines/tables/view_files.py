@@ -33,15 +33,16 @@ CODECS: dict[str, str] = {
 """What each form is. Raised to another text whenever readers must tell two apart."""
 # Decoding takes the same time for all levels; 3 is 7 % smaller than 1, and 6 no smaller.
 ZSTD_LEVEL = 3
-# Rows of one row group at most: a ranged request of 6 MB of lossless views of 224 pixels, 1.5 MB of
-# JPEGs. Windows of the sample order share row groups at their edges, which are read twice.
+# Rows of one row group at most, of tables that are made now: a ranged request of 6 MB of lossless
+# views of 224 pixels, 1.5 MB of JPEGs. Windows of the sample order share row groups at their edges,
+# which are read twice.
 ROW_GROUP_ROWS = 64
 STAMP = b"beit.view_table"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViewIdentity:
-    """Everything the pixels depend on. Tables of equal identity hold equal pixels."""
+    """Everything the pixels and their places depend on: if equal, so are these."""
 
     image_fingerprint: str
     num_rows: int
@@ -55,6 +56,8 @@ class ViewIdentity:
     interpolation: str
     form: str
     codec: str
+    row_group_rows: int
+    """Row groups of the image table are cut into pieces of at most so many rows."""
 
     @property
     def num_views(self) -> int:
@@ -93,6 +96,7 @@ class ViewIdentityRecord(TypedDict):
     interpolation: str
     form: str
     codec: str
+    row_group_rows: Count
 
 
 def encode_view(pixels: np.ndarray, form: str) -> bytes:
@@ -146,7 +150,7 @@ KEYS = pa.schema(
 )
 
 
-def cut_row_groups(sizes: Sequence[int], most: int = ROW_GROUP_ROWS) -> list[int]:
+def cut_row_groups(sizes: Sequence[int], most: int) -> list[int]:
     """Row groups of a part in pieces of at most `most` rows, as even as can be."""
     cut: list[int] = []
     for rows in sizes:
@@ -180,18 +184,23 @@ def encode_file(rows: pa.Table, row_groups: Sequence[int], identity: ViewIdentit
     return sink.getvalue()
 
 
-def check_file(identity: ViewIdentity, data: bytes, rows: int) -> tuple[bool, str | None]:
-    """Whether `data` is a whole file of `rows` rows, and `field: found != wanted` if it belongs
-    to a table of another identity."""
+def check_file(
+    identity: ViewIdentity, data: bytes, row_groups: Sequence[int]
+) -> tuple[bool, str | None]:
+    """Whether `data` is a whole file of these row groups, and `field: found != wanted` if it
+    belongs to a table of another identity."""
     try:
         with parsing("", ""):
+            footer = pq.read_metadata(pa.BufferReader(data))
+            found = [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
             table = pq.read_table(
                 pa.BufferReader(data), use_threads=False, page_checksum_verification=True
             )
             difference = differing_field(stamp_of(table.schema.metadata), identity.to_dict())
     except DamagedFileError:
         return False, None
-    return table.num_rows == rows and table.schema.equals(schema(identity)), difference
+    whole = found == list(row_groups) and table.num_rows == sum(found)
+    return whole and table.schema.equals(schema(identity)), difference
 
 
 def stamp_of(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:

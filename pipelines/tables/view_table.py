@@ -132,7 +132,8 @@ class ViewTable(UnitTable):
             raise ValueError("parts: row_groups are not their rows")
         self.image_row_groups = np.array([rows for sizes in groups for rows in sizes], np.int64)
         """Of the image table: what the order of samples is made from."""
-        self.row_groups = RowGroups([cut_row_groups(sizes) for sizes in groups])
+        most = self.identity.row_group_rows
+        self.row_groups = RowGroups([cut_row_groups(sizes, most) for sizes in groups])
 
     @classmethod
     def open(cls, uri: str) -> "ViewTable":
@@ -168,6 +169,17 @@ class ViewTable(UnitTable):
             uri=self.uri, fingerprint=self.image_fingerprint, num_rows=self.num_rows
         )
 
+    def groups_of(self, index: int) -> range:
+        """Row groups of the table that are those of file number `index`."""
+        rows = self.file_rows(index)
+        return self.row_groups.overlapping(rows.start, rows.stop)
+
+    def sizes_of(self, index: int) -> list[int]:
+        """Rows of each row group of file number `index`."""
+        inside = self.groups_of(index)
+        sizes: list[int] = self.row_groups.sizes[inside.start : inside.stop].tolist()
+        return sizes
+
     def read_group(self, position: int, slot: int) -> pa.Table:
         """`key`, `digest` and `image`: row group `position` of the table, in this slot.
 
@@ -176,8 +188,6 @@ class ViewTable(UnitTable):
         """
         group = self.row_groups[position]
         index = int(np.searchsorted(self._last, group.start, side="right"))
-        rows = self.file_rows(index)
-        inside = self.row_groups.overlapping(rows.start, rows.stop)
         size, digest = self.file_record(index)
         uri = self.file_uri(index)
         columns = KEYS.append(pa.field(slot_name(slot), pa.binary(), nullable=False))
@@ -186,10 +196,10 @@ class ViewTable(UnitTable):
                 uri,
                 content_hash=digest,
                 num_bytes=size,
-                row_groups=tuple(self.row_groups.sizes[inside.start : inside.stop].tolist()),
+                row_groups=tuple(self.sizes_of(index)),
                 remedy=f"`beit audit` lists all damage, delete it and render {self.uri} again",
             )
-            table = opened.read([position - inside.start], columns)
+            table = opened.read([position - self.groups_of(index).start], columns)
         except FileNotFoundError as error:
             raise InputError(
                 f"{uri}: missing, though the manifest lists it; the same `beit render` makes it "

@@ -141,7 +141,7 @@ def test_a_cluster_without_room_is_refused_unless_it_grows(images, tmp_path, mon
     head = {"Alive": True, "Resources": {"CPU": 0.0, "memory": 2e9}}
     monkeypatch.setattr(render.ray, "nodes", lambda: [head])
     monkeypatch.setattr(render, "autoscaled", lambda: False, raising=False)
-    with pytest.raises(InputError, match=r"task_cpus: .* 0 CPU and 2\.0 GB of memory on 1 node"):
+    with pytest.raises(InputError, match=r"task_cpus: .* 0 CPU and 2 GB of memory on 1 node"):
         render._check_room(task)
     monkeypatch.setattr(render, "autoscaled", lambda: True)
     render._check_room(task)

@@ -9,6 +9,7 @@ import pytest
 from beit.images import decode_image, image_digest
 from beit.views import ViewPolicy, render, sample_view, view_of
 from pipelines import audit, storage
+from pipelines import render as render_stage
 from pipelines.config.audit import AuditConfig
 from pipelines.errors import InputError, StageFailed
 from pipelines.rendering import work as render_work
@@ -80,7 +81,28 @@ def test_units_are_whole_row_groups_and_every_row_is_in_one(root):
         assert units.sizes.sum() == NUM_ROWS
         assert (units.first[1:] == np.cumsum(units.sizes)[:-1]).all()
         assert len(units) == {1: len(images.row_groups), 10**6: 3}.get(most, len(units))
-    assert cut_row_groups([150, 0, 64, 5]) == [50, 50, 50, 64, 5]
+    assert cut_row_groups([150, 0, 64, 5], 64) == [50, 50, 50, 64, 5]
+
+
+def test_a_table_is_read_by_the_cut_it_was_written_with(root, tmp_path, monkeypatch):
+    for module in (render_stage, render_work):
+        monkeypatch.setattr(module, "ROW_GROUP_ROWS", 4)
+    images = ImageTable.open(str(root / "images"))
+    uri = write_views(images, tmp_path / "views", num_views=3, policy=POLICY)
+    monkeypatch.undo()
+    table = ViewTable.open(uri)
+    assert table.row_groups.sizes.max() == table.manifest["row_group_rows"] == 4
+    assert [row for row, _, _ in rows_of(table, 0)] == list(range(NUM_ROWS))
+    with pytest.raises(InputError, match="row_group_rows: 64 != 4"):
+        check_windows([ViewTable.open(str(root / "views")), table], range(6))
+
+
+def test_a_file_that_is_cut_otherwise_is_not_whole(root):
+    table = ViewTable.open(str(root / "views"))
+    data, sizes = storage.read_bytes(table.file_uri(0)), table.sizes_of(0)
+    assert len(sizes) > 1
+    assert view_files.check_file(table.identity, data, sizes) == (True, None)
+    assert view_files.check_file(table.identity, data, [sum(sizes)]) == (False, None)
 
 
 def test_a_field_that_was_changed_is_named(copied):
