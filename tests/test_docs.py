@@ -14,8 +14,9 @@ from pipelines import audit, pretrain
 from pipelines.config.audit import AuditConfig
 from pipelines.tables.image_table import ImageTable
 from pipelines.tables.token_table import TokenTable
+from pipelines.tables.view_table import ViewTable
 from pipelines.training.checkpoint import load
-from tests.pipelines.pretrain_fixtures import small_config
+from tests.pipelines.pretrain_fixtures import per_step, small_config
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "infra/README.md"]
@@ -55,10 +56,10 @@ def run_programs(*names):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """An image table and a token table that the documents' own programs wrote."""
+    """An image table, a token table and a view table that the documents' own programs wrote."""
     folder = tmp_path_factory.mktemp("contracts")
     with contextlib.chdir(folder):
-        run_programs("image_table", "token_table")
+        run_programs("image_table", "token_table", "view_table")
     return folder
 
 
@@ -73,6 +74,7 @@ def test_tables_of_a_third_party_are_ours(written):
     for config in (
         AuditConfig(table=str(written / "images")),
         AuditConfig(table=str(written / "tokens"), images=str(written / "images")),
+        AuditConfig(table=str(written / "views"), images=str(written / "images")),
     ):
         audit.run(config)  # raises on any difference
 
@@ -96,6 +98,24 @@ def test_a_training_takes_them_and_its_checkpoint_is_read_and_written(written, t
         left, right = getattr(ours, part), getattr(copied, part)
         assert left.keys() == right.keys()
         assert all(bool((left[name] == right[name]).all()) for name in left)
+
+
+def test_a_training_takes_their_views_alone(written, tmp_path):
+    views = str(written / "views")
+    policy = ViewTable.open(views).policy
+    config = small_config(
+        ("", ""),
+        tmp_path / "run",
+        tokens=[],
+        views=[views],
+        policy=policy,
+        objective={"kind": "mae", "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
+        model={"absolute_positions": True, "relative_positions": "none", "depth": 1},
+        masking={"kind": "random", "num_masked": 48},
+        optim={"steps": 4},
+    )
+    pretrain.run(config)
+    assert len(per_step(str(tmp_path / "run"))) == 4
 
 
 def words_of(line):
@@ -206,4 +226,4 @@ def test_programs_that_are_called_are_known():
 
 def test_the_blocks_are_found():
     assert sum(len(list(commands(page))) for page in PAGES) >= 15
-    assert [len(programs(page)) for page in PAGES if "contracts" in str(page)] == [1, 1, 1]
+    assert [len(programs(page)) for page in PAGES if "contracts" in str(page)] == [1, 1, 1, 1]
