@@ -6,14 +6,19 @@ is gone with the process that made it.
 """
 
 import os
+import select
 import subprocess
+import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 # Ends with the process that started it, also if that is killed. Hears Ctrl-C, also where a shell
 # started the tests in the background, with SIGINT ignored.
 BOUND = ("env", "--default-signal=INT", "setpriv", "--pdeathsig", "KILL")
 INIT = """
+set -e
 hostname "$1"; mount --make-rprivate /
 mount --bind "$2/hosts" /etc/hosts
 mount -t tmpfs -o size=2g tmpfs /dev/shm
@@ -23,18 +28,35 @@ ip link set lo up
 echo up
 sleep infinity & wait  # as an init does it: bash buries those whose parent is gone
 """
+PIPES: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+SECONDS = 300  # no command here takes as long
+REACH = """
+import socket, sys
+open(sys.argv[1]).close()
+try:
+    socket.create_connection(("b", 9), timeout=10)
+except ConnectionRefusedError:
+    pass  # it is there, and nothing listens
+"""
 
 
 def why_not() -> str:
-    """Why this machine cannot be several hosts; "" where it can."""
+    """Why this machine cannot be several hosts; "" where it can: two are made, and one asked.
+
+    It is asked for Python, for this checkout and for the other host, by its name.
+    """
     if os.geteuid():
         return "hosts of namespaces need root"
-    tried = subprocess.run(
-        ["unshare", "--net", "--mount", "--pid", "--fork",
-         "ip", "link", "add", "name", "switch", "type", "bridge"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return tried.stderr.strip()
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            network = Network(Path(directory), ["a", "b"])
+            try:
+                network.hosts["a"].run(sys.executable, "-c", REACH, __file__)
+            finally:
+                network.close()
+        except (OSError, AssertionError, subprocess.TimeoutExpired) as error:
+            return f"no hosts of namespaces here: {str(error).strip().splitlines()[-1]}"
+    return ""
 
 
 class Network:
@@ -45,34 +67,39 @@ class Network:
         self.addresses = {name: f"10.77.0.{n}" for n, name in enumerate(names, start=1)}
         lines = [f"{address} {name}\n" for name, address in self.addresses.items()]
         (directory / "hosts").write_text("127.0.0.1 localhost\n" + "".join(lines))
-        self.switch = _namespace("--net", command=["sh", "-c", "echo up; exec sleep infinity"])
-        self.ip("link", "add", "name", "switch", "type", "bridge")
-        self.ip("link", "set", "switch", "up")
         self.hosts = {name: Host(self, name) for name in names}
+        self.switch = _namespace("--net", command=["sh", "-c", "echo up; exec sleep infinity"])
+        try:
+            self.ip("link", "add", "name", "switch", "type", "bridge")
+            self.ip("link", "set", "switch", "up")
+            for host in self.hosts.values():
+                host.on()
+        except BaseException:
+            self.close()
+            raise
 
     def ip(self, *command: str) -> None:
         """Runs `ip` in the switch."""
-        subprocess.run(
-            ["nsenter", "--net", f"--target={self.switch.pid}", "ip", *command], check=True
-        )
+        inside = ["nsenter", "--net", f"--target={self.switch.pid}", "ip", *command]
+        _printed(subprocess.Popen(inside, **PIPES), inside)
 
     def close(self) -> None:
         """Ends every host."""
         for host in self.hosts.values():
             host.off()
-        self.switch.kill()
-        self.switch.wait()
+        _end(self.switch)
 
 
 class Host:
-    """One host; it is on."""
+    """One host: off at first."""
+
+    init: subprocess.Popen | None = None
 
     def __init__(self, network: Network, name: str) -> None:
         self.network, self.name, self.address = network, name, network.addresses[name]
         self.directory = network.directory / name
         self.directory.mkdir(exist_ok=True)
         self.directory.chmod(0o1777)
-        self.on()
 
     def on(self) -> None:
         """Switches the host on: a new one, with what was on its disk."""
@@ -116,12 +143,7 @@ class Host:
 
     def run(self, *command: object, env: dict[str, str] | None = None) -> str:
         """Runs a command on the host; returns what it prints."""
-        process = self.start(
-            *command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        out, errors = process.communicate()
-        assert process.returncode == 0, f"{self.name}: {command}: {errors[-3000:]}"
-        return out
+        return _printed(self.start(*command, env=env, **PIPES), [self.name, *map(str, command)])
 
     def processes(self) -> dict[int, str]:
         """Command lines of all that runs on the host, by the process id outside of it."""
@@ -145,15 +167,35 @@ class Host:
 
     def off(self) -> None:
         """Switches the host off: everything on it is gone at once."""
-        self.init.kill()
-        self.init.wait()
+        if self.init:
+            _end(self.init)
 
 
 def _namespace(*kinds: str, command: Sequence[str]) -> subprocess.Popen:
-    """A process that holds new namespaces, once it stands."""
-    process = subprocess.Popen(
-        [*BOUND, "unshare", *kinds, *command], stdout=subprocess.PIPE, text=True
-    )
+    """A process that holds new namespaces, once it stands. Raises AssertionError if it does not."""
+    process = subprocess.Popen([*BOUND, "unshare", *kinds, *command], **PIPES)
     assert process.stdout
-    assert process.stdout.readline() == "up\n", f"no namespace: {command}"
+    ready, _, _ = select.select([process.stdout], [], [], SECONDS)
+    if not ready or process.stdout.readline() != "up\n":
+        process.kill()
+        _, errors = process.communicate(timeout=SECONDS)
+        raise AssertionError(f"{' '.join(kinds)}: {errors}")
     return process
+
+
+def _printed(process: subprocess.Popen, command: Sequence[str]) -> str:
+    """What a process prints until it ends. Raises AssertionError or TimeoutExpired."""
+    try:
+        out, errors = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        _end(process)
+        raise
+    assert process.returncode == 0, (
+        f"{' '.join(command)}: exit code {process.returncode}. {errors[-3000:]}"
+    )
+    return out
+
+
+def _end(process: subprocess.Popen) -> None:
+    process.kill()
+    process.wait(timeout=SECONDS)
