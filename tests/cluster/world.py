@@ -116,12 +116,11 @@ class World:
             "import boto3; s3 = boto3.client('s3'); "
             "[s3.create_bucket(Bucket=name) for name in ('beit', 'mlflow')]"
         )
-        started.wait()
+        started.wait(timeout=START_SECONDS)
         self._reach("http://head:8265/api/version")
-        for name in filter(self.hosts.get, WORKERS):
-            before = self.nodes()
+        for count, name in enumerate(filter(self.hosts.get, WORKERS), start=2):
             self.add_worker(name)
-            self.wait(lambda before=before: self.nodes() > before, name)
+            self.wait(lambda count=count: self.nodes() == count, name)
         if "tracker" in self.hosts:
             tracker = self.hosts["tracker"]
             tracker.serve("sh", "-c", TRACKER, "tracker", POSTGRES, env={**self.here, **SHELL})
@@ -144,9 +143,9 @@ class World:
         )  # fmt: skip
 
     def nodes(self) -> int:
-        """Nodes of Ray that are alive."""
-        while not (answer := self._get("http://head:8265/api/v0/nodes")):
-            time.sleep(0.5)
+        """Nodes of Ray that are alive; 0 if the head does not answer."""
+        if not (answer := self._get("http://head:8265/api/v0/nodes")):
+            return 0
         nodes = json.loads(answer)["data"]["result"]["result"]
         return sum(node["state"] == "ALIVE" for node in nodes)
 
