@@ -3,6 +3,7 @@
 What `test_chain.py` shows at length, short enough for every run of the tests.
 """
 
+import contextlib
 import os
 import signal
 
@@ -56,9 +57,10 @@ evaluate:
 
 
 @pytest.fixture
-def chain(tmp_path, ray_turn):
+def chain(tmp_path, request):
     if reason := hosts.why_not():
         pytest.skip(reason)
+    request.getfixturevalue("ray_turn")  # not before: it may take long, for nothing
     world = World(tmp_path, ("head", "cpu", "store", "client"))
     try:
         upload_photos(world, 48)
@@ -68,18 +70,35 @@ def chain(tmp_path, ray_turn):
         world.close()
 
 
+@contextlib.contextmanager
+def training_paused(world):
+    """Inside, workers stand still: no training, however fast, is done before it is stopped."""
+    lines = world.hosts["cpu"].processes()
+    workers = [pid for pid, line in lines.items() if line.startswith("ray::RayTrainWorker")]
+    assert workers
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for worker in workers:
+            os.kill(worker, signal.SIGCONT)
+
+
 @pytest.mark.ray
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_chain_that_is_stopped_and_cut_off_ends_as_it_should(chain):
     world = chain.world
     stopped = chain.begin("pipeline")
     stopped.says("[4/5] pretrain")
     stopped.says("worker started, from step 0", after="[4/5] pretrain")
     # Ctrl-C lets the job run on; a second one stops it, with what it has saved.
-    (client,) = world.clients()
-    os.kill(client, signal.SIGINT)
-    stopped.says("runs on. Follow it again")
-    os.kill(client, signal.SIGINT)
+    with training_paused(world):
+        (client,) = world.clients()
+        os.kill(client, signal.SIGINT)
+        stopped.says("runs on. Follow it again")
+        os.kill(client, signal.SIGINT)
+        stopped.says("saving after this log")
     stopped.ends_with(130)
     assert world.drivers() == []
     assert stopped.submission.endswith("-1")
