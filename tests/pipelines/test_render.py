@@ -3,6 +3,7 @@
 import os
 import signal
 
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines import render, unit_tables
@@ -12,6 +13,7 @@ from pipelines.tables.image_table import ImageTable
 from tests.chaos import world
 from tests.pipelines.ingest_fixtures import write_images
 from tests.pipelines.test_tokenize_images import contents
+from tests.pipelines.two_drivers import render_units, verify_here
 from tests.pipelines.view_fixtures import render_config, write_views
 
 ROWS = 120
@@ -134,6 +136,24 @@ def test_a_dry_run_leaves_what_lies_beside_a_finished_table(images, tmp_path):
     assert sorted(output.rglob("*")) == before
     render.run(render_config(images, output))
     assert not (output / "_lease").exists()
+
+
+def test_files_without_receipts_are_taken_over_if_they_are_cut_as_the_table(
+    images, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(render, "_outcomes", render_units)
+    monkeypatch.setattr(render, "_check_room", lambda task: None)
+    monkeypatch.setattr(unit_tables, "_verified", verify_here)
+    monkeypatch.setattr(render, "ROW_GROUP_ROWS", 8)
+    monkeypatch.setattr(render_work, "ROW_GROUP_ROWS", 8)
+    output, config = tmp_path / "t", render_config(images, tmp_path / "t")
+    render.run(config)
+    before = contents(output)
+    (output / "manifest.json").unlink()
+    table = pq.read_table(first := min(output.glob("*.parquet")))
+    pq.write_table(table, first)  # in one row group
+    result = render.run(config)
+    assert (result.units_computed, contents(output)) == (1, before)
 
 
 def test_a_cluster_without_room_is_refused_unless_it_grows(images, tmp_path, monkeypatch, capsys):
