@@ -114,10 +114,11 @@ class Mlp(nn.Module):
 
 
 class BlockNorm(nn.LayerNorm):
-    """A layer norm that computes in the type of its input: weights may be gathered in another."""
+    """A layer norm whose weights may be gathered in a smaller type than that of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        wider = torch.promote_types(self.weight.dtype, x.dtype)
+        weight, bias = self.weight.to(wider), self.bias.to(wider)
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 

@@ -243,11 +243,18 @@ def _shard(network: nn.Module, world: World, precision: str) -> None:
     )
     for block in [module for module in network.modules() if isinstance(module, Block)]:
         fully_shard(block, mesh=mesh, mp_policy=policy)
+        if precision == "bf16":
+            block.register_forward_pre_hook(_in_float32)
     fully_shard(network, mesh=mesh)
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+
+
+def _in_float32(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What enters a block. Patches of autocast are bf16, and small weights no longer widen them."""
+    return args[0].float(), *args[1:]
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import torch
 from beit.initialisation import truncated_normal_
 from beit.mim import BeitMIM, model_config
 from beit.position_bias import bias_table_rows, relative_position_index
-from beit.vit import Attention, BeitEncoder, drop_path_noise
+from beit.vit import Attention, BeitEncoder, BlockNorm, drop_path_noise
 
 SMALL = {
     "image_size": 32,
@@ -257,3 +257,17 @@ def test_impossible_shapes_are_refused_by_name(change, message):
 def test_layer_scale_of_zero_means_none():
     config = {k: v for k, v in SMALL.items() if k != "vocab_size"}
     assert BeitEncoder(**{**config, "layer_scale_init": 0.0}).blocks[0].gamma_1 is None
+
+
+def test_norms_of_blocks_compute_in_the_wider_type():
+    """As torch's, also of bfloat16 under autocast; and in float32 with weights gathered in less."""
+    x, generator = torch.randn(64, 32), torch.Generator().manual_seed(0)
+    norm, wanted = BlockNorm(32), torch.nn.LayerNorm(32)
+    for parameter in norm.parameters():
+        parameter.data.normal_(generator=generator)
+    wanted.load_state_dict(norm.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(norm(x.bfloat16()), wanted(x.bfloat16()))
+    norm.bfloat16()
+    wanted.bfloat16().float()
+    assert torch.equal(norm(x), wanted(x))

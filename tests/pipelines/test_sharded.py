@@ -15,6 +15,7 @@ from torch.nn.utils import get_total_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from beit.classifier import BeitClassifier, Classification
 from beit.vit import BlockNorm, Mlp
 from pipelines import finetune, pretrain
 from pipelines.config.pretrain import PretrainConfig
@@ -51,6 +52,16 @@ from tests.servers import free_port
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = {"beit": {}, **SECTIONS}
 SCALING = {"num_workers": 2, "strategy": "fsdp", "precision": "bf16"}
+CLASSIFIER = {
+    "image_size": 16,
+    "patch_size": 8,
+    "dim": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "num_classes": 0,
+    "absolute_positions": False,
+    "relative_positions": "per_block",
+}
 
 
 class Traffic(TorchDispatchMode):
@@ -108,7 +119,8 @@ def loss_of(objective, inputs, more, precision):
 def test_what_is_gathered_summed_kept_and_judged(kind):
     objective, inputs, more = objective_and_inputs(kind)
     more["noise"] = None
-    exact, spare = copy.deepcopy(objective).eval(), copy.deepcopy(objective)
+    objective.eval()  # else drop-path would draw for one and not for the other
+    exact, spare = copy.deepcopy(objective), copy.deepcopy(objective)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         wrapped = wrap_model(objective, ALONE, strategy="fsdp", compiled=False, precision="bf16")
@@ -118,7 +130,7 @@ def test_what_is_gathered_summed_kept_and_judged(kind):
                 lambda part, _: gathered.update({type(part): types_of(part)})
             )
         loss = loss_of(wrapped, inputs, more, "bf16")
-        with unsharded(objective.eval(), spare.eval()) as seen, torch.no_grad():
+        with unsharded(objective, spare) as seen, torch.no_grad():
             judged = seen(*inputs, **more).sums[0].item()
         shards = list(objective.parameters())
     finally:
@@ -133,6 +145,28 @@ def test_what_is_gathered_summed_kept_and_judged(kind):
     errors = [a - b.grad for a, b in zip(found, trained, strict=True)]
     whole = get_total_norm([p.grad for p in trained])
     assert get_total_norm(errors) < 0.02 * whole
+
+
+@pytest.mark.parametrize("layer_scale", [0.1, None])
+def test_what_enters_a_block_of_a_classifier_is_float32(layer_scale):
+    """Neither a mask token nor positions, which are float32, are added to its patches."""
+    network = BeitClassifier(**CLASSIFIER, layer_scale_init=layer_scale)
+    plain = copy.deepcopy(network)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = Classification(network)
+        wrap_model(model, ALONE, strategy="fsdp", compiled=False, precision="bf16")
+        entered = []
+        for part in network.modules():
+            if isinstance(part, BlockNorm):
+                part.register_forward_pre_hook(lambda _, args: entered.append(args[0].dtype))
+        pixels = torch.randn(8, 3, 16, 16)
+        with autocast(ALONE, "bf16"), torch.no_grad():
+            found, wanted = network(pixels), plain(pixels)
+    finally:
+        dist.destroy_process_group()
+    assert entered == [torch.float32] * 2 * CLASSIFIER["depth"]
+    assert found.float() == pytest.approx(wanted.float(), abs=0.05)
 
 
 def check_traffic(sizes):
