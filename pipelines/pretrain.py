@@ -133,7 +133,9 @@ def train_loop(  # noqa: PLR0915
         batches = data.batches(state.segments())
 
         def look(*, at_probe: bool, at_pictures: bool) -> None:
-            with books.spend("evaluation"), unsharded(objective, spare) as seen:
+            if not (at_probe or at_pictures):
+                return
+            with unsharded(objective, spare) as seen:
                 if at_probe:
                     prober.run(seen, log, state.step)
                 if at_pictures:
@@ -142,7 +144,9 @@ def train_loop(  # noqa: PLR0915
 
         # Who was killed after the last checkpoint may not have come to what follows it.
         if state.at_end:
-            look(at_probe=config.probe.every_steps > 0, at_pictures=True)
+            with books.spend("evaluation"):
+                at_probe = config.probe.every_steps > 0 and not prober.told(log, state.step)
+                look(at_probe=at_probe, at_pictures=True)
 
         # --- The steps.
         while state.step < plan.total_steps:
@@ -200,7 +204,9 @@ def train_loop(  # noqa: PLR0915
             # Checkpoint, also where the run was asked to end.
             state.checkpoint()
 
-            if at_probe or at_pictures:
+            # Asked first: a sharded network is gathered for what is done only.
+            with books.spend("evaluation"):
+                at_probe = at_probe and prober.affordable(state.step)
                 look(at_probe=at_probe, at_pictures=at_pictures)
         prober.tell_left_out(log, state.step)
 

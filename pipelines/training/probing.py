@@ -71,6 +71,15 @@ class Prober:
         self.left_out = str(self.world.broadcast(why))
         return not self.left_out
 
+    def told(self, log: TrainLog, step: int) -> bool:
+        """Whether a probe of this step, or that it was left out, is among the events of the run."""
+        found = False
+        if log.active:
+            with tolerated():
+                events = [*log.run.events("probe"), *log.run.events("probe_left_out")]
+                found = any(event["step"] == step for event in events)
+        return bool(self.world.broadcast(found))
+
     def tell_left_out(self, log: TrainLog, step: int) -> None:
         """An event, at the end of a training of which no probe was made since its start."""
         if self.cost is None and self.left_out:
@@ -112,9 +121,7 @@ class Prober:
         return ImageTable.open(probed).num_rows if probed else self.data.tables.num_rows
 
     def run(self, objective: Objective, log: TrainLog, step: int) -> None:
-        """A probe, if it is affordable: figures as an event. One without room is left out."""
-        if not self.affordable(step):
-            return
+        """A probe: its figures as an event. One without room is left out."""
         images, start = self._images(), monotonic()
         layers = candidate_layers(self.config.probe, self.config.model.depth)
         room = self._room(images, len(layers), log, step)

@@ -646,15 +646,39 @@ class TestPieces:
         assert optim.total_warmup_steps(625) == 6_250
         assert dataclasses.replace(optim, steps=10, warmup_steps=3).total_steps(625) == 10
 
-    def test_what_follows_the_last_checkpoint_is_made_up_for(self, tables, tmp_path, monkeypatch):
-        config = small_config(tables, tmp_path, optim={"steps": 4, "warmup_steps": 1})
+    @pytest.mark.parametrize("max_share", [0.02, 1])
+    def test_what_follows_the_last_checkpoint_is_made_up_for(
+        self, tables, tmp_path, monkeypatch, max_share
+    ):
+        """Each once, and the probe although nothing was trained since the start."""
+        config = small_config(
+            tables,
+            tmp_path,
+            optim={"steps": 4, "warmup_steps": 1},
+            probe={"every_steps": 4, "max_share": max_share, "num_folds": 2},
+        )
 
         def killed(*_):
             raise StageFailed("killed here")
 
-        with monkeypatch.context() as patch, pytest.raises(StageFailed, match="killed here"):
-            patch.setattr(FixedImages, "log_pictures", killed)
-            pretrain.run(config)
+        for _ in range(2):
+            with monkeypatch.context() as patch, pytest.raises(StageFailed, match="killed here"):
+                patch.setattr(FixedImages, "log_pictures", killed)
+                pretrain.run(config)
         assert not list(tmp_path.glob("pictures/*/*.png"))
         assert pretrain.run(config).resumed_from == 4
         assert (tmp_path / "pictures/masked_input/000000004.png").exists()
+        told = [(event["event"], event["step"]) for event in events_of(str(tmp_path))]
+        assert [event for event in told if "probe" in event[0]] == [("probe", 4)]
+
+    def test_no_weights_are_gathered_for_a_probe_that_is_left_out(
+        self, tables, tmp_path, monkeypatch
+    ):
+        gathered, real = [], pretrain.unsharded
+        monkeypatch.setattr(
+            pretrain, "unsharded", lambda *args: gathered.append(args) or real(*args)
+        )
+        probe = {"every_steps": 1}
+        optim = {"steps": 4, "warmup_steps": 1}
+        pretrain.run(small_config(tables, tmp_path, optim=optim, probe=probe))
+        assert len(gathered) == 1, "for the pictures at the end"
