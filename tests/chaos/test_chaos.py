@@ -1,8 +1,11 @@
 """Kill -9 at random, and the table is as if nothing had been. The long version: `chaos.py`."""
 
+import re
+
 import pytest
 
 from pipelines import storage
+from pipelines.tables.image_table import ImageParts
 from tests.chaos import chaos, world
 from tests.faulty_proxy import faulty_proxy
 from tests.s3_server import bucket, s3  # noqa: F401 - fixtures
@@ -38,6 +41,26 @@ def test_kills_of_every_kind_change_nothing(arena, kills):
     tally = arena.run(kills=kills, seed=1)
     assert tally.total == kills
     assert set(tally.kills) == set(chaos.KINDS)
+    chaos.check(arena, tally, output, undisturbed(arena))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.long
+@pytest.mark.parametrize("arena", [30], indirect=True)
+def test_kills_change_nothing_where_tokens_are_reused(arena):
+    """Nine of ten images of every unit are in an older table, under other names."""
+    output, older = arena.job["output"], str(arena.directory / "older")
+    kept = {number for number in range(300) if number % 10}
+    images = ImageParts.open(world.make_images(older, count=300, keep=kept, prefix="older/"))
+    world.write_tokens(images, arena.job["tokenizer"], f"{older}-tokens")
+    arena.job["changes"] |= {"reuse": [f"{older}-tokens"], "reuse_images": [older]}
+    tally = arena.run(kills=6, seed=3)
+    assert tally.total == 6
+    assert re.search(r"images_reused=[1-9]", arena.log())
+    for name in ("reuse", "reuse_images"):
+        del arena.job["changes"][name]
     chaos.check(arena, tally, output, undisturbed(arena))
 
 
