@@ -60,19 +60,23 @@ def with_changes(config: Config, changes: Mapping[str, Any], *, label: str) -> C
     Raises:
         InputError: an unknown field or a wrong value; names `label`.
     """
-    values = yaml.safe_dump(_merged(to_dict(config), changes))
     try:
+        values = yaml.safe_dump(_merged(to_dict(config), changes))
         return _typed(type(config), [f"--config={values}"], stage=label, recipes=())
     except InputError as error:
         raise InputError(f"{label}: {error}") from error
 
 
 def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    both = {
-        name: _merged(values[name], new) if isinstance(values.get(name), dict) else new
-        for name, new in changes.items()
-    }
-    return {**values, **both}
+    both = dict(values)
+    for name, new in changes.items():
+        if not isinstance(values.get(name), dict):
+            both[name] = new
+        elif isinstance(new, dict):
+            both[name] = _merged(values[name], new)
+        else:
+            raise InputError(f"{name} = {new!r}: give those of its fields that differ, or none")
+    return both
 
 
 def _typed(

@@ -7,10 +7,13 @@ from pipelines.evaluate import Result
 from pipelines.evaluation.result import PRETRAINED, TITLES
 from pipelines.training.pretraining import PretrainResult
 
+DEMO_STEPS = 2000
+"""Of `make demo`."""
+
 
 def headline(trained: PretrainResult, judged: Result) -> str:
     """Lines for people, the surest figure first."""
-    lines = [*_tokens(trained), *_picture(trained), *_features(judged)]
+    lines = [*_tokens(trained), *_picture(trained), *_features(trained, judged)]
     return "\n".join(f"  {name:<16}{text}" for name, text in lines)
 
 
@@ -27,14 +30,15 @@ def _picture(trained: PretrainResult) -> Iterator[tuple[str, str]]:
         yield "picture", picture
 
 
-def _features(judged: Result) -> Iterator[tuple[str, str]]:
+def _features(trained: PretrainResult, judged: Result) -> Iterator[tuple[str, str]]:
     linear = judged.scores[PRETRAINED]["linear"]
     interval = f"[{100 * linear.low:.1f}, {100 * linear.high:.1f}]"
     yield "features", f"linear probe {100 * linear.accuracy:.1f} %, 95 % interval {interval}"
     for name, (gain, low, high) in sorted(judged.gains.items()):
         points = f"{100 * gain:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
         yield "", f"{_words(low, high)} {TITLES[name]}: {points}, image by image"
-    if judged.gains and not any(low > 0 for _, low, _ in judged.gains.values()):
+    gains = any(low > 0 for _, low, _ in judged.gains.values())
+    if judged.gains and not gains and trained.steps < DEMO_STEPS:
         yield "", "so short a training shows in the tokens first; `make demo` trains longer"
 
 

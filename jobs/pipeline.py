@@ -11,11 +11,14 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+from typing_extensions import TypedDict
 
 from jobs.command import with_changes
 from pipelines.config.evaluate import EvaluateConfig
@@ -50,6 +53,16 @@ class PipelineConfig:
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Other trainings to compare with `pretrain`, by name: those of its fields that differ. Each
     gets run-NAME/ and an evaluation; all of them get one table, and a report (needs MLflow)."""
+
+    def __post_init__(self) -> None:
+        for name in self.arms:
+            if not re.fullmatch(r"[\w.-]+", name):
+                raise InputError(f"arms: {name!r} names a training; use letters, digits, . _ -")
+        if self.arms and self.evaluate.output:
+            raise InputError(
+                f"evaluate.output = {self.evaluate.output!r}: each training of `arms` has its own "
+                "evaluation below its run; leave it out"
+            )
 
 
 def stages(config: PipelineConfig) -> Iterator[tuple[str, str, Any]]:
@@ -163,9 +176,15 @@ def run(config: PipelineConfig, *, start_ray: Callable[[], None]) -> PipelineRes
     for number, (stage, module, stage_config) in enumerate(chain, start=1):
         print(f"\n[{number}/{len(chain)}] {stage}", flush=True)
         options = {} if module in WITHOUT_RAY else {"start_ray": start_ray}
-        with record.timed(stage) as entry:
-            result = importlib.import_module(f"pipelines.{module}").run(stage_config, **options)
-            entry.said = str(result.summary() if hasattr(result, "summary") else result)
+        try:
+            with record.timed(stage) as entry:
+                result = importlib.import_module(f"pipelines.{module}").run(stage_config, **options)
+                entry.said = str(result.summary() if hasattr(result, "summary") else result)
+                entry.already_done = getattr(result, "already_done", False)
+        except Exception:
+            if stage == "report":  # it asks MLflow, the table does not
+                print(f"\n{_verdict(config, results)}\n", flush=True)
+            raise
         results[stage] = result
         done.append((stage, entry.seconds, entry.said))
         print(f"      {entry.said}  ({entry.seconds:.0f} s)", flush=True)
@@ -201,47 +220,67 @@ def _verdict(config: PipelineConfig, results: dict[str, Any]) -> str:
 class _Entry:
     seconds: float = 0.0
     said: str = ""
+    already_done: bool = False
+
+
+class _Stage(TypedDict):
+    seconds: float
+    said: str
+
+
+class _Stages(TypedDict):
+    stages: dict[str, _Stage]
 
 
 class ChainRecord:
     """`chain.json`: seconds and words of each stage, over all starts of the chain until it ended.
 
-    A stage that had ended keeps what stands there: said once more it would be done in a second.
+    A stage that is done already keeps what stands there; one that is made again is told anew.
+
+    Raises:
+        InputError: the file is not of this form.
     """
 
     def __init__(self, uri: str) -> None:
-        from pipelines import storage
+        from pipelines import records, storage
 
         self._uri = uri
-        self._stages: dict[str, Any] = {}
+        self._stages: dict[str, _Stage] = {}
         if storage.exists(uri):
-            self._stages = storage.read_json(uri)["stages"]
+            remedy = "remove it, it holds no more than times"
+            self._stages = records.read_values(uri, _Stages, remedy)["stages"]
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[_Entry]:
-        """Writes down what the block takes, also where it fails; the block sets `said`.
+        """Writes down what the block takes, also where it fails; the block sets what it found.
 
         Of a stage that refuses its input nothing is written.
         """
-        began, entry, refused = time.monotonic(), _Entry(), False
+        began, entry = time.monotonic(), _Entry()
         try:
             yield entry
         except InputError:
-            refused = True
             raise
-        finally:
+        except BaseException:
             entry.seconds = time.monotonic() - began
-            if not refused:
+            # What ended the stage is told, also where the store is away.
+            with contextlib.suppress(Exception):
                 self._keep(stage, entry)
+            raise
+        entry.seconds = time.monotonic() - began
+        self._keep(stage, entry)
 
     def _keep(self, stage: str, entry: _Entry) -> None:
         from pipelines import storage
 
-        before = self._stages.get(stage, {"seconds": 0.0, "said": ""})
-        if not before["said"]:
-            seconds = before["seconds"] + entry.seconds
-            self._stages[stage] = {"seconds": seconds, "said": entry.said}
-            storage.write_json(self._uri, {"stages": self._stages, **_made_by()})
+        before = self._stages.get(stage)
+        ended = before is not None and before["said"]
+        made = entry.said and not entry.already_done
+        if (ended and not made) or (before is None and entry.already_done):
+            return
+        seconds = entry.seconds + (before["seconds"] if before and not ended else 0.0)
+        self._stages[stage] = {"seconds": seconds, "said": entry.said}
+        storage.write_json(self._uri, {"stages": self._stages, **_made_by()})
 
 
 def _made_by() -> dict[str, Any]:

@@ -53,6 +53,8 @@ def run(config: ReportConfig) -> ReportResult:
     title = f"{counted(len(facts), 'run')} of {config.tracking.experiment}"
     text = page(title, shared, facts, settings).encode()
     output = storage.absolute(config.output)
+    # Without the options of a URI, which may be secret.
+    file_name = Path(output if storage.is_local(output) else output.partition("?")[0]).name
     storage.write_bytes(output, text)
     with start_run(
         config.tracking,
@@ -61,7 +63,7 @@ def run(config: ReportConfig) -> ReportResult:
         output=output,
         system_metrics=False,
     ) as tracked:
-        tracked.log_artifact_file(Path(output).name, text)
+        tracked.log_artifact_file(file_name, text)
         links = ", ".join(f"[{name}]({link(one)})" for name, one in zip(names, runs, strict=True))
-        tracked.set_note(f"{Path(output).name} under Artifacts compares {links}")
+        tracked.set_note(f"{file_name} under Artifacts compares {links}")
     return ReportResult(output=output, runs=len(facts), settings=len(settings), where=tracked.where)

@@ -49,6 +49,11 @@ class TokenizeResult:
     codes_used: int
     perplexity: float
 
+    @property
+    def already_done(self) -> bool:
+        """There was nothing left to do."""
+        return not self.units_computed
+
     def summary(self) -> str:
         """One line for the user."""
         if not self.fingerprint:

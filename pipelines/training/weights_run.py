@@ -104,9 +104,14 @@ class TrainResult:
         value = self.report["last_period"].get(name)
         return math.nan if value is None else float(value)
 
+    @property
+    def already_done(self) -> bool:
+        """There was nothing left to do."""
+        return self.resumed_from == self.steps
+
     def told(self, figures: str) -> str:
         """One line for a person, with the figures of its stage."""
-        done = "were done already" if self.resumed_from == self.steps else "done"
+        done = "were done already" if self.already_done else "done"
         return (
             f"{self.steps} steps {done}; loss {self.loss:.3f}, {figures}; look first at "
             f"{self.report['goodput']['bottleneck']}; run: {self.run_uri}"

@@ -7,6 +7,7 @@ import pytest
 
 from jobs import cli, pipeline
 from jobs.command import parse
+from jobs.headline import DEMO_STEPS
 from pipelines.preparation.sample_images import list_images, read_image
 from pipelines.tables.image_table import ImageTable
 from pipelines.tables.token_table import TokenTable
@@ -54,6 +55,7 @@ def test_the_recipes_of_the_chain_parse(name: str) -> None:
     assert list(chain) == ["prepare", "train-tokenizer", "tokenize", "pretrain", "evaluate"]
     assert chain["pretrain"].tokens == ["here/tokens"] == [chain["tokenize"].output]
     assert chain["pretrain"].scaling.num_workers == 2
+    assert (chain["pretrain"].optim.steps == DEMO_STEPS) == (name == "demo")
 
 
 @pytest.mark.ray

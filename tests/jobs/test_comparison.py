@@ -1,6 +1,7 @@
 """What a chain says at its end, and what it keeps of it: table, headline, record."""
 
 import dataclasses
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -8,10 +9,12 @@ import pytest
 from jobs import pipeline
 from jobs.cli import parse_stage
 from jobs.comparison import Arm, comparison
-from jobs.headline import headline
+from jobs.headline import DEMO_STEPS, headline
 from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.evaluation.result import Result, Score
+from pipelines.tokenization.report import TokenizeResult
+from pipelines.training.weights_run import TrainResult
 
 
 def judged(output, accuracy, gains=None):
@@ -82,6 +85,10 @@ def test_the_headline_is_tokens_the_picture_and_features_in_words(tmp_path, gain
     assert "2.4 %" in said
     assert words in said
     assert ("make demo" in said) == short
+    long = headline(
+        trained(tmp_path, 100, DEMO_STEPS, 0.201), judged(tmp_path, 0.5, {"pixels": gain})
+    )
+    assert "make demo" not in long
     assert "picture" not in said
     picture = tmp_path / "pictures" / "reconstruction" / "000000220.png"
     picture.parent.mkdir(parents=True)
@@ -103,8 +110,45 @@ def test_the_record_of_a_chain_adds_up_what_was_interrupted(tmp_path):
     assert done["said"] == "12 images"
     assert done["seconds"] > 100
     with pipeline.ChainRecord(uri).timed("prepare") as entry:
-        entry.said = "12 images, was done already"
+        entry.said, entry.already_done = "12 images, was done already", True
     assert storage.read_json(uri)["stages"]["prepare"] == done
+    # Made again it is another; one that an earlier version made took nobody knows how long.
+    record = pipeline.ChainRecord(uri)
+    with record.timed("prepare") as entry:
+        entry.said = "13 images"
+    with record.timed("tokenize") as entry:
+        entry.said, entry.already_done = "12 images, were done already", True
+    again = storage.read_json(uri)["stages"]
+    assert list(again) == ["prepare"]
+    assert again["prepare"]["said"] == "13 images"
+    assert again["prepare"]["seconds"] < 100
+
+
+def test_stages_tell_what_was_done_before():
+    assert TrainResult(run=None, resumed_from=9, report={"steps": 9}).already_done
+    assert not TrainResult(run=None, resumed_from=8, report={"steps": 9}).already_done
+    fields = dict.fromkeys(each.name for each in dataclasses.fields(TokenizeResult))
+    assert TokenizeResult(**fields | {"units_computed": 0}).already_done
+    assert not TokenizeResult(**fields | {"units_computed": 1}).already_done
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"stages": {"prepare": 5}}'])
+def test_a_record_of_another_form_is_named(tmp_path, text):
+    (tmp_path / "chain.json").write_text(text)
+    with pytest.raises(InputError, match=r"chain\.json: .*remove it"):
+        pipeline.ChainRecord(str(tmp_path / "chain.json"))
+
+
+def test_what_ended_a_stage_is_told_where_its_record_cannot_be_written(tmp_path, monkeypatch):
+    def away(*_):
+        raise OSError(5, "store is away")
+
+    record = pipeline.ChainRecord(str(tmp_path / "chain.json"))
+    monkeypatch.setattr(storage, "write_json", away)
+    with pytest.raises(KeyboardInterrupt), record.timed("prepare"):
+        raise KeyboardInterrupt
+    with pytest.raises(OSError, match="store is away"), record.timed("prepare"):
+        pass
 
 
 def test_a_stage_that_refuses_leaves_nothing(tmp_path):
@@ -139,6 +183,9 @@ def test_the_recipe_of_the_comparison_differs_in_what_it_compares():
         ({"optim": {"steps": "many"}}, "arms.wrong.*many"),
         ({"masking": {"num_masked": 0}}, "arms.wrong.*num_masked"),
         ({"nothing": 1}, "arms.wrong.*nothing"),
+        ({"optim": None}, "arms.wrong.*optim"),
+        ({"optim": 5}, "arms.wrong.*optim"),
+        ({"objective": "mae"}, "arms.wrong.*objective"),
     ],
 )
 def test_a_wrong_arm_is_named_before_anything_runs(changes, said):
@@ -146,3 +193,44 @@ def test_a_wrong_arm_is_named_before_anything_runs(changes, said):
     wrong = dataclasses.replace(config, arms={"wrong": changes})
     with pytest.raises(InputError, match=said):
         pipeline.run(wrong, start_ray=lambda: None)
+
+
+@pytest.mark.parametrize("name", ["", "../other", "a b"])
+def test_an_arm_is_named_as_its_run_directory_can_be(name, capsys):
+    words = ["--config", "compare", "--output", "here", f"--arms={json.dumps({name: {}})}"]
+    with pytest.raises(InputError, match=f"arms: '{name}' .*letters"):
+        parse_stage("pipeline", words)
+
+
+def test_evaluations_of_arms_do_not_share_an_output():
+    words = ["--config", "compare", "--output", "here", "--evaluate.output", "there"]
+    with pytest.raises(InputError, match=r"evaluate\.output = 'there': .*leave it out"):
+        parse_stage("pipeline", words)
+    chain = pipeline.stages(parse_stage("pipeline", [*words, "--arms={}"]))
+    assert {stage: each for stage, _, each in chain}["evaluate"].output == "there"
+
+
+def test_the_table_is_shown_where_the_report_cannot_be_made(tmp_path, monkeypatch, capsys):
+    """The report asks MLflow, the table does not."""
+
+    def no_answer(_):
+        raise InputError("no answer from MLflow")
+
+    monkeypatch.setattr("pipelines.report.run", no_answer)
+    for module in ("prepare", "train_tokenizer", "tokenize_images"):
+        monkeypatch.setattr(f"pipelines.{module}.run", lambda config, start_ray: "done")
+    arms = {"run": ("beit", 50), "run-mae": ("mae", 53)}
+    made = {name: arm(tmp_path, *one) for name, one in arms.items()}
+
+    def of(uri):
+        return made[uri.rpartition("/")[2]]
+
+    monkeypatch.setattr(
+        "pipelines.pretrain.run", lambda config, start_ray: of(config.output).trained
+    )
+    monkeypatch.setattr("pipelines.evaluate.run", lambda config: of(config.run).judged)
+    config = parse_stage("pipeline", ["--config", "compare", "--output", str(tmp_path / "out")])
+    config = dataclasses.replace(config, arms={"mae": config.arms["mae"]})
+    with pytest.raises(InputError, match="no answer"):
+        pipeline.run(config, start_ray=lambda: None)
+    assert "53.0 % [51.0, 55.0]  +3.0" in capsys.readouterr().out

@@ -180,6 +180,23 @@ def test_the_file_needs_nothing_else_and_mlflow_has_it(made):
     assert set(re.findall(r"/runs/([0-9a-f]{32})", note)) == set(runs)
 
 
+def test_the_report_has_no_name_with_the_options_of_its_place(made, monkeypatch):
+    config, runs, _, _ = made
+    place = "s3://b/out/told.html?endpoint_override=http://h:1&secret_key=SEK"
+    write = report.storage.write_bytes
+    monkeypatch.setattr(
+        report.storage, "write_bytes", lambda uri, *x, **y: uri == place or write(uri, *x, **y)
+    )
+    asked = ReportConfig(runs=runs[:1], output=place, tracking=config)
+    report.run(asked)
+    client = MlflowClient(config.uri)
+    [own] = client.search_runs(
+        ["1"], "tags.`beit.stage` = 'report'", order_by=["start_time DESC"], max_results=1
+    )
+    assert "told.html" in [file.path for file in client.list_artifacts(own.info.run_id)]
+    assert own.data.tags["mlflow.note.content"].count("told.html under") == 1
+
+
 def test_runs_are_named_in_every_way(made, tmp_path):
     config, runs, _, _ = made
     directory = tmp_path / "run"
