@@ -147,13 +147,13 @@ def _solve(
         line_search_fn="strong_wolfe",
     )
 
+    @torch.no_grad()  # L-BFGS enables it, and a graph would keep the logits of all rows
     def closure() -> Tensor:
         loss, weight.grad, bias.grad = _loss_and_gradient(rows, labels, weight, bias)
         weight.grad += weight_decay * weight
         return loss + 0.5 * weight_decay * weight.square().sum()
 
-    with torch.no_grad():
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
     return weight.detach(), bias.detach()
 
 

@@ -99,6 +99,20 @@ def test_probes_are_the_same_in_any_number_of_parts(monkeypatch):
     assert np.array_equal(found(), whole)
 
 
+def test_the_linear_probe_keeps_no_graph_of_its_logits(monkeypatch):
+    """L-BFGS asks for its loss with gradients enabled: logits of all rows would be kept."""
+    kept, real = [], probes._loss_and_gradient
+
+    def looked_at(*given):
+        kept.append(real(*given))
+        return kept[-1]
+
+    monkeypatch.setattr(probes, "_loss_and_gradient", looked_at)
+    fit_linear(*blobs(60, 4), num_classes=3, weight_decay=0.1, max_iterations=2)
+    assert kept
+    assert not any(value.requires_grad for values in kept for value in values)
+
+
 def test_more_features_than_rows_are_reckoned_with_their_span(monkeypatch):
     """It is done for each block and the final probe, and grows with the cube of the rows."""
     spans, real = [], probes._span
