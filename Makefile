@@ -43,7 +43,7 @@ run: $(BIN)/.run  ## images to a reviewed run in six minutes on two cores (IMAGE
 demo: $(BIN)/.run  ## the same chain, long enough that the features beat raw pixels (under an hour)
 	$(BIN)/beit quickstart --config jobs/configs/demo.yaml $(ARGS)
 
-compare: $(BIN)/.run  ## BEiT, BEiT v2 and MAE on the sample for the same time, and one table (half an hour)
+compare: $(BIN)/.run  ## BEiT, BEiT v2 and MAE on the sample for about the same time, and one table (half an hour)
 	$(BIN)/beit pipeline --config jobs/configs/compare.yaml $(ARGS)
 
 evidence: $(BIN)/.dev  ## the experiments of docs/evidence.md that are still open (ARGS="--experiment views --most 3")

@@ -40,7 +40,8 @@ def measured(chain: Path) -> dict[str, Any]:
     return {
         "command": "make run",
         "machine": record["machine"],
-        "commit": record["code"].get("commit", "")[:12],
+        "commit": record["code"].get("commit", "")[:12]
+        + "+" * (record["code"].get("dirty") == "true"),
         "stages": {
             name: {
                 "seconds": round(stage["seconds"]),

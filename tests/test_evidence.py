@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.evidence import cells, data, document, run, statistics
+from benchmarks.front_page import marks, part
 
 
 def result(setting, hits, **other):
@@ -112,3 +113,23 @@ def test_a_killed_program_goes_on_to_the_same_page(tmp_path: Path, monkeypatch):
         assert again["cells"][name]["hits"] == cell["hits"]
         assert again["cells"][name]["scores"] == cell["scores"]
     assert "open" not in page.read_text().split("# Where")[0].split("\n\n", 3)[-1]
+
+
+def test_the_front_page_has_each_cell_as_soon_as_it_is_there(tmp_path: Path, monkeypatch):
+    """Cells take hours: who stops the program keeps results and pages that agree."""
+    results, readme = tmp_path / "evidence.json", tmp_path / "README.md"
+    readme.write_text("\n".join(marks("evidence")))
+    monkeypatch.setattr(run, "RESULTS", results)
+    monkeypatch.setattr(run, "README", readme)
+    done = []
+
+    def measured(cell, _):
+        if done:
+            raise KeyboardInterrupt
+        done.append(cell)
+        return result(cell, "1100")
+
+    monkeypatch.setattr(run, "measured", measured)
+    with pytest.raises(KeyboardInterrupt):
+        run.run(tmp_path / "work", results, tmp_path / "evidence.md")
+    assert part(readme.read_text(), "evidence") == document.front(run.read(results)).strip("\n")

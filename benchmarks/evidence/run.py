@@ -41,9 +41,6 @@ def main() -> None:
     run(
         options.work.absolute(), options.results, options.document, options.experiment, options.most
     )
-    if options.results == RESULTS:
-        text = with_part(README.read_text(), "evidence", document.front(read(RESULTS)))
-        README.write_text(text)
 
 
 def run(
@@ -57,9 +54,16 @@ def run(
     for cell in missing[:most]:
         found[cell.name] = measured(cell, work)
         write(results, found)
-        document.write(page, found)
-    document.write(page, found)
+        publish(page, results, found)
+    publish(page, results, found)
     print(f"{max(len(missing) - most, 0)} cells are left; {page}")
+
+
+def publish(page: Path, results: Path, found: dict[str, Any]) -> None:
+    """Writes the page and, of the results that are published, the part of README."""
+    document.write(page, found)
+    if results == RESULTS:
+        README.write_text(with_part(README.read_text(), "evidence", document.front(found)))
 
 
 def measured(cell: Cell, work: Path) -> dict[str, Any]:
