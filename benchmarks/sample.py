@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.front_page import README, with_part
+from jobs.cli import STAGES
 from pipelines.evaluation.result import TITLES
 
 RESULTS = Path(__file__).parent / "results" / "sample.json"
@@ -47,7 +48,8 @@ def measured(chain: Path) -> dict[str, Any]:
                 "seconds": round(stage["seconds"]),
                 "said": stage["said"].replace(f"{chain}/", "").replace(str(chain), "."),
             }
-            for name, stage in record["stages"].items()
+            for name in STAGES  # the record keeps names in the order of the alphabet
+            if (stage := record["stages"].get(name))
         },
         "training": {
             "steps": report["steps"],
