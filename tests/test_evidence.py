@@ -133,3 +133,17 @@ def test_the_front_page_has_each_cell_as_soon_as_it_is_there(tmp_path: Path, mon
     with pytest.raises(KeyboardInterrupt):
         run.run(tmp_path / "work", results, tmp_path / "evidence.md")
     assert part(readme.read_text(), "evidence") == document.front(run.read(results)).strip("\n")
+
+
+def test_programs_that_share_results_keep_what_the_other_found(tmp_path: Path, monkeypatch):
+    experiment = cells.experiments()[0]
+    mine, others = experiment.settings[0], dataclasses.replace(experiment.settings[0], seed=2)
+    results = tmp_path / "evidence.json"
+
+    def measured(cell, _):
+        run.add(results, others, result(others, "10"))  # the other one ends first
+        return result(cell, "11")
+
+    monkeypatch.setattr(run, "measured", measured)
+    run.run(tmp_path / "work", results, tmp_path / "evidence.md", "views", seeds=(0,), most=1)
+    assert set(run.read(results)) == {mine.name, others.name}

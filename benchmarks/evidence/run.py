@@ -1,26 +1,29 @@
 """Runs the cells of the evidence that have no result yet, one at a time, and writes the document.
 
-    python -m benchmarks.evidence.run [--work work/evidence] [--experiment views] [--most 3]
+    python -m benchmarks.evidence.run [--work work/evidence] [--experiment views] [--seed 0]
 
 Killed, it goes on where it was: finished cells stand in benchmarks/results/evidence.json, the
-stages of an unfinished one resume by themselves.
+stages of an unfinished one resume by themselves. Several programs, each with its own seeds, may
+share results and work, once the first has made the tokens.
 """
 
 import argparse
 import dataclasses
+import fcntl
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.evidence import document
-from benchmarks.evidence.cells import BATCH, Cell, experiments
+from benchmarks.evidence.cells import BATCH, SEEDS, Cell, experiments
 from benchmarks.evidence.stages import Places, commands
 from benchmarks.front_page import README, with_part
 from pipelines.training.run_dir import RunDir
@@ -36,26 +39,32 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--document", type=Path, default=DOCUMENT)
     parser.add_argument("--experiment", default="", help="only this one")
+    parser.add_argument("--seed", type=int, nargs="*", default=SEEDS, help="only cells of these")
     parser.add_argument("--most", type=int, default=sys.maxsize, help="cells run before it ends")
     options = parser.parse_args()
     run(
-        options.work.absolute(), options.results, options.document, options.experiment, options.most
-    )
+        options.work.absolute(), options.results, options.document,
+        options.experiment, options.seed, options.most,
+    )  # fmt: skip
 
 
 def run(
-    work: Path, results: Path, page: Path, experiment: str = "", most: int = sys.maxsize
+    work: Path,
+    results: Path,
+    page: Path,
+    experiment: str = "",
+    seeds: Sequence[int] = SEEDS,
+    most: int = sys.maxsize,
 ) -> None:
     """Runs at most so many missing cells; after each, results and page are written anew."""
     found = read(results)
     chosen = [e for e in experiments() if experiment in ("", e.name)]
-    cells = dict.fromkeys(cell for e in chosen for cell in e.cells())
+    cells = dict.fromkeys(cell for e in chosen for cell in e.cells() if cell.seed in seeds)
     missing = [cell for cell in cells if cell.name not in found]
     for cell in missing[:most]:
-        found[cell.name] = measured(cell, work)
-        write(results, found)
-        publish(page, results, found)
-    publish(page, results, found)
+        add(results, cell, measured(cell, work))
+        publish(page, results, read(results))
+    publish(page, results, read(results))
     print(f"{max(len(missing) - most, 0)} cells are left; {page}")
 
 
@@ -114,11 +123,14 @@ def read(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text())["cells"]) if path.exists() else {}
 
 
-def write(path: Path, results: dict[str, Any]) -> None:
-    """All results, at once or not at all."""
-    beside = path.with_suffix(".new")
-    beside.write_text(json.dumps({"cells": results}, indent=1, sort_keys=True) + "\n")
-    beside.replace(path)
+def add(path: Path, cell: Cell, result: dict[str, Any]) -> None:
+    """Writes one result beside those that are there by now, at once or not at all."""
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results = {**read(path), cell.name: result}
+        beside = path.with_suffix(".new")
+        beside.write_text(json.dumps({"cells": results}, indent=1, sort_keys=True) + "\n")
+        beside.replace(path)
 
 
 if __name__ == "__main__":
