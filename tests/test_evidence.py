@@ -91,8 +91,12 @@ def test_rows_of_other_images_are_not_compared(tmp_path: Path):
 def test_a_killed_program_goes_on_to_the_same_page(tmp_path: Path, monkeypatch):
     small = cells.Cell(images=520, steps=4, views=1, tokenizer="kmeans")
     trial = cells.Experiment(
-        name="trial", title="Trial", axis=("views", "objective"),
-        settings=(small, dataclasses.replace(cells.MAE, images=520, steps=4)),
+        name="trial", title="Trial", axis=("views", "objective", "form"),
+        settings=(
+            small,
+            dataclasses.replace(small, form="jpeg90"),
+            dataclasses.replace(cells.MAE, images=520, steps=4),
+        ),
     )  # fmt: skip
     for module in (run, document):
         monkeypatch.setattr(module, "experiments", lambda: [trial])
@@ -105,7 +109,7 @@ def test_a_killed_program_goes_on_to_the_same_page(tmp_path: Path, monkeypatch):
     assert "open" in page.read_text()
     run.run(tmp_path / "work", results, page)
     first = json.loads(results.read_text())
-    assert len(first["cells"]) == 2
+    assert len(first["cells"]) == 3
     results.unlink()
     run.run(tmp_path / "work", results, page)  # every stage says that it is done
     again = json.loads(results.read_text())

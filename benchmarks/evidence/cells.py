@@ -28,14 +28,18 @@ class Cell:
     """Patches hidden, of 64."""
     steps: int = 1000
     seed: int = 0
+    form: str = "exact"
+    """Of the pixels: `exact` ones are rendered at each step, others are stored views."""
 
     @property
     def name(self) -> str:
         """What the cell is called in results, directories and MLflow."""
         tokens = f"{self.tokenizer}-v{self.views}" if self.tokenizer else "pixels"
         data = self.data + (str(self.images) if self.images else "")
+        form = "" if self.form == "exact" else f"-{self.form}"
         return (
-            f"{data}-{self.objective}-{tokens}-{self.mask}{self.masked}-{self.steps}-s{self.seed}"
+            f"{data}-{self.objective}-{tokens}{form}-{self.mask}{self.masked}-{self.steps}"
+            f"-s{self.seed}"
         )
 
 
@@ -81,6 +85,14 @@ def experiments() -> list[Experiment]:
             "Stored views, 500 images, 1,000 steps (E = 256)",
             (256, 12, 1),
             dataclasses.replace(beit, images=500),
+        ),
+        Experiment(
+            name="noise",
+            title="Stored pixels with and without the noise of JPEG",
+            axis=("form",),
+            settings=tuple(
+                dataclasses.replace(beit, form=f) for f in ("exact", "jpeg95", "jpeg90")
+            ),
         ),
         of_views("views-random-75", "Stored views, random masks of 75 %", (40, 4, 1), random75),
         of_views(

@@ -63,6 +63,10 @@ class Places:
         return self.images / "tokens" / f"{self.cell.tokenizer}-held-out"
 
     @property
+    def stored_views(self) -> Path:
+        return self.images / "views" / f"{self.cell.form}-{self.cell.views}"
+
+    @property
     def run(self) -> Path:
         return self.work / "runs" / self.cell.name
 
@@ -85,6 +89,11 @@ def commands(cell: Cell, work: Path) -> Iterator[tuple[str, list[str]]]:
                 tables.append(str(at.tokens(first, end)))
                 yield "tokenize", _tokens(at, at.images, at.tokens(first, end), first, end)
         yield "tokenize", _tokens(at, at.table("held_out"), at.held_out_tokens, 0, 1)
+    if cell.form != "exact":
+        yield "render", [
+            f"--images={at.images}", f"--output={at.stored_views}", f"--form={cell.form}",
+            f"--num_views={cell.views}", f"--image_size={SIDE[cell.data]}", *POLICY,
+        ]  # fmt: skip
     yield "pretrain", _pretrain(at, tables)
     yield "evaluate", [
         f"--run={at.run}", f"--images={at.table('probe')}", "--pooling=grid", "--attentive=false",
@@ -119,6 +128,7 @@ def _tokens(at: Places, images: Path, output: Path, first: int, end: int) -> lis
 
 def _pretrain(at: Places, tables: list[str]) -> list[str]:
     cell, side = at.cell, SIDE[at.cell.data]
+    views = [] if cell.form == "exact" else [f"--views=[{at.stored_views}]"]
     return [
         f"--config={HERE / 'pretrain.yaml'}",
         f"--images={at.images}", f"--output={at.run}", f"--seed={cell.seed}",
@@ -128,5 +138,5 @@ def _pretrain(at: Places, tables: list[str]) -> list[str]:
         f"--objective.kind={cell.objective}",
         f"--masking.kind={cell.mask}", f"--masking.num_masked={cell.masked}",
         f"--optim.steps={cell.steps}", f"--optim.warmup_steps={cell.steps // 10}",
-        *OBJECTIVES[cell.objective],
+        *OBJECTIVES[cell.objective], *views,
     ]  # fmt: skip
