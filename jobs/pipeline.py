@@ -145,6 +145,8 @@ class PipelineResult:
     """Name, seconds and summary of each."""
     verdict: str
     """What was learned, in words; of several trainings their table."""
+    look: str
+    """Where a person sees the runs; "" if nothing was recorded."""
 
     def summary(self) -> str:
         """What the command prints at the end."""
@@ -159,7 +161,7 @@ class PipelineResult:
                 *lines,
                 "",
                 self.verdict,
-                "\nLook at it:  make ui    (runs, curves, pictures, lineage in MLflow)",
+                f"\nRuns, curves, pictures, lineage:  {self.look}" if self.look else "",
             ]
         )
 
@@ -193,7 +195,14 @@ def run(config: PipelineConfig, *, start_ray: Callable[[], None]) -> PipelineRes
         seconds=time.monotonic() - start,
         stages=tuple(done),
         verdict=_verdict(config, results),
+        look=_where_to_look(config),
     )
+
+
+def _where_to_look(config: PipelineConfig) -> str:
+    from pipelines.tracking.table import where_to_look
+
+    return where_to_look(config.pretrain.tracking)
 
 
 def _verdict(config: PipelineConfig, results: dict[str, Any]) -> str:
@@ -272,6 +281,7 @@ class ChainRecord:
 
     def _keep(self, stage: str, entry: _Entry) -> None:
         from pipelines import storage
+        from pipelines.redaction import redacted
 
         before = self._stages.get(stage)
         ended = before is not None and before["said"]
@@ -279,7 +289,7 @@ class ChainRecord:
         if (ended and not made) or (before is None and entry.already_done):
             return
         seconds = entry.seconds + (before["seconds"] if before and not ended else 0.0)
-        self._stages[stage] = {"seconds": seconds, "said": entry.said}
+        self._stages[stage] = {"seconds": seconds, "said": redacted(entry.said)}
         storage.write_json(self._uri, {"stages": self._stages, **_made_by()})
 
 

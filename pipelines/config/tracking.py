@@ -13,7 +13,7 @@ class TrackingConfig:
     experiment: str = "beit"
     """MLflow experiment; made when it does not exist."""
     run_name: str = ""
-    """Name of the run. Empty: the stage and the time."""
+    """Name of the run. Empty: what tells it from others of its stage."""
     registered_model: str = ""
     """Name under which `pretrain` registers its weights as a model. Empty: they are stored with the
     run only."""

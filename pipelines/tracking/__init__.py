@@ -37,7 +37,15 @@ from pipelines.tracking.filler import Filler
 from pipelines.tracking.page import OWN_NOTE_TAG
 from pipelines.tracking.spool import OWN_WEIGHTS, LinesFile, Spool
 from pipelines.tracking.system_metrics import SystemMetrics
-from pipelines.tracking.table import HEADLINE, HIGH, LOW, deciding, run_name, save_views
+from pipelines.tracking.table import (
+    HEADLINE,
+    HIGH,
+    LOW,
+    deciding,
+    run_link,
+    run_name,
+    save_views,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -346,16 +354,10 @@ def opened_run(
 def _where(filler: Filler, stored_in: str) -> tuple[str, str]:
     """Address of a run's page, if there is a server, and what is said of it."""
     if not stored_in.startswith("http"):
-        return "", (
-            f"MLflow run {filler.run_id[:8]} in {stored_in}: `make ui` shows it "
-            f"(mlflow ui --backend-store-uri {shlex.quote(stored_in)})"
-        )
-    experiment_id = filler.client.get_run(filler.run_id).info.experiment_id
-    # Without this switch MLflow opens its view for language-model traces.
-    url = (
-        f"{stored_in.rstrip('/')}/#/experiments/{experiment_id}/runs/{filler.run_id}"
-        "?workflowType=machine_learning"
-    )
+        show = f"beit ui --uri {shlex.quote(stored_in)}"
+        return "", f"MLflow run {filler.run_id[:8]} in {stored_in}: `{show}` shows it"
+    number = filler.client.get_run(filler.run_id).info.experiment_id
+    url = run_link(stored_in, number, filler.run_id)
     return url, f"MLflow run: {url}"
 
 

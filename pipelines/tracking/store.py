@@ -53,6 +53,11 @@ def absolute_tracking_uri(uri: str) -> str:
     )
 
 
+def address(server_uri: str) -> str:
+    """A server's address as a link; its user is left out, for a browser asks who is there."""
+    return re.sub(r"(?<=://)[^/@]*@", "", redacted(server_uri)).rstrip("/")
+
+
 def connect(tracking_uri: str) -> "MlflowClient":
     """A client of a store that has answered, asked by MLflow itself: its settings for TLS, tokens
     and basic authentication hold.

@@ -6,11 +6,15 @@ configuration is the run's `config.yaml`.
 
 import base64
 import json
+import shlex
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from pipelines.config.tracking import TrackingConfig
+from pipelines.redaction import redacted
 from pipelines.tracking.datasets import short_name
+from pipelines.tracking.store import absolute_tracking_uri, address, connect, experiment_id
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -124,13 +128,36 @@ def _number(value: object) -> int:
     return value if isinstance(value, int) else 0
 
 
-def view_link(tracking_uri: str, experiment_id: str, key: str = PRETRAINING) -> str:
+# Without this switch MLflow opens its view for language-model traces.
+TRAINING_VIEW = "?workflowType=machine_learning"
+
+
+def view_link(server_uri: str, experiment_id: str, key: str = PRETRAINING) -> str:
     """Address of a saved view of an experiment."""
-    # Without the first switch MLflow opens its view for language-model traces.
-    return (
-        f"{tracking_uri.rstrip('/')}/#/experiments/{experiment_id}/runs"
-        f"?workflowType=machine_learning&viewStateShareKey={key}"
-    )
+    page = f"{address(server_uri)}/#/experiments/{experiment_id}/runs"
+    return f"{page}{TRAINING_VIEW}&viewStateShareKey={key}"
+
+
+def run_link(server_uri: str, experiment_id: str, run_id: str) -> str:
+    """Address of the page of a run."""
+    return f"{address(server_uri)}/#/experiments/{experiment_id}/runs/{run_id}{TRAINING_VIEW}"
+
+
+def where_to_look(config: TrackingConfig) -> str:
+    """How a person sees the runs: a link where a server has them, else a command; "" if nothing
+    was recorded."""
+    if not config.enabled:
+        return ""
+    uri = absolute_tracking_uri(config.uri)
+    if uri.startswith("http"):
+        try:
+            return view_link(uri, experiment_id(connect(uri), config, uri))
+        except Exception:  # it has been there, and may be again
+            return address(uri)
+    options = [f"--uri {shlex.quote(redacted(uri))}"] if config.uri else []
+    if config.experiment != TrackingConfig().experiment:
+        options.append(f"--experiment {shlex.quote(config.experiment)}")
+    return " ".join(["beit ui", *options]) if options else "beit ui, or make ui in a checkout"
 
 
 def save_views(client: "MlflowClient", experiment_id: str) -> None:

@@ -69,9 +69,10 @@ def make_plan(config: TrainTokenizerConfig, images: ImageTable) -> TokenizerPlan
     source: dict[str, Any] = {
         "stage": STAGE,
         "image_table": images.fingerprint,
-        "sample_order": sample_order(config, images).to_dict(),
         "options": deciding_options(config),
     }
+    if config.model.trained:
+        source["sample_order"] = sample_order(config, images).to_dict()
     if config.teacher:
         model = config.model
         side = model.image_size // model.stride
@@ -125,10 +126,9 @@ def begin(run_dir: RunDir, config: TrainTokenizerConfig, plan: TokenizerPlan) ->
 
 
 def _fingerprints(plan: TokenizerPlan) -> dict[str, str]:
-    fingerprints = {
-        "image_table": plan.source["image_table"],
-        "order": storage.fingerprint(plan.source["sample_order"]),
-    }
+    fingerprints = {"image_table": plan.source["image_table"]}
+    if "sample_order" in plan.source:
+        fingerprints["order"] = storage.fingerprint(plan.source["sample_order"])
     if "teacher" in plan.source:
         fingerprints["teacher"] = plan.source["teacher"]["fingerprint"]
     return fingerprints

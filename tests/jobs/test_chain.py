@@ -83,7 +83,7 @@ def test_from_a_folder_to_a_reviewed_run(
     shown = capsys.readouterr().out
     assert "codes used" in shown
     assert "linear probe" in shown
-    assert "make ui" in shown
+    assert "beit ui, or make ui in a checkout" in shown
     assert (tmp_path / "out" / "report.html").read_text().count("<svg") >= 1
     table = [line.split() for line in shown.partition("  training ")[2].splitlines()]
     assert [row[0] for row in table if row][1:3] == ["beit", "mae"]

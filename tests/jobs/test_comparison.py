@@ -124,6 +124,12 @@ def test_the_record_of_a_chain_adds_up_what_was_interrupted(tmp_path):
     assert again["prepare"]["seconds"] < 100
 
 
+def test_the_record_of_a_chain_keeps_no_secret(tmp_path):
+    with pipeline.ChainRecord(str(tmp_path / "chain.json")).timed("prepare") as entry:
+        entry.said = "12 images, s3://bucket/images?endpoint=a&access_token=planted"
+    assert "endpoint=a&access_token=***" in (tmp_path / "chain.json").read_text()
+
+
 def test_stages_tell_what_was_done_before():
     assert TrainResult(run=None, resumed_from=9, report={"steps": 9}).already_done
     assert not TrainResult(run=None, resumed_from=8, report={"steps": 9}).already_done

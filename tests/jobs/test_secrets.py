@@ -12,7 +12,7 @@ import pytest
 
 from jobs.environment import ENVIRONMENT
 from pipelines.preparation.sample_images import list_images, read_image
-from tests.jobs.test_chain import CONFIGS, SMALLER
+from tests.jobs.test_chain import CONFIGS, MAE, SMALLER
 from tests.s3_server import ACCESS_KEY, SECRET_KEY, start_s3
 from tests.servers import free_port, mlflow_server, running
 
@@ -106,6 +106,7 @@ def test_a_chain_on_s3_leaves_no_secret_anywhere(chain, ray_turn):
         "--pretrain.optim.steps=12", "--pretrain.optim.warmup_steps=2",
         "--pretrain.probe.every_steps=6", "--pretrain.probe.max_share=1",
         "--pretrain.tracking.registered_model=beit",
+        f"--arms={json.dumps({'mae': {**MAE, 'probe': {'images': images}}})}",
     ]  # fmt: skip
     nobody = f"http://anna:planted-7-geheim@127.0.0.1:{free_port()}"
     other = ["pretrain", "--output", chain.uri("other"), "--tokens", json.dumps([tokens])]

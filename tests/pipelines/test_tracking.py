@@ -33,7 +33,15 @@ from pipelines.tracking import model_registry
 from pipelines.tracking.filler import FIGURE_WIDTH, known_pictures
 from pipelines.tracking.lineage import lineage, users
 from pipelines.tracking.spool import Spool
-from pipelines.tracking.table import DECIDING, MAX_PARAMS, VIEWS, deciding, run_name
+from pipelines.tracking.store import address
+from pipelines.tracking.table import (
+    DECIDING,
+    MAX_PARAMS,
+    VIEWS,
+    deciding,
+    run_name,
+    where_to_look,
+)
 from tests.pipelines.tracking_fixtures import (  # noqa: F401 - fixtures
     REPOSITORY,
     config_fixture,
@@ -70,8 +78,7 @@ def test_a_run_holds_everything_that_was_said(config, tmp_path):
         run.log_artifact_file("deep/er/data.bin", b"\x00\x01")
         run.log_table("table.json", {"class": ["cat", "dog"], "share": [0.5, 0.25]})
         run.set_output(dataset("token_table", "k" * 32, uri="/data/tokens"))
-        assert "make ui" in run.where
-        assert str(tmp_path / "mlflow.db") in run.where
+        assert f"beit ui --uri sqlite:///{tmp_path}/mlflow.db" in run.where
 
     client = MlflowClient(config.uri)
     stored = client.get_run(run.run_id)
@@ -598,3 +605,25 @@ def test_the_code_travels_with_the_model(config, tmp_path):
         [sys.executable, "-c", textwrap.dedent(program)], cwd=tmp_path, env=environment, check=True
     )
     np.testing.assert_allclose(np.load(tmp_path / "last.npy"), features(model, IMAGES), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        ({"enabled": False}, ""),
+        ({}, "beit ui, or make ui in a checkout"),
+        ({"uri": "sqlite:////a b/m.db"}, "beit ui --uri 'sqlite:////a b/m.db'"),
+        (
+            {"uri": "sqlite:////m.db", "experiment": "x"},
+            "beit ui --uri sqlite:////m.db --experiment x",
+        ),
+    ],
+)
+def test_a_chain_ends_with_what_shows_its_runs(options, where):
+    assert where_to_look(TrackingConfig(**options)) == where
+
+
+def test_links_hold_no_password():
+    server = f"http://anna:planted@127.0.0.1:{free_port()}"
+    assert where_to_look(TrackingConfig(uri=server)) == address(server)
+    assert address(server) == server.replace("anna:planted@", "")
