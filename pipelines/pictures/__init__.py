@@ -22,8 +22,8 @@ from pipelines.pictures.canvas import (
     INK,
     MARGIN,
     MASKED,
+    SCALE,
     font,
-    heading_height,
     new_canvas,
     shortened,
 )
@@ -42,6 +42,9 @@ __all__ = [
     "token_map",
     "tokenizer_grid",
 ]
+
+
+TILE, SMALL_TILE = 128 * SCALE, 96 * SCALE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +157,7 @@ def reconstruction_grid(
     if accuracy is not None:
         captions = [f"{100 * value:.0f} %" for value in list(accuracy)[:max_images]]
     tiles = [_tile(array) for array in arrays]
-    size = tiles[0].size if tiles else (128, 128)
+    size = tiles[0].size if tiles else (TILE, TILE)
     columns = [
         Column(title="input", tiles=tiles),
         Column(
@@ -189,7 +192,7 @@ def tokenizer_grid(
 ) -> Image.Image:
     """Pictures beside what their visual tokens stand for, both uint8 (B, 3, h, w)."""
     arrays = _as_images(images)[:max_images]
-    size = _tile(arrays[0]).size if len(arrays) else (128, 128)
+    size = _tile(arrays[0]).size if len(arrays) else (TILE, TILE)
     columns = [
         Column(title="input", tiles=[_tile(array, size=size) for array in arrays]),
         Column(
@@ -226,7 +229,7 @@ def token_map(
     if images is not None:
         arrays = _as_images(images)[:max_images]
         columns.append(Column(title="input", tiles=[_tile(array) for array in arrays]))
-    size = columns[0].tiles[0].size if columns and len(ids) else (128, 128)
+    size = columns[0].tiles[0].size if columns and len(ids) else (TILE, TILE)
     columns.append(Column(title="token ids", tiles=[_tile(grid, size=size) for grid in grids]))
     note = f"{len(palette)} different tokens; equal colour = equal token"
     return _sheet(columns, title=title, note=note, groups=2 if len(ids) > 3 else 1)
@@ -241,19 +244,19 @@ def contact_sheet(
     note: str = "",
 ) -> Image.Image:
     """Pictures in rows, uint8 (B, 3, H, W) or a list of (3, H, W), each with a label below."""
-    tiles = [_fitted(array, 96) for image in images for array in _as_images(image[None])]
-    label_height = 18 if labels else 0
+    side = SMALL_TILE
+    tiles = [_fitted(array, side) for image in images for array in _as_images(image[None])]
+    line = side + (18 * SCALE if labels else 0) + GAP
     rows = -(-len(tiles) // columns) if tiles else 0
-    width = 2 * MARGIN + columns * 96 + (columns - 1) * GAP
-    top = heading_height(title, note)
-    canvas, draw = new_canvas(width, top + rows * (96 + label_height + GAP) + MARGIN, title, note)
+    width = 2 * MARGIN + columns * side + (columns - 1) * GAP
+    canvas, draw, top = new_canvas(width, rows * line, title, note)
     for index, tile in enumerate(tiles):
-        x = MARGIN + index % columns * (96 + GAP)
-        y = top + index // columns * (96 + label_height + GAP)
-        canvas.paste(tile, (x + (96 - tile.width) // 2, y + (96 - tile.height) // 2))
+        x = MARGIN + index % columns * (side + GAP)
+        y = top + index // columns * line
+        canvas.paste(tile, (x + (side - tile.width) // 2, y + (side - tile.height) // 2))
         if labels:
-            text = shortened(str(labels[index]), 11, 96)
-            draw.text((x + 48, y + 99), text, fill=FAINT, font=font(11), anchor="ma")
+            text, below = shortened(str(labels[index]), 11, side), y + side + 3 * SCALE
+            draw.text((x + side // 2, below), text, fill=FAINT, font=font(11), anchor="ma")
     return canvas
 
 
@@ -295,7 +298,7 @@ def _tile(array: np.ndarray, size: tuple[int, int] | None = None) -> Image.Image
     image = Image.fromarray(np.ascontiguousarray(array))
     if size is None:
         # Whole multiples keep pixels of small pictures square.
-        factor = max(1, 128 // max(image.size))
+        factor = max(1, TILE // max(image.size))
         size = (image.width * factor, image.height * factor)
     if image.size == size:
         return image
@@ -319,9 +322,9 @@ def _with_contour(tile: Image.Image, cells: np.ndarray) -> Image.Image:
             here = padded[row + 1, column + 1]
             x, y = round(column * width), round(row * height)
             if here != padded[row, column + 1]:
-                draw.line((x, y, round((column + 1) * width), y), fill=CONTOUR, width=2)
+                draw.line((x, y, round((column + 1) * width), y), fill=CONTOUR, width=2 * SCALE)
             if here != padded[row + 1, column]:
-                draw.line((x, y, x, round((row + 1) * height)), fill=CONTOUR, width=2)
+                draw.line((x, y, x, round((row + 1) * height)), fill=CONTOUR, width=2 * SCALE)
     return tile
 
 
@@ -344,14 +347,13 @@ def _sheet(
     # `groups` sets of the columns stand side by side, so that many rows do not make a tower.
     count = len(columns[0].tiles)
     rows = max(1, -(-count // groups))
-    tile_width = max((tile.width for c in columns for tile in c.tiles), default=128)
-    tile_height = max((tile.height for c in columns for tile in c.tiles), default=128)
-    group_width = len(columns) * (tile_width + GAP) + (20 if groups > 1 else 0)
-    caption_width = 56 if captions else 0
-    top = heading_height(title, note)
-    canvas, draw = new_canvas(
+    tile_width = max((tile.width for c in columns for tile in c.tiles), default=TILE)
+    tile_height = max((tile.height for c in columns for tile in c.tiles), default=TILE)
+    group_width = len(columns) * (tile_width + GAP) + (20 * SCALE if groups > 1 else 0)
+    caption_width, titles = 56 * SCALE if captions else 0, 22 * SCALE
+    canvas, draw, top = new_canvas(
         2 * MARGIN + groups * group_width + caption_width,
-        top + 22 + rows * (tile_height + GAP) + MARGIN - GAP,
+        titles + rows * (tile_height + GAP) - GAP,
         title,
         note,
     )
@@ -360,13 +362,13 @@ def _sheet(
             x = MARGIN + group * group_width + column_index * (tile_width + GAP)
             draw.text((x, top), shortened(column.title, 13, tile_width), fill=INK, font=font(13))
             for row, tile in enumerate(column.tiles[group * rows : (group + 1) * rows]):
-                y = top + 22 + row * (tile_height + GAP)
+                y = top + titles + row * (tile_height + GAP)
                 canvas.paste(tile, (x, y))
                 draw.rectangle((x, y, x + tile.width - 1, y + tile.height - 1), outline=FRAME)
-    x = MARGIN + len(columns) * (tile_width + GAP) + 4
+    x = MARGIN + len(columns) * (tile_width + GAP) + 4 * SCALE
     if captions:
         draw.text((x, top), caption_title, fill=INK, font=font(13))
     for row, caption in enumerate(captions or ()):
-        y = top + 22 + row * (tile_height + GAP) + tile_height // 2
+        y = top + titles + row * (tile_height + GAP) + tile_height // 2
         draw.text((x, y), caption, fill=INK, font=font(14), anchor="lm")
     return canvas

@@ -12,14 +12,14 @@ from pipelines.pictures.canvas import (
     GAP,
     INK,
     MARGIN,
+    SCALE,
     SERIES,
     font,
-    heading_height,
     new_canvas,
     shortened,
 )
 
-TILE = 96
+TILE = 96 * SCALE
 RIGHT, WRONG = SERIES[2], SERIES[1]
 
 
@@ -39,9 +39,9 @@ def nearest_neighbours(
         note: line below the heading.
     """
     rows, columns = images.shape[:2]
-    line, top = TILE + 18 + GAP, heading_height(title, note)
+    line = TILE + 18 * SCALE + GAP
     width = 2 * MARGIN + columns * (TILE + GAP) + GAP
-    canvas, draw = new_canvas(width, top + rows * line + MARGIN, title, note)
+    canvas, draw, top = new_canvas(width, rows * line, title, note)
     for row in range(rows):
         for column in range(columns):
             # A gap sets the query apart.
@@ -50,9 +50,12 @@ def nearest_neighbours(
             canvas.paste(_tile(images[row, column]), (x, y))
             agrees = labels[row][column] == labels[row][0]
             colour = INK if not column else RIGHT if agrees else WRONG
-            draw.rectangle((x - 2, y - 2, x + TILE + 1, y + TILE + 1), outline=colour, width=3)
+            frame = (x - 2 * SCALE, y - 2 * SCALE, x + TILE + SCALE, y + TILE + SCALE)
+            draw.rectangle(frame, outline=colour, width=3 * SCALE)
             name = shortened(labels[row][column], 11, TILE)
-            draw.text((x + TILE // 2, y + TILE + 3), name, fill=FAINT, font=font(11), anchor="ma")
+            draw.text(
+                (x + TILE // 2, y + TILE + 3 * SCALE), name, fill=FAINT, font=font(11), anchor="ma"
+            )
     return canvas
 
 
@@ -75,9 +78,9 @@ def patch_similarity(
     """
     rows, columns = grid_size
     queries = [(rows // 2, columns // 2), (rows // 4, columns // 4), (3 * rows // 4, columns // 2)]
-    line, top = TILE + GAP, heading_height(title, note)
+    line = TILE + GAP
     width = 2 * MARGIN + (1 + len(queries)) * (TILE + GAP)
-    canvas, _ = new_canvas(width, top + len(images) * line + MARGIN, title, note)
+    canvas, _, top = new_canvas(width, len(images) * line, title, note)
     values = np.asarray(patches, np.float32)
     values = values - values.mean(axis=1, keepdims=True)
     values /= np.linalg.norm(values, axis=2, keepdims=True) + 1e-9
@@ -92,7 +95,7 @@ def patch_similarity(
                     across * TILE // columns, up * TILE // rows,
                     (across + 1) * TILE // columns - 1, (up + 1) * TILE // rows - 1,
                 ),
-                outline=CONTOUR, width=2,
+                outline=CONTOUR, width=2 * SCALE,
             )  # fmt: skip
             canvas.paste(tile, (MARGIN + column * (TILE + GAP), y))
     return canvas

@@ -69,7 +69,8 @@ def curve(
         y_label: what y is.
         note: line below the heading.
         bands: name of a series -> lower and upper ends of the intervals of its values.
-        levels: name -> value that a dashed line marks, such as a baseline.
+        levels: name -> value that a dashed line marks, such as a baseline; several have the colours
+            of as many series.
         least_span: the y axis shows no less than this, so that noise does not fill it.
     """
     figure, axes = _curves(series, title, x_label, y_label, note)
@@ -78,7 +79,9 @@ def curve(
             colour = _hex(SERIES[index % len(SERIES)])
             axes.fill_between(series[name][0], *bands[name], color=colour, alpha=0.15, lw=0)
     for index, (name, value) in enumerate((levels or {}).items()):
-        axes.axhline(value, label=name, color=_hex(FAINT), linewidth=1, dashes=(4, 2 + 2 * index))
+        # Several are the baselines of as many series, in their order.
+        colour = _hex(SERIES[index % len(SERIES)] if len(levels or {}) > 1 else FAINT)
+        axes.axhline(value, label=name, color=colour, linewidth=1, dashes=(4, 2 + 2 * index))
     low, high = axes.get_ylim()
     missing = max(0.0, least_span - (high - low)) / 2
     axes.set_ylim(low - missing, high + missing)

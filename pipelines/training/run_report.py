@@ -45,12 +45,12 @@ def run_report(
 def picture_of_time(run: RunDir, report: Mapping[str, Any]) -> Image.Image:
     """Where the time of a run went, as bars."""
     books = report["goodput"]
-    starts = counted(books["attempts"], "start")
+    starts, productive = counted(books["attempts"], "start"), 100 * books["goodput"]
     return pictures.bars(
         {name.replace("_", " "): value for name, value in books["seconds"].items() if value > 0},
         title=f"Where the time went · {short_name(run.uri)}, step {report['steps']:,}",
         x_label="seconds",
-        note=f"{books['wall_seconds']:,.0f} s in {starts}, {books['goodput']:.0%} productive",
+        note=f"{books['wall_seconds']:,.0f} s in {starts}, {productive:.0f} % productive",
     )
 
 

@@ -24,7 +24,7 @@ def has_tile(picture, tile):
     inside = np.s_[2:-2, 2:-2]
     rows, columns = np.nonzero(windows[:, :, 64, 64] == tile[64, 64, 0])
     return any(
-        np.array_equal(found[y : y + 128, x : x + 128][inside], tile[inside])
+        np.array_equal(found[y : y + len(tile), x : x + len(tile)][inside], tile[inside])
         for y, x in zip(rows, columns, strict=True)
     )
 
@@ -42,9 +42,9 @@ def test_masked_input_shows_images_and_greys_the_masked_patches():
     mask = np.zeros((3, 16), bool)
     mask[0, 5] = True
     picture = pictures.masked_input_grid(torch.from_numpy(images), mask, patch_size=8)
-    assert all(has_tile(picture, enlarged(image, 4)) for image in images)
-    hidden = enlarged(images[0], 4)
-    hidden[32:64, 32:64] = MASKED
+    assert all(has_tile(picture, enlarged(image, 8)) for image in images)
+    hidden = enlarged(images[0], 8)
+    hidden[64:128, 64:128] = MASKED
     assert has_tile(picture, hidden)
 
 
@@ -53,9 +53,9 @@ def test_what_is_painted_stands_beside_what_was_seen():
     mask = np.zeros((2, 16), bool)
     mask[:, 5] = True
     picture = pictures.painted_grid(torch.from_numpy(images), mask, painted, patch_size=8)
-    assert all(has_tile(picture, enlarged(image, 4)) for image in (*images, *painted))
-    hidden = enlarged(images[0], 4)
-    hidden[32:64, 32:64] = MASKED
+    assert all(has_tile(picture, enlarged(image, 8)) for image in (*images, *painted))
+    hidden = enlarged(images[0], 8)
+    hidden[64:128, 64:128] = MASKED
     assert has_tile(picture, hidden)
 
 
@@ -66,10 +66,10 @@ def test_reconstruction_shows_four_columns_and_outlines_the_prediction():
     picture = pictures.reconstruction_grid(
         images, mask.reshape(2, 64), true, predicted, patch_size=8, accuracy=[0.25, 1.0]
     )
-    assert all(has_tile(picture, enlarged(image, 4)) for image in true)
-    assert all(has_tile(picture, enlarged(image, 2)) for image in images)
-    # A 3 x 2 rectangle of 16-pixel cells, outlined two pixels wide, in each of two rows.
-    assert count(picture, CONTOUR) == pytest.approx(2 * 2 * (2 * 48 + 2 * 32), rel=0.1)
+    assert all(has_tile(picture, enlarged(image, 8)) for image in true)
+    assert all(has_tile(picture, enlarged(image, 4)) for image in images)
+    # A 3 x 2 rectangle of 32-pixel cells, outlined four pixels wide, in each of two rows.
+    assert count(picture, CONTOUR) == pytest.approx(2 * 4 * (2 * 96 + 2 * 64), rel=0.1)
 
 
 def test_no_mask_no_outline():
@@ -85,9 +85,9 @@ def test_equal_tokens_have_equal_colours():
     picture = pictures.token_map(ids, grid_size=(3, 3))
     colours = {pictures._token_colour(value) for value in range(3)}
     assert len(colours) == 3
-    # 128 is no multiple of 3: cells differ by a pixel.
+    # 256 is no multiple of 3: cells differ by a pixel.
     areas = [count(picture, colour) for colour in colours]
-    assert min(areas) > 0.9 * max(areas) > 4000
+    assert min(areas) > 0.9 * max(areas) > 16000
 
 
 def test_codebook_usage_draws_a_bar_for_every_used_token():
@@ -168,6 +168,15 @@ def test_sheets_take_any_number_of_images():
         pictures.token_map(ids, grid_size=(3, 3), images=images)
 
 
+def test_a_long_note_takes_lines_and_no_width():
+    short = pictures.contact_sheet(batch(8), note="what is seen")
+    long = pictures.contact_sheet(batch(8), note="what is seen " * 30)
+    assert long.width == short.width
+    more = np.asarray(long)[: long.height - short.height + 40]
+    assert (more[:, -20:] == 255).all()
+    assert long.height > short.height + 60
+
+
 def test_wrong_shapes_are_refused_by_name():
     with pytest.raises(ValueError, match=r"pass uint8 \(B, 3, H, W\)"):
         pictures.contact_sheet(batch().transpose(0, 2, 3, 1))
@@ -185,6 +194,6 @@ def test_a_contact_sheet_keeps_the_shape_of_pictures():
     wide = np.broadcast_to(np.array([9, 200, 30], np.uint8)[:, None, None], (3, 40, 80))
     tall = np.broadcast_to(np.array([200, 9, 30], np.uint8)[:, None, None], (3, 80, 20))
     picture = pictures.contact_sheet([wide, tall])
-    for colour, (height, width) in (((9, 200, 30), (48, 96)), ((200, 9, 30), (96, 24))):
+    for colour, (height, width) in (((9, 200, 30), (96, 192)), ((200, 9, 30), (192, 48))):
         rows, columns = (np.asarray(picture) == np.array(colour)).all(-1).nonzero()
         assert (np.ptp(rows) + 1, np.ptp(columns) + 1) == (height, width)
