@@ -30,7 +30,7 @@ from pipelines.tracking.datasets import (
 )
 from pipelines.tracking.model_card import update_versions
 from pipelines.tracking.page import ERROR_TAG, MODEL_MISSING_TAG, PARENT_TAG, update_page
-from pipelines.tracking.spool import LINES, OWN_WEIGHTS, Spool, Values
+from pipelines.tracking.spool import LINES, OWN_WEIGHTS, Place, Spool, Values
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -82,6 +82,7 @@ class Filler:
         self._seen_pictures: set[tuple[str, int]] = set()
         self._seen_events: set[str] = set()
         self._sizes: dict[str, int] = {}
+        self._places: dict[str, Place] = {}
         self._tags: dict[str, str] = {}
 
     def fill(self, *, final: bool = False) -> None:
@@ -165,8 +166,10 @@ class Filler:
         }
         for name in LINES:
             if name in sizes and sizes[name] != self._sizes.get(name):
-                self._send(self.spool.values_of(name))
-                self._sizes[name] = sizes[name]
+                before = self._places.get(name, Place())
+                values, place = self.spool.values_after(name, before, size=sizes[name])
+                self._send(values)
+                self._sizes[name], self._places[name] = sizes[name], place
         for name in self.spool.events():
             if name not in self._seen_events:
                 self._send(self.spool.values_of_event(name))

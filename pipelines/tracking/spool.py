@@ -12,6 +12,7 @@ For a training this is the run directory. Other stages have a directory of their
 goes once MLflow has everything.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -49,6 +50,16 @@ class Values:
     """Milliseconds since the epoch, always the same for the same line: a request that is repeated
     after a lost answer stores nothing twice."""
     metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Place:
+    """How far a file of lines has been read."""
+
+    offset: int = 0
+    """Bytes, up to the end of a line."""
+    last: bytes = b""
+    """That line: where it stands no more, the file is another one."""
 
 
 class Spool:
@@ -98,13 +109,32 @@ class Spool:
 
     def values_of(self, name: str) -> Iterator[Values]:
         """Those of one file of lines; lines cut off by a kill are passed over."""
-        try:
-            text = storage.read_bytes(self.at(name)).decode()
-        except FileNotFoundError:
-            return
+        with contextlib.suppress(FileNotFoundError):
+            yield from self._parsed(name, storage.read_bytes(self.at(name)))
+
+    def values_after(self, name: str, place: Place, *, size: int) -> tuple[Iterator[Values], Place]:
+        """What a file of `size` bytes has got since `place`, and how far that is; all of it where
+        its lines have been written anew.
+
+        A long run writes tens of megabytes, and is looked at again and again.
+        """
+        begin = place.offset
+        with storage.open_input(self.at(name), size=size) as file:
+            if place.offset <= size:
+                file.seek(place.offset - len(place.last))
+            if place.offset > size or file.read(len(place.last)) != place.last:
+                begin = 0
+                file.seek(0)
+            data = file.read()
+        lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
+        if lines:
+            place = Place(begin + sum(map(len, lines)), lines[-1])
+        return self._parsed(name, data), place
+
+    def _parsed(self, name: str, data: bytes) -> Iterator[Values]:
         # A line of a training names the last step that it covers, and the first one is 0.
         shift = self.record().get("curves_from", 0) if name == PERIODS else 0
-        for line in text.splitlines():
+        for line in data.decode().splitlines():
             try:
                 found = json.loads(line)
                 step, when = int(found.pop("step")), float(found.pop("time", 0))

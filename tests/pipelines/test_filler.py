@@ -17,7 +17,7 @@ from pipelines.lease_owner import Owner
 from pipelines.tracking import background, model_registry
 from pipelines.tracking.background import Background
 from pipelines.tracking.filler import Filler, known_pictures
-from pipelines.tracking.spool import LinesFile, Spool
+from pipelines.tracking.spool import LinesFile, Place, Spool
 from pipelines.tracking.system_metrics import SystemMetrics
 from pipelines.training.run_dir import RunDir
 from tests.pipelines.tracking_fixtures import (  # noqa: F401 - fixtures
@@ -110,6 +110,37 @@ def test_a_process_killed_again_and_again_leaves_nothing_out_and_nothing_twice(c
     again.fill(final=True)
     assert (again.sent["values"], again.sent["pictures"]) == (0, 0)
     check_whole(client, run)
+
+
+def test_lines_are_read_once_unless_they_are_written_anew(tmp_path):
+    spool, name, file = Spool(str(tmp_path)), "metrics.jsonl", tmp_path / "metrics.jsonl"
+
+    def found(place):
+        values, place = spool.values_after(name, place, size=file.stat().st_size)
+        return [(one.step, one.metrics["loss"]) for one in values], place
+
+    def append(step, loss, end="\n"):
+        with file.open("a") as lines:
+            lines.write(f'{{"step": {step}, "loss": {loss}}}{end}')
+
+    append(0, 9.0)
+    append(1, 8.0)
+    first, place = found(Place())
+    assert first == [(0, 9.0), (1, 8.0)]
+    assert found(place) == ([], place)
+    append(2, 7.0)
+    append(3, 6.0, end="")  # cut off by a kill, at its very end
+    assert found(place)[0] == [(2, 7.0), (3, 6.0)]
+    place = found(place)[1]
+    assert found(place)[0] == [(3, 6.0)]
+    # A run goes back, and what is written anew is longer than what has been read.
+    file.write_text("")
+    for step in range(5):
+        append(step, 5.0)
+    assert found(place)[0] == [(step, 5.0) for step in range(5)]
+    file.write_text("")
+    append(0, 4.0)
+    assert found(place)[0] == [(0, 4.0)]
 
 
 def test_a_failure_is_taken_back_by_the_start_that_mends_it(config, tmp_path):
