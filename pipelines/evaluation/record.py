@@ -45,8 +45,7 @@ def record(
                     key = f"{probe}_validation_by_block/{name}"
                     tracked.log_metrics({key: value}, step=layer)
     for name, (gain, low, high) in result.gains.items():
-        metrics |= {f"gain_over/{name}": gain, f"gain_over/{name}_low": low}
-        metrics[f"gain_over/{name}_high"] = high
+        metrics |= {f"gain_over/{name}": gain, f"gain_low/{name}": low, f"gain_high/{name}": high}
     tracked.log_metrics(metrics, step=0)
     tracked.judge(headline, images)
     tracked.set_note(note_of(result))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.evaluation.probes import accuracy_interval, seeds_half_width
+from pipelines.evaluation.probes import accuracy_interval, enough_seeds, seeds_half_width
 from pipelines.reporting.facts import NO_SETTING, Facts
 from pipelines.tracking.table import SEPARATOR
 
@@ -25,9 +25,14 @@ class Setting:
     spread: float | None
     """Standard deviation over seeds; None for fewer than two."""
     interval: tuple[float, float] | None
-    """95 %, of the mean, over groups of images and seeds; None where images differ."""
+    """95 %, of the mean, over groups of images and seeds; None where images differ. Of one or two
+    seeds over images alone, see `enough_seeds`."""
     difference: tuple[float, float, float] | None
     """To the first setting, with its paired 95 % interval; None where images differ."""
+    interval_of_seeds: bool
+    """Whether `interval` is over seeds, too."""
+    difference_of_seeds: bool
+    """Whether that of `difference` is."""
 
 
 def differing(runs: Sequence[Facts]) -> dict[str, list[Any]]:
@@ -83,6 +88,8 @@ def _setting(label: str, runs: list[Facts], baseline: list[Facts]) -> Setting:
         spread=float(np.std(found, ddof=1)) if len(found) > 1 else None,
         interval=mean_interval(runs),
         difference=paired_difference(runs, baseline) if baseline else None,
+        interval_of_seeds=enough_seeds(runs),
+        difference_of_seeds=enough_seeds(runs, baseline) if baseline else False,
     )
 
 
@@ -107,8 +114,8 @@ def paired_difference(
 ) -> tuple[float, float, float] | None:
     """Difference of linear probes on the same images and its 95 % interval.
 
-    The interval is over groups of images and, where a setting has several, over seeds: squares of
-    both half widths add up. Of several seeds an image counts by the share of them that got it
+    The interval is over groups of images and, where there are enough, over seeds: squares of both
+    half widths add up. Of several seeds an image counts by the share of them that got it
     right. None where not all of them were judged by the same images, or their hits were not kept.
     """
     found = _same_images([*runs, *baseline])

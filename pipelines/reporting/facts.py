@@ -20,6 +20,7 @@ from pipelines.errors import InputError
 from pipelines.tracking.datasets import STAGE_TAG
 from pipelines.tracking.lineage import LineageNode, node_of
 from pipelines.tracking.page import FIGURES, evaluations_of
+from pipelines.tracking.table import HEADLINE, HIGH, LOW, renamed
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -192,7 +193,7 @@ def _curve(client: "MlflowClient", run_id: str, name: str) -> tuple[list[int], l
 
 
 def _judgement(client: "MlflowClient", run: "Run") -> Judgement:
-    values, run_id = run.data.metrics, run.info.run_id
+    values, run_id = renamed(run.data.metrics), run.info.run_id
     files = {file.path for file in client.list_artifacts(run_id)}
     pairing = None
     identity: dict[str, Any] = {}
@@ -209,9 +210,9 @@ def _judgement(client: "MlflowClient", run: "Run") -> Judgement:
             options.pop(name, None)
         identity["options"] = options
     return Judgement(
-        accuracy=values["linear_accuracy"],
-        low=values["linear_accuracy_low"],
-        high=values["linear_accuracy_high"],
+        accuracy=values[HEADLINE],
+        low=values[LOW],
+        high=values[HIGH],
         pairing=pairing,
         identity=json.dumps(identity, sort_keys=True),
     )

@@ -20,6 +20,10 @@ figure{margin:0}figure img{max-height:640px}figcaption{color:#5b6673;font-size:.
 svg{max-width:100%;height:auto}
 """
 MAX_PICTURES = 12
+ALONE_MARK = "*"
+ALONE = (
+    "over images alone: an interval over seeds takes three of one setting, or two of each of two"
+)
 PLOTS = ("probes.png", "time.png")
 
 
@@ -53,6 +57,8 @@ def _sentence(settings: Sequence[Setting]) -> str:
         text += f" ± {_percent(best.spread)} over {len(best.runs)} seeds"
     if best.difference is not None:
         text += f"; {_gain(best.difference)} points against {settings[0].label}"
+        if not best.difference_of_seeds:
+            text += " (over images alone)"
     return text + "."
 
 
@@ -78,19 +84,28 @@ def _settings_table(settings: Sequence[Setting]) -> str:
             one.label,
             str(len(one.runs)),
             _percent(one.mean),
-            "" if one.interval is None else " to ".join(map(_percent, one.interval)),
+            _marked(" to ".join(map(_percent, one.interval or ())), one.interval_of_seeds),
             _percent(one.spread),
-            _gain(one.difference) if one.difference else "",
+            _marked(_gain(one.difference) if one.difference else "", one.difference_of_seeds),
         )
         for one in settings
     ]
     against = f"points against {settings[0].label} [95 %, in pairs]"
     head = ("setting", "seeds", "linear probe %, mean", "95 %", "spread over seeds", against)
-    return _table(head, rows, "settings")
+    marked = any(ALONE_MARK in row[3] + row[5] for row in rows)
+    return _table(head, rows, "settings") + (f"<p>{ALONE_MARK} {ALONE}.</p>" if marked else "")
+
+
+def _marked(interval: str, of_seeds: bool) -> str:
+    return interval if of_seeds or not interval else f"{interval} {ALONE_MARK}"
 
 
 def _forest(settings: Sequence[Setting]) -> str:
-    rows = [(one.label, *one.difference) for one in settings if one.difference is not None]
+    rows = [
+        (_marked(one.label, one.difference_of_seeds), *one.difference)
+        for one in settings
+        if one.difference is not None
+    ]
     if not rows:
         return ""
     return plots.forest_svg(

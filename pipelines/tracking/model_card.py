@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.tracking.datasets import INPUT_TAG, TOKENIZER_TAG, dataset_label
 from pipelines.tracking.page import evaluations_of, figures, link, makers, verdict
-from pipelines.tracking.table import HEADLINE, HIGH, LOW
+from pipelines.tracking.table import HEADLINE, HIGH, LOW, renamed
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -61,11 +61,8 @@ def update_versions(client: "MlflowClient", run_id: str) -> None:
         for name, value in run.data.tags.items()
         if name.startswith((INPUT_TAG, TOKENIZER_TAG))
     }
-    values = {
-        name: f"{run.data.metrics[name]:.4f}"
-        for name in (HEADLINE, LOW, HIGH)
-        if name in run.data.metrics
-    }
+    found = renamed(run.data.metrics)
+    values = {name: f"{found[name]:.4f}" for name in (HEADLINE, LOW, HIGH) if name in found}
     for version in versions:
         if version.description != text:
             client.update_model_version(version.name, version.version, text)

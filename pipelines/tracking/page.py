@@ -6,7 +6,7 @@ MLflow folds a description after about three lines, so the first one says it all
 from typing import TYPE_CHECKING
 
 from pipelines.tracking.datasets import INPUT_TAG, OUTPUT_TAG, STAGE_TAG
-from pipelines.tracking.table import HEADLINE, HIGH, LOW
+from pipelines.tracking.table import HEADLINE, HIGH, LOW, renamed
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -69,13 +69,13 @@ def link(run: "Run") -> str:
 
 def verdict(evaluation: "Run") -> str:
     """One sentence with its intervals."""
-    values = evaluation.data.metrics
+    values = renamed(evaluation.data.metrics)
     text = (
         f"Linear probe {_percent(values, HEADLINE)} % "
         f"[{_percent(values, LOW)}, {_percent(values, HIGH)}]"
     )
     if "gain_over/pixels" in values:
-        gain, low, high = (100 * values[f"gain_over/pixels{end}"] for end in ("", "_low", "_high"))
+        gain, low, high = (100 * values[f"gain_{end}/pixels"] for end in ("over", "low", "high"))
         word = "a gain" if low > 0 else "a loss" if high < 0 else "no clear difference"
         text += f", {gain:+.1f} points [{low:+.1f}, {high:+.1f}] over raw pixels: {word}"
     return text + "."

@@ -54,8 +54,8 @@ def served_fixture(empty_store, tmp_path):
             run.log_image("reconstruction", SHEET, 3)
             run.set_output(dataset("weights", str(seed) * 32))
         with start(config, stage="evaluate", parent_run_id=run.run_id, inputs=[images]) as judge:
-            judge.judge({"linear_accuracy": accuracy, "linear_accuracy_low": accuracy - 0.02,
-                         "linear_accuracy_high": accuracy + 0.02}, images)  # fmt: skip
+            judge.judge({"linear_accuracy": accuracy, "linear_low": accuracy - 0.02,
+                         "linear_high": accuracy + 0.02}, images)  # fmt: skip
         runs.append(run.run_id)
     server = mlflow_server(tmp_path, config.uri, str(tmp_path / "mlartifacts"))
     with running(server):

@@ -62,8 +62,8 @@ def trained(config, setting, seed):
     with start(config, stage="evaluate", parent_run_id=run.run_id, inputs=[images]) as judge:
         accuracy = float(hits.mean())
         judge.judge(
-            {"linear_accuracy": accuracy, "linear_accuracy_low": accuracy - 0.05,
-             "linear_accuracy_high": accuracy + 0.05}, images
+            {"linear_accuracy": accuracy, "linear_low": accuracy - 0.05,
+             "linear_high": accuracy + 0.05}, images
         )  # fmt: skip
         kept = {"linear": "".join(map(str, hits.astype(int))), "groups": list(range(NUM_IMAGES))}
         judge.log_artifact_file("hits.json", json.dumps(kept).encode())
@@ -127,6 +127,10 @@ def test_the_table_groups_seeds_and_compares_in_pairs(made):
         found = [100 * hits[name, seed].mean() for seed in (0, 1)]
         assert row[1:3] == ["2", f"{np.mean(found):.1f}"]
         assert row[4] == f"{np.std(found, ddof=1):.1f}"
+        assert row[3].endswith(" *"), "two seeds: over images alone"
+        low, high = map(float, row[3].removesuffix(" *").split(" to "))
+        assert 10 < high - low < 16
+    assert "* over images alone: an interval over seeds takes three" in output.read_text()
     pairs = [np.mean([hits[name, 0], hits[name, 1]], axis=0) for name in ("base", "wide")]
     difference = pairs[1] - pairs[0]
     low, high = accuracy_interval(difference, [str(i) for i in range(NUM_IMAGES)], seed=0)
@@ -145,12 +149,15 @@ def test_the_table_groups_seeds_and_compares_in_pairs(made):
 
 
 def test_intervals_over_seeds_are_student_s():
-    for arms in ([[0.5, 0.53, 0.49]], [[0.5, 0.53], [0.6]], [np.linspace(0, 1, 14)]):
+    for arms in ([[0.5, 0.53, 0.49]], [[0.5, 0.53], [0.6, 0.61]], [np.linspace(0, 1, 14)]):
         found = seeds_half_width(*arms)
         freedom = sum(len(arm) - 1 for arm in arms)
-        spread = np.std(arms[0], ddof=1) * np.sqrt(sum(1 / len(arm) for arm in arms))
+        within = sum((len(arm) - 1) * np.var(arm, ddof=1) for arm in arms) / freedom
+        spread = np.sqrt(within * sum(1 / len(arm) for arm in arms))
         assert found == pytest.approx(scipy.stats.t.ppf(0.975, freedom) * spread, rel=3e-3)
-    assert seeds_half_width([0.5], [0.6]) == 0
+    # Of one degree of freedom it would be nine times as wide as the seeds lie apart.
+    for too_few in ([[0.5], [0.6]], [[0.5, 0.53]], [[0.5, 0.53], [0.6]]):
+        assert seeds_half_width(*too_few) == 0
 
 
 def test_it_says_what_differs_best_and_last_lineage_and_cost(made):
@@ -299,10 +306,11 @@ def quickly_trained(client, number, sheet):
     hits = 0.8 * drawn + 0.2 * own < 0.3 + setting / 100
     told = {"beit.stage": "evaluate", "mlflow.parentRunId": run_id}
     judge = client.create_run("1", tags=told).info.run_id
-    figures = {"": hits.mean(), "_low": hits.mean() - 0.03, "_high": hits.mean() + 0.03}
-    client.log_batch(
-        judge, [Metric(f"linear_accuracy{end}", float(v), 1, 0) for end, v in figures.items()]
-    )
+    rate = hits.mean()
+    # As evaluations named them before.
+    ends = {"linear_accuracy_low": rate - 0.03, "linear_accuracy_high": rate + 0.03}
+    figures = {"linear_accuracy": rate, **ends}
+    client.log_batch(judge, [Metric(name, float(v), 1, 0) for name, v in figures.items()])
     kept = {"linear": "".join(map(str, hits.astype(int))), "groups": list(range(MANY_IMAGES))}
     client.log_text(judge, json.dumps(kept), "hits.json")
     client.log_text(judge, json.dumps({"identity": {"image_table": "I"}}), "evaluation.json")
