@@ -6,7 +6,7 @@ generator, so the same features give the same figures.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ WEIGHT_DECAYS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
 """Tried from strong to weak, each starting from the one before."""
 TRIAL_WEIGHT_DECAY = 0.03
 """With which blocks are compared before the weight decay is chosen for the best of them."""
-SPAN_ROWS, KNN_ROWS = 512, 256
+CUBIC_ROWS, KNN_ROWS = 512, 256
 """Sizes that the time of larger ones is reckoned from."""
 CHUNK = 2**26
 """Entries of a matrix of similarities or logits that is held at a time (256 MB)."""
@@ -178,49 +178,56 @@ def _loss_and_gradient(
 def seconds_of_chosen_linear(
     count: int, dim: int, *, num_layers: int, num_classes: int, device: Device = "cpu"
 ) -> float:
-    """What `chosen_linear` takes, reckoned high from one look at a problem of that size.
+    """What `chosen_linear` takes, reckoned from one of its solutions, made for `count` random rows.
 
-    Each solution looks up to 50 times; what torch's L-BFGS does between is taken for three looks.
-    With more features than rows each problem also wants a basis of its span.
+    That one takes all its steps, as those of real features nearly all do. With more features than
+    rows each problem also wants a basis of its span.
     """
-    rows = torch.zeros(count, min(count, dim), device=device)
-    labels = torch.zeros(count, dtype=torch.int64, device=device)
-    weight = torch.zeros(rows.shape[1], num_classes, device=device)
-    bias = torch.zeros(num_classes, device=device)
-    start = 0.0
-    for _ in range(2):  # the first one warms up
-        start = time.monotonic()
-        float(_loss_and_gradient(rows, labels, weight, bias)[0])
-    look = time.monotonic() - start
-    looks = 50 * (num_layers + len(WEIGHT_DECAYS) + 1)
-    spans = (num_layers + 1) * _seconds_of_span(count, dim, device) if dim > count else 0.0
-    return 4 * looks * look + spans
+    draw = torch.Generator().manual_seed(0)
+    width = min(count, dim)
+    # Features of uneven sizes and no weight decay: there is no end before the last step.
+    rows = torch.randn(count, width, generator=draw) * torch.logspace(0, -3, width)
+    rows, labels = rows.to(device), torch.arange(count, device=device) % num_classes
+    zeros = torch.zeros(width, num_classes, device=device), torch.zeros(num_classes, device=device)
+    start = time.monotonic()
+    _solve(rows, labels, zeros, 0.0)
+    solutions = (num_layers + len(WEIGHT_DECAYS) + 1) * (time.monotonic() - start)
+    spans = (num_layers + 1) * _seconds_of_cubic(_span, count, dim, device) if dim > count else 0.0
+    return solutions + spans
 
 
-def _seconds_of_span(count: int, dim: int, device: Device) -> float:
-    """Reckoned from a smaller one: its time grows with the cube of the side, or less."""
-    smaller = min(1.0, SPAN_ROWS / count)
-    shape = int(count * smaller), int(dim * smaller)
+def seconds_of_rankme(count: int, dim: int, *, device: Device = "cpu") -> float:
+    """What `rankme` takes."""
+    return _seconds_of_cubic(lambda rows: rankme(rows, device=device), count, dim, device)
+
+
+def _seconds_of_cubic(
+    work: Callable[[Tensor], object], count: int, dim: int, device: Device
+) -> float:
+    """Reckoned from a smaller matrix: the time grows with the cube of the side, or less."""
+    smaller = min(1.0, CUBIC_ROWS / min(count, dim))
+    shape = math.ceil(count * smaller), math.ceil(dim * smaller)
     rows = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
     start = 0.0
     for _ in range(2):  # the first one warms up
         start = time.monotonic()
-        float(_span(rows)[1][0, 0])
+        work(rows)
     return (time.monotonic() - start) / smaller**3
 
 
 def seconds_of_knn(
-    count: int, dim: int, *, num_layers: int, num_classes: int, device: Device = "cpu"
+    known: int, tested: int, dim: int, *, num_layers: int, num_classes: int, device: Device = "cpu"
 ) -> float:
-    """What k-NN of a fold takes at most, reckoned from a few rows against all."""
-    rows, labels = np.zeros((count, dim), np.float32), np.zeros(count, np.int64)
+    """What k-NN of a fold takes, reckoned from a few rows against all that are known."""
+    rows, labels = np.zeros((known, dim), np.float32), np.zeros(known, np.int64)
     few = rows[:KNN_ROWS]
     start = 0.0
     for _ in range(2):  # the first one warms up
         start = time.monotonic()
         knn_predict(rows, labels, few, num_classes=num_classes, device=device)
-    # A half against the other half, for each layer to choose from and the chosen one.
-    return (num_layers + 1) * (time.monotonic() - start) * max(1.0, count / 4 / len(few))
+    # For each layer to choose from, the fifth to choose by against the rest.
+    compared = num_layers * 0.2 * 0.8 * known + tested
+    return (time.monotonic() - start) * max(1.0, compared / len(few))
 
 
 @torch.no_grad()
@@ -329,21 +336,31 @@ def accuracy_interval(
     return float(low), float(high)
 
 
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Quantiles of Student's t by degrees of freedom, from 1."""
+T_975 = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Quantiles of Student's t by degrees of freedom, from `LEAST_FREEDOM`."""
+LEAST_FREEDOM = 2
+"""Degrees of freedom of an interval over seeds. With one, of two seeds, it would be nine times as
+wide as they lie apart."""
 
 
 def seeds_half_width(*arms: Sequence[float]) -> float:
     """Half the 95 % interval, over seeds, of a mean (one arm) or a difference of means (two).
 
-    Student's t, by the variance within arms, pooled. 0 where each has one seed, which says nothing.
+    Student's t, by the variance within arms, pooled. 0 where seeds are too few to say anything
+    (`enough_seeds`).
     """
     freedom = sum(len(arm) - 1 for arm in arms)
-    if freedom < 1:
+    if not enough_seeds(*arms):
         return 0.0
-    t = T_975[freedom - 1] if freedom <= len(T_975) else 1.96 + 2.66 / freedom
+    known = freedom - LEAST_FREEDOM
+    t = T_975[known] if known < len(T_975) else 1.96 + 2.66 / freedom
     variance = sum(len(arm) * float(np.var(arm)) for arm in arms) / freedom
     return t * math.sqrt(variance * sum(1 / len(arm) for arm in arms))
+
+
+def enough_seeds(*arms: Sequence[Any]) -> bool:
+    """Whether an interval can be over seeds: three of one arm, or two of each of two arms."""
+    return sum(len(arm) - 1 for arm in arms) >= LEAST_FREEDOM
 
 
 def wilson_interval(hits: int, total: int) -> tuple[float, float]:

@@ -20,7 +20,12 @@ from pipelines.config.pretrain import PretrainConfig, run_uri
 from pipelines.errors import InputError
 from pipelines.evaluation.features import block_reader, num_features, on_disk, read_features
 from pipelines.evaluation.labelled_images import LabelledImages, read_labelled, unlabelled
-from pipelines.evaluation.probes import rankme, seconds_of_chosen_linear, seconds_of_knn
+from pipelines.evaluation.probes import (
+    rankme,
+    seconds_of_chosen_linear,
+    seconds_of_knn,
+    seconds_of_rankme,
+)
 from pipelines.evaluation.protocol import PROBES, candidate_layers, probe, score, splits_of
 from pipelines.evaluation.result import Score
 from pipelines.tables.image_table import ImageTable
@@ -53,7 +58,7 @@ class Prober:
         self.began = monotonic()
         self.spent = 0.0
         self.cost: float | None = None  # of the last probe, in seconds
-        self.fitting: float | None = None  # of its k-NN and linear probes, reckoned once
+        self.fitting: float | None = None  # of pixels, fits and RankMe, reckoned once
         self.left_out = ""  # why the last that was due was
         self.images: LabelledImages | None = None
         self.pixels: np.ndarray | None = None
@@ -90,29 +95,45 @@ class Prober:
             )
 
     def _first_cost(self, steps_per_second: float) -> float:
-        """Seconds that nobody has measured: features are taken for the training of as many images
-        (three times their computation), fits for the longest that they can take."""
-        protocol, model = self.config.probe, self.config.model
-        rows = self._num_rows
-        rate = steps_per_second * self.config.data.global_batch_size
+        """Seconds that nobody has measured: features by the rate of the training, which goes
+        through the network three times, everything else from pieces of it that are measured."""
+        protocol, rows = self.config.probe, self._num_rows
+        # MAE trains on a quarter of the patches of an image.
+        passes = 1.0 if self.config.objective.kind == "mae" else 1 / 3
+        rate = steps_per_second * self.config.data.global_batch_size / passes
+        most = protocol.max_share * (monotonic() - self.began)
         cost = min(protocol.max_images or rows, rows) / rate if rate > 0 else math.inf
-        if cost > protocol.max_share * (monotonic() - self.began):
+        if self.images is None and cost > most:
             return cost  # too much already: labels need not be read
-        if self.fitting is None:
-            images = self._images()
-            count, classes = len(images), len(images.class_names)
-            width = num_features(model.dim, protocol.pooling, model.grid_size)
-            layers = len(candidate_layers(protocol, model.depth))
-            one_fold = 0.0
-            if classes:
-                device = self.world.device
-                one_fold = seconds_of_knn(
-                    count, width, num_layers=layers, num_classes=classes, device=device
-                ) + seconds_of_chosen_linear(
-                    count, width, num_layers=layers, num_classes=classes, device=device
-                )
-            self.fitting = protocol.num_folds * one_fold
-        return cost + self.fitting
+        images = self._images()
+        cost = len(images) / rate
+        if cost < most and self.fitting is None:
+            start = monotonic()
+            self.fitting = self._seconds_of_pixels(images) + self._seconds_of_fits(images)
+            self.spent += monotonic() - start
+        return cost + (self.fitting or 0.0)
+
+    def _seconds_of_pixels(self, images: LabelledImages) -> float:
+        """Reading and decoding of a worker's share, reckoned from a batch."""
+        share = -(-len(images) // self.world.size)
+        some = np.arange(min(BATCH, share))
+        start = monotonic()
+        self._read(images, some)
+        return (monotonic() - start) * share / len(some)
+
+    def _seconds_of_fits(self, images: LabelledImages) -> float:
+        """k-NN and linear probes of all folds, and RankMe."""
+        protocol, model, device = self.config.probe, self.config.model, self.world.device
+        count, classes = len(images), len(images.class_names)
+        width = num_features(model.dim, protocol.pooling, model.grid_size)
+        layers = len(candidate_layers(protocol, model.depth))
+        tested, one_fold = -(-count // protocol.num_folds), 0.0
+        if classes:
+            known = count - tested
+            sizes = {"num_layers": layers, "num_classes": classes}
+            one_fold = seconds_of_knn(known, tested, width, **sizes, device=device)
+            one_fold += seconds_of_chosen_linear(known, width, **sizes, device=device)
+        return protocol.num_folds * one_fold + seconds_of_rankme(count, width, device=device)
 
     @functools.cached_property
     def _num_rows(self) -> int:
