@@ -31,6 +31,9 @@ ENVIRONMENT = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "TOKENIZERS_PARALLELISM": "false",
+    # Threads of OpenMP that wait for each other sleep. On a machine that does more, a thread that
+    # spins takes the core from the one that it waits for.
+    "OMP_WAIT_POLICY": "PASSIVE",
     "GIT_PYTHON_REFRESH": "quiet",  # MLflow's, where no git is: an image has none
 }
 NAMED = "BEIT_ENV"
