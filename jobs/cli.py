@@ -74,7 +74,7 @@ STAGES = {
     "evaluate": _stage(
         "kNN, linear and attentive probe beside random initialisation and pixels",
         "evaluate:EvaluateConfig",
-        ray="never",
+        ray="workers",
     ),
     "export": _stage(
         "a run's weights to Hugging Face, timm, unilm, MAE or ONNX",

@@ -154,7 +154,8 @@ def preflight(stage: str, config: Any) -> None:
 
 
 def _asks_for_workers(config: Any) -> bool:
-    return config.scaling.num_workers != 0 or getattr(config.data, "executor", "") == "ray_tasks"
+    executor = getattr(getattr(config, "data", None), "executor", "")
+    return config.scaling.num_workers != 0 or executor == "ray_tasks"
 
 
 def with_tracking_environment(config: Config) -> Config:

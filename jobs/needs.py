@@ -7,6 +7,7 @@ from typing import Any
 from jobs.command import output_of
 from pipelines import storage
 from pipelines.config.common import ScalingConfig
+from pipelines.config.evaluate import PoolConfig
 from pipelines.config.render import RenderConfig
 from pipelines.config.tokenize_images import ActorsConfig
 from pipelines.config.tracking import TrackingConfig
@@ -97,6 +98,9 @@ def _wants_gpu(config: Any) -> bool | None:
     encoders, scaling = getattr(config, "encoders", None), getattr(config, "scaling", None)
     if isinstance(encoders, ActorsConfig):
         return None if encoders.num_gpus is None else encoders.num_gpus > 0
+    if isinstance(scaling, PoolConfig):
+        automatic = scaling.num_workers > 0 and config.device == "auto"
+        return None if automatic else scaling.num_workers > 0 and config.device.startswith("cuda")
     return isinstance(scaling, ScalingConfig) and scaling.use_gpu and scaling.worker_range[1] > 0
 
 
@@ -113,6 +117,15 @@ def _bundles(config: Any) -> tuple[Bundle, ...]:
                 field="encoders.min_actors", count=encoders.min_actors,
                 resources={"GPU": gpus} if gpus else _encoder_cpus(encoders),
                 remedy="lower it or what each takes (fractions are allowed), or add nodes",
+            ),
+        )  # fmt: skip
+    if isinstance(scaling, PoolConfig) and scaling.num_workers > 0:
+        gpu = {"GPU": 1} if config.device.startswith("cuda") else {}
+        return (
+            Bundle(
+                field="scaling.cpus_per_worker", count=1,
+                resources={"CPU": scaling.cpus_per_worker} | gpu,
+                remedy="lower it, or add nodes",
             ),
         )  # fmt: skip
     if isinstance(config, RenderConfig):

@@ -29,7 +29,7 @@ from pipelines.config.tokenize_images import TokenizeConfig
 from pipelines.config.train_tokenizer import TrainTokenizerConfig
 from pipelines.errors import InputError
 
-WITHOUT_RAY = ("evaluate", "report")
+WITHOUT_RAY = ("report",)
 RECORD = "chain.json"
 """What the stages said and how long they took, below `output`."""
 

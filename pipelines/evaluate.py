@@ -9,7 +9,7 @@ chosen is chosen on rows that no test counts.
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -22,8 +22,9 @@ from pipelines import lease, storage, tracking
 from pipelines.config.checks import changed_fields
 from pipelines.config.evaluate import MAY_CHANGE, EvaluateConfig
 from pipelines.errors import InputError
-from pipelines.evaluation.attentive import attentive_predict
+from pipelines.evaluation.attentive import attentive_found
 from pipelines.evaluation.examples import examples
+from pipelines.evaluation.extraction import Extraction
 from pipelines.evaluation.features import (
     Reader,
     Weights,
@@ -33,16 +34,13 @@ from pipelines.evaluation.features import (
     head_hits,
     head_reader,
     open_weights,
-    patch_reader,
     patches_size,
     pixel_reader,
-    read_features,
 )
 from pipelines.evaluation.labelled_images import LabelledImages, joined, read_labelled
 from pipelines.evaluation.probes import accuracy_interval, rankme
 from pipelines.evaluation.protocol import (
     PROBES,
-    Found,
     Split,
     candidate_layers,
     check_layers,
@@ -64,6 +62,7 @@ from pipelines.evaluation.result import (
 from pipelines.progress import Progress
 from pipelines.records import read_values, write_record
 from pipelines.redaction import redacted_values
+from pipelines.steps import ray_is_there
 from pipelines.tracking.datasets import short_name
 from pipelines.training.checkpoint import checkpoint_name
 from pipelines.training.run_dir import RunDir
@@ -75,13 +74,15 @@ PROTOCOL = 3
 """Raised when the same weights, images and options would give other figures."""
 
 
-def run(config: EvaluateConfig) -> Result:
+def run(config: EvaluateConfig, *, start_ray: Callable[[], None] = ray_is_there) -> Result:
     """Evaluates and writes `evaluation.json` and pictures to the output directory.
 
     The same evaluation (weights, images, options) that is there already is returned as it is.
 
     Raises:
-        InputError: no weights, no labels, or a layer that the network does not have.
+        InputError: no weights, no labels, a layer that the network does not have, or more damaged
+            images than may be.
+        StageFailed: actors fail again and again.
     """
     for name in ("run", "images"):
         if not getattr(config, name):
@@ -106,6 +107,8 @@ def run(config: EvaluateConfig) -> Result:
     if (report := _found(config, report_uri, identity)) is not None:
         lease.clear(output, config.lease, stage="evaluate")
         return result_of(report, output, already_done=True)
+    if config.scaling.num_workers:
+        start_ray()
     with lease.held(output, config.lease, stage="evaluate") as holder:
         # Who had the lease before may have done it.
         if (report := _found(config, report_uri, identity)) is not None:
@@ -204,7 +207,7 @@ def _read(config: EvaluateConfig, model: Network) -> tuple[LabelledImages, Label
 
 
 def _compared(
-    config: EvaluateConfig, weights: Weights, baseline: Weights | None, device: str
+    config: EvaluateConfig, weights: Weights, baseline: Weights | None
 ) -> dict[str, Weights]:
     """The pretrained network, the baseline's, and with baselines one at random initialisation."""
     compared = {PRETRAINED: weights}
@@ -214,8 +217,6 @@ def _compared(
         untrained = type(weights.model)(**weights.model.config()).eval()
         untrained.init_weights(torch.Generator().manual_seed(config.seed))
         compared[RANDOM] = replace(weights, model=untrained)
-    for each in compared.values():
-        each.model.to(device)
     return compared
 
 
@@ -230,75 +231,25 @@ def _baseline(config: EvaluateConfig, weights: Weights) -> Weights:
     return found
 
 
-def _batches(
-    config: EvaluateConfig, weights: Weights, data: LabelledImages
-) -> Iterator[np.ndarray]:
-    return data.pixels(
-        weights.model.image_size[0],
-        crop_fraction=config.crop_fraction,
-        batch_size=config.batch_size,
-        num_threads=config.num_threads or os.cpu_count() or 1,
-    )
-
-
 def _features(
-    config: EvaluateConfig,
+    images: Extraction,
     weights: Weights,
     compared: dict[str, Weights],
-    data: LabelledImages,
     layers: dict[str, list[int]],
-    device: str,
 ) -> dict[str, np.ndarray]:
     """Features (L, n, d) by name, and the logits of a head that knows all classes, as HEAD."""
+    pooling = images.config.pooling
     readers: dict[str, Reader] = {
         name: block_reader(
-            each.model, layers=layers[name], pooling=config.pooling, mean=each.mean, std=each.std
+            each.model, layers=layers[name], pooling=pooling, mean=each.mean, std=each.std
         )
         for name, each in compared.items()
     }
-    if config.baselines:
-        readers[PIXELS] = pixel_reader(len(data))
-    if head_classes(weights, data) is not None:
+    if images.config.baselines:
+        readers[PIXELS] = pixel_reader(len(images.data))
+    if head_classes(weights, images.data) is not None:
         readers[HEAD] = head_reader(weights)
-    batches = _batches(config, weights, data)
-    return read_features(readers, batches, len(data), device=device, label="features")
-
-
-def _attentive(
-    config: EvaluateConfig,
-    weights: Weights,
-    compared: dict[str, Weights],
-    data: LabelledImages,
-    splits: list[Split],
-    chosen: dict[str, list[int]],
-    device: str,
-) -> dict[str, Found]:
-    """Attentive probes of the patches after the block that the linear probe chose in each split."""
-    layers = {name: sorted(set(chosen[name])) for name in compared}
-    readers = {
-        name: patch_reader(each.model, layers=layers[name], mean=each.mean, std=each.std)
-        for name, each in compared.items()
-    }
-    batches = _batches(config, weights, data)
-    patches = read_features(readers, batches, len(data), device=device, label="patches")
-    found = {}
-    for name, each in compared.items():
-        predicted = [
-            attentive_predict(
-                patches[name][layers[name].index(layer)], data.labels,
-                split.train, split.validation, split.test,
-                num_heads=each.model.num_heads, num_classes=len(data.class_names),
-                seed=config.seed, device=device,
-            )
-            for split, layer in zip(splits, chosen[name], strict=True)
-        ]  # fmt: skip
-        positions = [layers[name].index(layer) for layer in chosen[name]]
-        found[name] = Found(
-            predicted=np.concatenate(predicted),
-            layers=positions,
-            by_layer=np.zeros((len(splits), 0)),
-        )
-    return found
+    return images.read(readers, [each.model for each in compared.values()], label="features")
 
 
 def _evaluate(
@@ -314,7 +265,7 @@ def _evaluate(
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    compared = _compared(config, weights, baseline, device)
+    compared = _compared(config, weights, baseline)
     known = {
         name: candidate_layers(config, each.model.depth) for name, each in compared.items()
     } | {PIXELS: [0]}
@@ -325,7 +276,10 @@ def _evaluate(
                 for name, each in compared.items()
             )
         )
-    features = _features(config, weights, compared, data, known, device)
+    threads = config.num_threads or os.cpu_count() or 1
+    images = Extraction(config=config, data=data, device=device, num_threads=threads)
+    features = _features(images, weights, compared, known)
+    splits = [split.without(list(images.damaged)) for split in splits]
     logits = features.pop(HEAD, None)
     tested = np.concatenate([split.test for split in splits])
     truth, groups = data.labels[tested], [data.groups[row] for row in tested]
@@ -347,7 +301,7 @@ def _evaluate(
     progress.close()
     if config.attentive:
         chosen = {name: scores[name]["linear"]["layers"] for name in compared}
-        found_by = _attentive(config, weights, compared, data, splits, chosen, device)
+        found_by = attentive_found(images, compared, splits, chosen)
         for name, found in found_by.items():
             of = sorted(set(chosen[name]))
             judged, hits[name]["attentive"] = score(
@@ -375,6 +329,7 @@ def _evaluate(
         "majority": float((truth == counts.argmax()).mean()),
         "rankme": {name: rankme(features[name][-1], device=device) for name in compared},
         "num_images": len(truth),
+        "damaged": [images.damaged[position] for position in sorted(images.damaged)],
         "num_groups": len(set(groups)),
         "class_names": data.class_names,
         "class_counts": np.bincount(truth, minlength=len(data.class_names)).tolist(),

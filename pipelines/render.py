@@ -38,6 +38,7 @@ from pipelines.tables.view_files import (
 from pipelines.tables.view_table import ViewTable, build_manifest, read_manifest
 from pipelines.tokenization.ledger import Ledger, Units
 from pipelines.tokenization.work import Unit
+from pipelines.unit_pools import outcomes_of
 from pipelines.unit_tables import kept
 from pipelines.units import Outcome, work_uri
 
@@ -258,7 +259,7 @@ def _compute(
 def _outcomes(
     task: RenderTask, units: Units, todo: np.ndarray, images: ImageParts
 ) -> Iterator[Outcome]:
-    return unit_tables.outcomes_of(
+    return outcomes_of(
         todo,
         lambda unit: unit_of(units, images, unit),
         lambda given, attempts: render_work.run_in_pool(given, task, attempts),

@@ -32,6 +32,7 @@ from pipelines.tokenization.report import TokenizeResult
 from pipelines.tokenization.reuse import Origins, find_origins, older_tables, reused_datasets
 from pipelines.tokenization.task import TokenizeTask
 from pipelines.tokenization.work import Unit
+from pipelines.unit_pools import outcomes_of
 from pipelines.unit_tables import kept
 from pipelines.units import Outcome, work_uri
 
@@ -232,7 +233,7 @@ def _outcomes(
     images: ImageParts,
     origins: Origins | None,
 ) -> Iterator[Outcome]:
-    return unit_tables.outcomes_of(
+    return outcomes_of(
         todo,
         lambda unit: _unit(units, images, unit, origins),
         lambda given, attempts: token_pool.run_in_pool(given, task, attempts),

@@ -1,42 +1,27 @@
 """The driver's part in making a table of unit files: what `tokenize` and `render` share.
 
-Units go to a pool of workers; one that killed its process or ended in an error there is set aside,
-and tried alone after all others. The ledger (`tokenization/ledger.py`) knows what is done.
+Units are done in a pool (`unit_pools.py`); the ledger (`tokenization/ledger.py`) knows what of them
+is done.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import ray
-from ray.actor import ActorHandle
 
 from pipelines import storage
 from pipelines.errors import InputError, StageFailed
 from pipelines.progress import Progress
-from pipelines.steps import say_step
 from pipelines.tokenization.ledger import Ledger, refuse_other_options
-from pipelines.units import Outcome, counted_attempts
+from pipelines.units import Outcome
 
-# Units set aside one after the other that end the stage; more where the pool may be large.
-ASIDE_IN_A_ROW = 16
-DEATHS_ALONE = 3
 FILES_PER_TASK = 64
 
 Check = Callable[[bytes, Any], tuple[bool, str | None]]
 """Bytes of a file and the rows, or row groups, it should have, to whether it is whole, and what of
 another identity it carries."""
-
-
-class AnyUnit(Protocol):
-    """A unit as it travels to a worker."""
-
-    @property
-    def index(self) -> int: ...
-
-
-Unit = TypeVar("Unit", bound=AnyUnit)
 
 
 def take_up(
@@ -64,70 +49,6 @@ def take_up(
     for unit in lost:  # to be made again
         ledger.forget(unit)
     return not lost and not (retry_rejected and ledger.rejected)
-
-
-def outcomes_of(
-    todo: Sequence[int] | np.ndarray,
-    unit_of: Callable[[int], Unit],
-    in_pool: Callable[[Iterable[Unit], ActorHandle], Iterator[Outcome]],
-    alone: Callable[[Sequence[Unit]], Iterator[Outcome]],
-    *,
-    workers: int,
-) -> Iterator[Outcome]:
-    """Outcomes of all units in `todo`, first from a pool of so many, then of those set aside there.
-
-    Raises:
-        InputError, StageFailed: the job cannot go on, or so many in a row were set aside that the
-            trouble is not theirs.
-    """
-    if not len(todo):
-        return
-    aside: list[Outcome] = []
-    in_a_row, most = 0, max(ASIDE_IN_A_ROW, 4 * workers)
-    with counted_attempts() as attempts:
-        for outcome in in_pool((unit_of(int(unit)) for unit in todo), attempts):
-            yield outcome
-            in_a_row = in_a_row + 1 if outcome.suspect else 0
-            if outcome.suspect:
-                aside.append(outcome)
-            if in_a_row >= most:
-                raise StageFailed(
-                    f"{outcome.suspect} (and {in_a_row - 1} units before it); when this is "
-                    "mended, the same command goes on"
-                )
-    if aside:
-        say_step(f"{len(aside)} units were set aside and are now tried alone; {aside[0].suspect}")
-        yield from alone([unit_of(outcome.unit) for outcome in aside])
-
-
-def run_alone(
-    units: Sequence[Unit], work: Callable[[Unit, Any], Outcome], task: Any, **resources: float
-) -> Iterator[Outcome]:
-    """Tries units that were set aside in a process of their own, three times at most."""
-    # A process that served one unit is not used for the next.
-    alone = ray.remote(max_retries=0, max_calls=1, **resources)(work)
-    running = {alone.remote(unit, task): (unit, 0) for unit in units}
-    while running:
-        (done,), _ = ray.wait(list(running), num_returns=1)
-        unit, deaths = running.pop(done)
-        try:
-            outcome: Outcome = ray.get(done)
-        except (ray.exceptions.NodeDiedError, ray.exceptions.LocalRayletDiedError):
-            pass  # The node went, not the process.
-        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
-            deaths += 1
-            if deaths >= DEATHS_ALONE:
-                reason = f"killed its process {DEATHS_ALONE} times: {_first_line(error)}"
-                yield Outcome(unit=unit.index, rejected=reason)
-                continue
-        else:
-            yield outcome.check()
-            continue
-        running[alone.remote(unit, task)] = (unit, deaths)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The runner of units: what `prepare`, `tokenize` and `render` share.
+"""The runner of units: what `prepare`, `tokenize`, `render` and `evaluate` share.
 
 A stage cuts its work into units. Each becomes files whose names and bytes follow from the unit
 alone, so that doing it twice, here or by a second driver, does no harm. The driver gives units
@@ -13,7 +13,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -53,6 +53,8 @@ class Outcome:
     input_error: str = ""
     failed: str = ""
     """What ends the job: bad input, or anything else that a person can mend."""
+    made: bytes | None = None
+    """What a unit came to, where no file of its own holds it."""
 
     @classmethod
     def of_error(cls, unit: int, name: str, error: Exception) -> "Outcome":
@@ -85,7 +87,11 @@ class Outcome:
 
 def outcome_table(outcomes: Iterable[Outcome]) -> pa.Table:
     """Outcomes as the last stage of a round returns them."""
-    return pa.table({"outcome": [json.dumps(asdict(outcome)) for outcome in outcomes]})
+    said, made = [], []
+    for outcome in outcomes:
+        made.append(outcome.made)
+        said.append(json.dumps(asdict(replace(outcome, made=None))))
+    return pa.table({"outcome": said, "made": pa.array(made, pa.large_binary())})
 
 
 # Rounds
@@ -113,8 +119,9 @@ def outcomes(mapped: ray.data.Dataset) -> Iterator[Outcome]:
     with _quiet_ray_data():
         batches = mapped.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
         for batch in batches:
-            for text in batch.column("outcome").to_pylist():
-                yield Outcome.from_json(text).check()
+            for text, made in zip(batch["outcome"].to_pylist(), batch["made"], strict=True):
+                outcome = Outcome.from_json(text).check()
+                yield replace(outcome, made=made.as_py())
 
 
 @contextmanager

@@ -11,8 +11,22 @@ from pipelines.config.tracking import TrackingConfig
 # What makes no other evaluation of it: where things are, and how it is computed.
 MAY_CHANGE = (
     "run", "baseline", "images", "output", "force", "lease", "tracking", "batch_size",
-    "device", "num_threads",
+    "device", "num_threads", "scaling",
 )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolConfig:
+    """On how much features are computed."""
+
+    num_workers: Annotated[int, Ge(0)] = 0
+    """Actors that read images and compute features, with a GPU each where Ray has some (`device`);
+    0: this process alone, without Ray."""
+    cpus_per_worker: Annotated[int, Ge(1)] = 1
+    """CPUs reserved per actor, for decoding and, without GPU, for the network."""
+
+    def __post_init__(self) -> None:
+        check(self, "scaling.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +53,10 @@ class EvaluateConfig(ProtocolConfig):
     device: str = "auto"
     """auto, cpu, cuda, ..."""
     num_threads: Annotated[int, Ge(0)] = 0
-    """Threads that decode images; 0: as many as the machine has cores."""
+    """Threads that decode images in this process; 0: as many as the machine has cores."""
+    scaling: PoolConfig = field(default_factory=PoolConfig)
+    max_rejected: Annotated[int, Ge(0)] = 0
+    """Images that may be left out because they do not decode. More of them fail the stage."""
     force: bool = False
     """Evaluate again although the same evaluation is there."""
     lease: LeaseConfig = field(default_factory=LeaseConfig)

@@ -5,14 +5,17 @@ classifies the sum: the probe of AIM (arXiv 2401.08541, section 3.3). A query an
 keys that it meets are one vector here, for their product is all that counts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipelines.evaluation.extraction import Extraction
+from pipelines.evaluation.features import Weights, patch_reader
 from pipelines.evaluation.probes import Device
+from pipelines.evaluation.protocol import Found, Split
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 """The best by validation rows is taken."""
@@ -53,6 +56,42 @@ class AttentiveProbe(nn.Module):
         seen = attention.transpose(1, 2) @ x  # (B, heads, dim)
         summed = torch.einsum("bhd,hde->bhe", seen, self.values).flatten(1)
         return summed @ self.head + self.bias
+
+
+def attentive_found(
+    images: Extraction,
+    compared: Mapping[str, Weights],
+    splits: Sequence[Split],
+    chosen: Mapping[str, Sequence[int]],
+) -> dict[str, Found]:
+    """Probes of the patches after the block that was chosen in each split, by name of `compared`.
+
+    Positions of blocks in what is found are those among the blocks chosen.
+    """
+    layers = {name: sorted(set(chosen[name])) for name in compared}
+    readers = {
+        name: patch_reader(each.model, layers=layers[name], mean=each.mean, std=each.std)
+        for name, each in compared.items()
+    }
+    networks = [each.model for each in compared.values()]
+    patches = images.read(readers, networks, label="patches")
+    data, found = images.data, {}
+    for name, each in compared.items():
+        positions = [layers[name].index(layer) for layer in chosen[name]]
+        predicted = [
+            attentive_predict(
+                patches[name][position], data.labels, split.train, split.validation, split.test,
+                num_heads=each.model.num_heads, num_classes=len(data.class_names),
+                seed=images.config.seed, device=images.device,
+            )
+            for split, position in zip(splits, positions, strict=True)
+        ]  # fmt: skip
+        found[name] = Found(
+            predicted=np.concatenate(predicted),
+            layers=positions,
+            by_layer=np.zeros((len(splits), 0)),
+        )
+    return found
 
 
 def attentive_predict(

@@ -40,7 +40,9 @@ def examples(
     pixels = np.concatenate(
         list(data.pixels(size, positions=wanted, crop_fraction=config.crop_fraction))
     )
-    reader = patch_reader(weights.model, layers=[layer], mean=weights.mean, std=weights.std)
+    reader = patch_reader(
+        weights.model.to(device), layers=[layer], mean=weights.mean, std=weights.std
+    )
     shown = pixels[np.searchsorted(wanted, queries)]
     [patches] = read_features({"own": reader}, [shown], len(shown), device=device)["own"]
     names = [[data.class_names[data.labels[row]] for row in line] for line in rows]

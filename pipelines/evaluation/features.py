@@ -188,6 +188,16 @@ def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
 
 
 @torch.no_grad()
+def features_of(
+    readers: Mapping[str, Reader], batch: np.ndarray, device: str | torch.device
+) -> dict[str, list[np.ndarray]]:
+    """What each reader makes of a batch uint8 (B, 3, H, W): one or several arrays (B, ...)."""
+    pixels = torch.from_numpy(batch).to(device)
+    return {
+        name: [each.cpu().numpy() for each in reader(pixels)] for name, reader in readers.items()
+    }
+
+
 def read_features(
     readers: Mapping[str, Reader],
     batches: Iterable[np.ndarray],
@@ -197,10 +207,33 @@ def read_features(
     label: str = "",
     into: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
-    """What each reader makes of `count` images: (L, count, ...), from one pass over them.
+    """What each reader makes of `count` images, from one pass over them; see `kept_features`."""
+
+    def pieces() -> Iterator[Piece]:
+        done = 0
+        for batch in batches:
+            yield done, features_of(readers, batch, device)
+            done += len(batch)
+
+    with exact_products():
+        return kept_features(pieces(), count, label=label, into=into)
+
+
+Piece = tuple[int, Mapping[str, Sequence[np.ndarray]]]
+"""Position of the first of some images, and their features (n, ...), by reader and layer."""
+
+
+def kept_features(
+    pieces: Iterable[Piece],
+    count: int,
+    *,
+    label: str = "",
+    into: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, np.ndarray]:
+    """Features of `count` images by reader, (L, count, ...), from pieces in any order.
 
     The arrays lie in temporary files (below TMPDIR), without names, that go when they do: memory
-    holds a batch, and what of the arrays the system has room for. `into`: those that were made
+    holds a piece, and what of the arrays the system has room for. `into`: those that were made
     before, by reader.
 
     Raises:
@@ -208,19 +241,18 @@ def read_features(
     """
     found = dict(into or {})
     progress, done = Progress(count, label, "images") if label else None, 0
-    with exact_products():
-        for batch in batches:
-            pixels = torch.from_numpy(batch).to(device)
-            for name, reader in readers.items():
-                features = [each.cpu().numpy() for each in reader(pixels)]
-                if name not in found:
-                    shape = (len(features), count, *features[0].shape[1:])
-                    found[name] = on_disk(shape, features[0].dtype)
-                for layer, each in enumerate(features):
-                    found[name][layer, done : done + len(batch)] = each
-            done += len(batch)
-            if progress:
-                progress.update(done)
+    for start, piece in pieces:
+        rows = 0
+        for name, features in piece.items():
+            rows = len(features[0])
+            if name not in found:
+                shape = (len(features), count, *features[0].shape[1:])
+                found[name] = on_disk(shape, features[0].dtype)
+            for layer, each in enumerate(features):
+                found[name][layer, start : start + rows] = each
+        done += rows
+        if progress:
+            progress.update(done)
     if progress:
         progress.close()
     return found

@@ -42,18 +42,26 @@ class LabelledImages:
         crop_fraction: float,
         batch_size: int = BATCH,
         num_threads: int = 1,
+        damaged: dict[int, str] | None = None,
     ) -> Iterator[np.ndarray]:
-        """Batches uint8 (B, 3, size, size) of the images at `positions` (ascending), or of all."""
+        """Batches uint8 (B, 3, size, size) of the images at `positions` (ascending), or of all.
+
+        `damaged` as in `read_pixels`, by positions here.
+        """
         start = 0
         for table, rows in self.sources:
+            chosen = np.arange(start, start + len(rows))
             if positions is not None:
-                here = (positions >= start) & (positions < start + len(rows))
-                start, rows = start + len(rows), rows[positions[here] - start]  # noqa: PLW2901
-            if len(rows):
-                yield from read_pixels(
-                    table, rows, central(crop_fraction), size,
-                    batch_size=batch_size, num_threads=num_threads,
-                )  # fmt: skip
+                chosen = positions[(positions >= start) & (positions < start + len(rows))]
+            found: dict[int, str] | None = None if damaged is None else {}
+            for batch in read_pixels(
+                table, rows[chosen - start], central(crop_fraction), size,
+                batch_size=batch_size, num_threads=num_threads, damaged=found,
+            ):  # fmt: skip
+                if damaged is not None and found:
+                    damaged.update({int(chosen[at]): why for at, why in found.items()})
+                yield batch
+            start += len(rows)
 
 
 def read_labelled(

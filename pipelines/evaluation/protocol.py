@@ -43,6 +43,11 @@ class Split:
         """All that a probe may see."""
         return np.concatenate([self.train, self.validation])
 
+    def without(self, rows: Sequence[int]) -> "Split":
+        """Less some rows."""
+        left = (each[~np.isin(each, rows)] for each in (self.train, self.validation, self.test))
+        return Split(**dict(zip(("train", "validation", "test"), left, strict=True)))
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Found:

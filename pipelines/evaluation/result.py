@@ -44,6 +44,7 @@ class Report(TypedDict):
     class_names: list[str]
     layers: list[int]
     head: NotRequired[list[float] | None]
+    damaged: NotRequired[list[str]]
     identity: NotRequired[dict[str, Any]]
 
 
@@ -60,6 +61,8 @@ class Result:
     majority: float
     """Accuracy of always naming the most frequent class."""
     num_images: int
+    damaged: int = 0
+    """Images that were left out because they do not decode."""
     class_names: list[str]
     layers: list[int]
     """Candidate blocks."""
@@ -83,6 +86,8 @@ class Result:
             text += f", attentive probe {100 * attentive.accuracy:.1f} %"
         text += f", k-NN {100 * knn:.1f} %, most frequent class {100 * self.majority:.1f} %"
         text += f", {self.num_images} images"
+        if self.damaged:
+            text += f" ({self.damaged} left out: they do not decode)"
         return text + (", was done already" if self.already_done else "")
 
 
@@ -97,6 +102,7 @@ def result_of(report: Mapping[str, Any], output: str, *, already_done: bool) -> 
         gains={name: tuple(values) for name, values in report["gains"].items()},
         majority=report["majority"],
         num_images=report["num_images"],
+        damaged=len(report.get("damaged", [])),
         class_names=report["class_names"],
         layers=report["layers"],
         output=output,

@@ -79,29 +79,40 @@ def read_pixels(
     *,
     batch_size: int = 64,
     num_threads: int = 1,
+    damaged: dict[int, str] | None = None,
 ) -> Iterator[np.ndarray]:
     """A view of each of these rows (ascending), in batches: uint8 (batch_size, 3, size, size).
 
-    The last batch may be smaller. Each row group is read once; memory holds one, and a batch.
+    The last batch may be smaller. Each row group is read once; memory holds one, and a batch. In
+    `damaged` stands what is wrong with images that do not decode, by their positions in `rows`,
+    before their batch comes; they are black.
 
     Raises:
-        InputError: a part is missing or damaged, or an image in it.
+        InputError: a part is missing or damaged, or an image in it and `damaged` is not given.
     """
     if (np.diff(rows) < 0).any():
         raise ValueError("rows: give them in ascending order")
 
-    def one(key: str, image: bytes, digest: bytes) -> np.ndarray:
-        pixels = render_encoded(image, digest, [view_of], [(size, interpolation)], key=key)[0]
+    columns = ("key", "image", "digest")
+
+    def one(position: int, key: str, image: bytes, digest: bytes) -> np.ndarray:
+        try:
+            pixels = render_encoded(image, digest, [view_of], [(size, interpolation)], key=key)[0]
+        except DamagedImageError as error:
+            if damaged is None:
+                raise
+            damaged[position] = str(error)
+            pixels = np.zeros((size, size, 3), np.uint8)
         return pixels.transpose(2, 0, 1)
 
     batch = np.empty((min(batch_size, len(rows)), 3, size, size), np.uint8)
     filled, left = 0, len(rows)
-    columns = ("key", "image", "digest")
     with ThreadPoolExecutor(num_threads, thread_name_prefix="decode") as pool:
-        for _, table in images.read_scattered(rows, columns):
+        for positions, table in images.read_scattered(rows, columns):
             for start in range(0, table.num_rows, batch_size):
                 some = table.slice(start, batch_size)
-                for pixels in pool.map(one, *(some[name].to_pylist() for name in columns)):
+                places = positions[start : start + batch_size].tolist()
+                for pixels in pool.map(one, places, *(some[name].to_pylist() for name in columns)):
                     batch[filled] = pixels
                     filled += 1
                     if filled == len(batch):

@@ -11,7 +11,7 @@ import pyarrow as pa
 from ray.actor import ActorHandle
 
 from beit.views import Interpolation, ViewPolicy, view_of
-from pipelines import storage, unit_tables
+from pipelines import storage, unit_pools
 from pipelines.reading.pixels import DamagedImageError, drawn, render_encoded
 from pipelines.tables.image_files import Part, read_part
 from pipelines.tables.view_files import (
@@ -24,10 +24,10 @@ from pipelines.tables.view_files import (
 )
 from pipelines.tokenization.ledger import Units, units_of
 from pipelines.tokenization.work import Unit
-from pipelines.units import Outcome, attempt, outcome_table, outcomes, rounds
+from pipelines.unit_pools import tried_in_pool
+from pipelines.units import Outcome, outcome_table, outcomes, rounds
 
 INTERPOLATION: Interpolation = "bicubic"
-DEATHS_IN_POOL = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,20 +124,10 @@ def row_groups(unit: Unit, task: RenderTask) -> list[int]:
 
 def render_batch(batch: pa.Table, task: RenderTask, attempts: ActorHandle | None) -> pa.Table:
     """Task: a unit in, its outcome out."""
+    units = (Unit(**json.loads(text)) for text in batch.column("unit").to_pylist())
     return outcome_table(
-        _in_pool(Unit(**json.loads(text)), task, attempts)
-        for text in batch.column("unit").to_pylist()
+        tried_in_pool(unit, lambda unit: render_unit(unit, task), attempts) for unit in units
     )
-
-
-def _in_pool(unit: Unit, task: RenderTask, attempts: ActorHandle | None) -> Outcome:
-    with attempt(attempts, f"render {unit.index}") as deaths:
-        if deaths >= DEATHS_IN_POOL:
-            return Outcome(unit=unit.index, suspect=f"unit {unit.name}: killed its process twice")
-        outcome = render_unit(unit, task)
-        if outcome.failed:  # a store, memory: perhaps of this place and moment only
-            return Outcome(unit=unit.index, suspect=outcome.failed)
-        return outcome
 
 
 def run_in_pool(
@@ -160,4 +150,4 @@ def run_in_pool(
 def run_alone(units: Sequence[Unit], task: RenderTask) -> Iterator[Outcome]:
     """Tries units that were set aside in a process of their own."""
     resources: dict[str, Any] = {"num_cpus": task.num_cpus, "memory": task.memory}
-    return unit_tables.run_alone(units, render_unit, task, **resources)
+    return unit_pools.run_alone(units, render_unit, task, **resources)

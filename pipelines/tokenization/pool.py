@@ -22,28 +22,19 @@ from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
-import ray
-import ray.data
 import torch
 from numpy.typing import NDArray
 from ray.actor import ActorHandle
 
 from beit.tokenizers import ImageTokenizer, Precision
-from pipelines import unit_tables
+from pipelines import unit_pools
 from pipelines.errors import InputError
 from pipelines.tables import tokenizer_store
 from pipelines.tokenization import work as token_work
 from pipelines.tokenization.task import TokenizeTask
 from pipelines.tokenization.work import Unit, UnitRejected
+from pipelines.unit_pools import DEATHS_IN_POOL, in_actors, killer
 from pipelines.units import Outcome, attempt, outcome_table, outcomes, rounds
-
-# A process is shared (files are written while the next unit is encoded, a node has several), so
-# two deaths are a suspicion; deaths of a process that held nothing else are proof.
-DEATHS_IN_POOL = 2
-# A unit is written while the next is encoded, and the next two lie ready. Ray Data adds actors when
-# those it has are given 1.75 units for each that they work on at a time; fewer, and no pool grows.
-UNITS_AT_WORK = 2
-UNITS_PER_ACTOR = 4
 
 COLUMNS = pa.schema(
     [("unit", pa.string()), ("note", pa.string()), ("keys", pa.string()),
@@ -64,10 +55,6 @@ def _trouble(unit: Unit, error: Exception) -> Outcome:
     return Outcome(unit=unit.index, suspect=outcome.failed)
 
 
-def _killer(unit: Unit) -> Outcome:
-    return Outcome(unit=unit.index, suspect=f"unit {unit.name}: killed its process twice")
-
-
 def render_blocks(
     batch: pa.Table, task: TokenizeTask, attempts: ActorHandle | None
 ) -> Iterator[pa.Table]:
@@ -82,7 +69,7 @@ def render_blocks(
         with attempt(attempts, f"render {unit.index}") as deaths:
             try:
                 if deaths >= DEATHS_IN_POOL:
-                    note["outcome"] = asdict(_killer(unit))
+                    note["outcome"] = asdict(killer(unit))
                 else:
                     done = token_work.render_unit(task.images_uri, unit, task.identity, task.older)
                     if len(done.pixels):
@@ -160,7 +147,7 @@ class EncodeUnits:
                 began_at = time.time()
                 work = attempt(self.attempts, f"encode {unit.index}")
                 if until_written.enter_context(work) >= DEATHS_IN_POOL:
-                    return _killer(unit)
+                    return killer(unit)
                 try:
                     token_ids = token_work.fill_tokens(
                         np.frombuffer(copied, np.uint16).reshape(-1, views, identity.num_patches),
@@ -231,7 +218,7 @@ def run_in_pool(
     )
     for dataset in rounds(asdict(unit) for unit in units):
         most = dataset.num_blocks()
-        encoded = dataset.map_batches(
+        rendered = dataset.map_batches(
             render_blocks,
             batch_size=1,
             batch_format="pyarrow",
@@ -240,18 +227,13 @@ def run_in_pool(
             # A promise to the scheduler. It also tells Ray Data that this stage is unlike the
             # next: tasks and actors of equal needs are fused, and decoding moves into the actors.
             memory=task.decode_memory,
-        ).map_batches(
+        )
+        encoded = in_actors(
+            rendered,
             EncodeUnits,
-            batch_size=1,
-            batch_format="pyarrow",
-            fn_constructor_kwargs={"task": task, "attempts": attempts},
-            compute=ray.data.ActorPoolStrategy(
-                min_size=min(task.min_actors, most),
-                max_size=min(task.max_actors, most),
-                max_tasks_in_flight_per_actor=UNITS_PER_ACTOR,
-                max_concurrent_calls_per_actor=UNITS_AT_WORK,
-                enable_true_multi_threading=True,
-            ),
+            {"task": task, "attempts": attempts},
+            least=min(task.min_actors, most),
+            most=min(task.max_actors, most),
             **encoder_options,
         )
         yield from outcomes(encoded)
@@ -273,7 +255,7 @@ def tokenize_alone(unit: Unit, task: TokenizeTask) -> Outcome:
 
 def run_alone(units: Sequence[Unit], task: TokenizeTask) -> Iterator[Outcome]:
     """Tries units that were set aside in a process of their own."""
-    return unit_tables.run_alone(
+    return unit_pools.run_alone(
         units,
         tokenize_alone,
         task,

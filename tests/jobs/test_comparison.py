@@ -234,7 +234,7 @@ def test_the_table_is_shown_where_the_report_cannot_be_made(tmp_path, monkeypatc
     monkeypatch.setattr(
         "pipelines.pretrain.run", lambda config, start_ray: of(config.output).trained
     )
-    monkeypatch.setattr("pipelines.evaluate.run", lambda config: of(config.run).judged)
+    monkeypatch.setattr("pipelines.evaluate.run", lambda config, **_: of(config.run).judged)
     config = parse_stage("pipeline", ["--config", "compare", "--output", str(tmp_path / "out")])
     config = dataclasses.replace(config, arms={"mae": config.arms["mae"]})
     with pytest.raises(InputError, match="no answer"):

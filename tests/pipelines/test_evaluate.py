@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -40,7 +41,7 @@ from pipelines.evaluation.probes import (
     knn_predict,
     rankme,
 )
-from pipelines.evaluation.protocol import splits_of
+from pipelines.evaluation.protocol import PROBES, probe, splits_of
 from pipelines.tables.image_files import ImageRow, write_part
 from pipelines.tables.image_table import commit_manifest
 from pipelines.tables.weights_store import open_network, weights_fingerprint
@@ -116,16 +117,53 @@ def test_the_linear_probe_keeps_no_graph_of_its_logits(monkeypatch):
 def test_more_features_than_rows_are_reckoned_with_their_span(monkeypatch):
     """It is done for each block and the final probe, and grows with the cube of the rows."""
     spans, real = [], probes._span
-    monkeypatch.setattr(probes, "SPAN_ROWS", 16)
+    monkeypatch.setattr(probes, "CUBIC_ROWS", 16)
     monkeypatch.setattr(probes, "_span", lambda x: spans.append(tuple(x.shape)) or real(x))
     monkeypatch.setattr(probes.time, "monotonic", itertools.count().__next__)
     options = {"num_layers": 3, "num_classes": 2}
-    looks = 4 * 50 * (3 + len(probes.WEIGHT_DECAYS) + 1)
-    assert probes.seconds_of_chosen_linear(64, 32, **options) == looks
+    solutions = 3 + len(probes.WEIGHT_DECAYS) + 1
+    assert probes.seconds_of_chosen_linear(64, 32, **options) == solutions
     assert not spans
-    assert probes.seconds_of_chosen_linear(64, 128, **options) == looks + 4 * 4**3
+    assert probes.seconds_of_chosen_linear(64, 128, **options) == solutions + 4 * 4**3
     assert spans == [(16, 32)] * 2
-    assert probes.seconds_of_knn(4096, 8, **options) == 4 * 4096 / 4 / probes.KNN_ROWS
+    assert probes.seconds_of_rankme(64, 128) == 4**3
+    compared = 3 * 0.16 * 4096 + 1024
+    seconds = probes.seconds_of_knn(4096, 1024, 8, **options)
+    assert seconds == pytest.approx(compared / probes.KNN_ROWS)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("count", "dim", "num_layers", "num_classes"),
+    [(400, 128, 4, 9), (400, 1024, 4, 9), (1700, 128, 4, 9), (1200, 384, 6, 100)],
+)
+def test_probes_take_what_was_reckoned(
+    count, dim, num_layers, num_classes, monkeypatch, one_thread
+):
+    """In seconds of a processor, which no other program on the machine changes."""
+    monkeypatch.setattr(probes.time, "monotonic", time.process_time)
+    draw = np.random.default_rng(0)
+    labels = draw.integers(0, num_classes, count)
+    # As of networks: few directions are large, and classes overlap in them.
+    mixed = draw.normal(size=(dim, dim)) * np.geomspace(1, 1e-3, dim)[:, None]
+    centres = 0.3 * draw.normal(size=(num_layers, num_classes, dim))
+    features = (draw.normal(size=(num_layers, count, dim)) + centres[:, labels]) @ mixed
+    features = features.astype("f4")
+    protocol = ProtocolConfig(num_folds=3)
+    splits = splits_of(protocol, [str(row) for row in range(count)])
+    known, tested = len(splits[0].known), len(splits[0].test)
+    sizes = {"num_layers": num_layers, "num_classes": num_classes}
+    reckoned = 3 * (
+        probes.seconds_of_knn(known, tested, dim, **sizes)
+        + probes.seconds_of_chosen_linear(known, dim, **sizes)
+    ) + probes.seconds_of_rankme(count, dim)
+    start = time.process_time()
+    for kind in PROBES:
+        probe(kind, protocol, features, labels, splits)
+    rankme(features[-1])
+    seconds = time.process_time() - start
+    print(f"{count} x {dim}: reckoned {reckoned:.2f} s, real {seconds:.2f} s")
+    assert 0.8 * seconds < reckoned < 2 * seconds
 
 
 def test_rankme_is_its_formula():
@@ -580,7 +618,7 @@ def test_a_full_disk_is_told_before_anything_is_computed(
 ):
     need = 2 * 2 * 135 * small_model().num_patches * small_model().dim * 2
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=need - 1))
-    monkeypatch.setattr(evaluate, "read_features", None)
+    monkeypatch.setattr(evaluate.Extraction, "read", None)
     config = EvaluateConfig(
         run=trained_run, images=shapes, output=str(tmp_path), num_folds=2, tracking=OFF
     )

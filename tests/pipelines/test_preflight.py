@@ -217,6 +217,25 @@ def test_tokenize_takes_the_gpus_that_there_are(flag, gpu, resources):
     assert needs.bundles[0][1].resources == resources
 
 
+@pytest.mark.parametrize(
+    ("flags", "gpu", "resources"),
+    [
+        ([], False, None),
+        (["--scaling.num_workers", "8"], None, {"CPU": 1}),
+        (["--scaling.num_workers", "8", "--device", "cpu"], False, {"CPU": 1}),
+        (["--scaling.num_workers", "8", "--device", "cuda"], True, {"CPU": 1, "GPU": 1}),
+    ],
+)
+def test_evaluate_asks_for_its_actors(flags, gpu, resources):
+    flags = ["--run", "s3://b/r", "--images", "s3://b/i", *flags]
+    needs = needs_of("evaluate", parse_stage("evaluate", flags))
+    assert needs.gpu is gpu
+    assert [one.resources for each in needs.bundles for one in each] == [resources] * bool(
+        resources
+    )
+    assert {place.field for place in needs.places} == {"run", "images"}
+
+
 def test_stored_views_are_a_place_that_nodes_must_see():
     flags = ["--views", "s3://b/v,s3://b/w", "--tokens", "s3://b/t", "--output", "s3://b/o"]
     needs = needs_of("pretrain", parse_stage("pretrain", [*flags, "--probe.every_steps", "0"]))

@@ -10,7 +10,7 @@ import ray.data
 
 from beit.images import decode_image
 from beit.views import ViewPolicy, render, sample_view
-from pipelines import storage, tokenize_images, unit_tables
+from pipelines import storage, tokenize_images, unit_pools, unit_tables
 from pipelines.config.tokenize_images import (
     ActorsConfig,
     GateConfig,
@@ -143,7 +143,7 @@ def test_actors_are_given_enough_for_the_pool_to_grow():
     """Ray Data adds actors above this; see test_the_pool_grows for the whole of it."""
     scaling = ray.data.DataContext.get_current().autoscaling_config
     threshold = scaling.actor_pool_util_upscaling_threshold
-    assert threshold <= token_pool.UNITS_PER_ACTOR / token_pool.UNITS_AT_WORK
+    assert threshold <= unit_pools.UNITS_PER_ACTOR / unit_pools.UNITS_AT_WORK
 
 
 # -- the whole stage -----------------------------------------------------------------------
@@ -332,7 +332,7 @@ def test_work_that_fails_everywhere_ends_the_stage(
     images, tokenizer, tmp_path, ray_cluster, monkeypatch
 ):
     monkeypatch.setattr(token_pool, "EncodeUnits", world.EncodeNothing)
-    monkeypatch.setattr(unit_tables, "ASIDE_IN_A_ROW", 3)
+    monkeypatch.setattr(unit_pools, "ASIDE_IN_A_ROW", 3)
     config = world.make_config(images, tokenizer, tmp_path / "table")
     with pytest.raises(StageFailed, match=r"out of memory \(and 3 units before it\)"):
         tokenize_images.run(config)

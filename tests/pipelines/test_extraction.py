@@ -1,0 +1,142 @@
+"""Features from actors are those of one process, whoever dies; damaged images are counted."""
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from beit.weights import save_weights
+from pipelines import evaluate, storage
+from pipelines.config.evaluate import EvaluateConfig, PoolConfig
+from pipelines.config.protocol import ProtocolConfig
+from pipelines.errors import InputError
+from pipelines.evaluation import pool
+from pipelines.evaluation.extraction import Extraction
+from pipelines.evaluation.features import block_reader, patch_reader, pixel_reader
+from pipelines.evaluation.labelled_images import joined, read_labelled
+from pipelines.evaluation.pool import ComputeFeatures
+from tests.pipelines.test_evaluate import MEAN, OFF, STD, picture, small_model, write_table
+from tests.s3_server import bucket, s3  # noqa: F401 - fixtures
+
+
+def tables_at(uri):
+    """Labelled tables of 70 and 25 rows in several row groups, the first with a damaged image."""
+    generator = np.random.default_rng(0)
+    rows = [(picture(generator, index % 3), index % 3, None) for index in range(95)]
+    rows[40] = (rows[40][0][:90], *rows[40][1:])
+    tables = storage.join(uri, "train"), storage.join(uri, "test")
+    for table, some in zip(tables, (rows[:70], rows[70:]), strict=True):
+        write_table(table, some)
+    return tables
+
+
+def extraction(tables, **options):
+    config = EvaluateConfig(
+        run="r", images=tables[0], test_images=tables[1], batch_size=16, max_rejected=1, **options
+    )
+    protocol = ProtocolConfig()
+    data = joined(read_labelled(tables[0], protocol), read_labelled(tables[1], protocol, test=True))
+    return Extraction(config=config, data=data, device="cpu", num_threads=2)
+
+
+def read(images):
+    """What blocks, patches and pixels are, by name."""
+    network = small_model().eval()
+    options = {"mean": MEAN, "std": STD}
+    readers = {
+        "blocks": block_reader(network, layers=[1, 3], pooling="grid", **options),
+        "patches": patch_reader(network, layers=[2], **options),
+        "pixels": pixel_reader(95),
+    }
+    return images.read(readers, [network], label="")
+
+
+class DiesOnce(ComputeFeatures):
+    """Its process is killed with the third unit in its hands; the next one is not."""
+
+    def compute(self, unit):
+        died = Path(self.task.tables[0][0], "died")
+        if unit.index == 2 and not died.exists():
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().compute(unit)
+
+
+class Dies(ComputeFeatures):
+    def compute(self, unit):
+        if unit.index == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().compute(unit)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("num_workers", "store", "actor"),
+    [
+        (1, "disk", DiesOnce),
+        pytest.param(2, "disk", ComputeFeatures, marks=pytest.mark.long),
+        pytest.param(1, "disk", Dies, marks=pytest.mark.long),
+        pytest.param(2, "s3", ComputeFeatures, marks=pytest.mark.long),
+    ],
+)
+def test_actors_find_what_one_process_finds(
+    num_workers, store, actor, request, tmp_path, ray_cluster, monkeypatch, one_thread
+):
+    """To the bit and in the same rows, in units that end at tables and batches."""
+    root = str(tmp_path)
+    if store == "s3":
+        root = request.getfixturevalue("s3").uri(request.getfixturevalue("bucket"))
+    tables = tables_at(root)
+    alone = extraction(tables)
+    expected = read(alone)
+    assert list(alone.damaged) == [40]
+    monkeypatch.setattr(pool, "UNIT_IMAGES", 16)
+    monkeypatch.setattr(pool, "ComputeFeatures", actor)
+    images = extraction(tables, scaling=PoolConfig(num_workers=num_workers))
+    found = read(images)
+    assert images.damaged == alone.damaged
+    assert found.keys() == expected.keys()
+    for name, features in expected.items():
+        assert features.dtype == found[name].dtype
+        assert np.array_equal(features, found[name])
+        assert not features[:, 40].any() and features[:, 41].any()
+    assert Path(root, "train", "died").exists() == (actor is DiesOnce)
+
+
+def test_units_are_whole_batches_of_one_table(tmp_path):
+    tables = tables_at(str(tmp_path))
+    data = extraction(tables).data
+    units = pool.plan_units(data, batch_size=16, image_bytes=pool.UNIT_BYTES // 40)
+    assert [(unit.table, unit.start, len(unit.rows)) for unit in units] == [
+        (0, 0, 32), (0, 32, 32), (0, 64, 6), (1, 70, 25),
+    ]  # fmt: skip
+    assert [row for unit in units for row in unit.rows] == [*range(70), *range(25)]
+    least = pool.plan_units(data, batch_size=16, image_bytes=10**9)
+    assert len(least[0].rows) == 16
+
+
+def test_damaged_images_are_counted_and_bounded(tmp_path):
+    generator = np.random.default_rng(0)
+    rows = [(picture(generator, index % 3), index % 3, None) for index in range(40)]
+    rows[7] = (rows[7][0][:90], *rows[7][1:])
+    save_weights(small_model(), tmp_path / "run", extra={"pixel_mean": MEAN, "pixel_std": STD})
+    options = {
+        "run": str(tmp_path / "run"), "images": write_table(tmp_path / "table", rows),
+        "num_folds": 2, "layers": [2], "attentive": False, "baselines": False, "tracking": OFF,
+    }  # fmt: skip
+    with pytest.raises(InputError, match=r"max_rejected = 0: 1 images .*'00007' .*beit audit"):
+        evaluate.run(EvaluateConfig(**options))
+    result = evaluate.run(EvaluateConfig(**options, max_rejected=1))
+    assert (result.num_images, result.damaged) == (39, 1)
+    assert "39 images (1 left out: they do not decode)" in result.summary()
+    [told] = storage.read_json(f"{result.output}/evaluation.json")["damaged"]
+    assert "'00007'" in told
+
+
+def test_a_table_that_was_replaced_is_refused(tmp_path):
+    [table, _] = tables_at(str(tmp_path))
+    with pytest.raises(InputError, match="the table was replaced while its features"):
+        pool.open_table(table, "another")
