@@ -11,7 +11,7 @@ images, whose results the exact renderer reproduces bit for bit. `docs/views.md`
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
@@ -49,6 +49,32 @@ class View:
     contrast: float = 1.0
     saturation: float = 1.0
     order: tuple[Jitter, Jitter, Jitter] = _JITTERS
+    grey_level: int | None = None
+    """About which contrast turns (`render_all` tells it), where it is known: then nothing but the
+    pixels of the box is looked at."""
+
+    @property
+    def sees_its_box_only(self) -> bool:
+        """Whether it can be rendered without the rest of the image."""
+        return self.contrast == 1.0 or self.grey_level is not None
+
+    def source_box(self, height: int, width: int) -> tuple[slice, slice]:
+        """Rows and columns of the unflipped image of these sides that the view shows.
+
+        Raises:
+            ValueError: the box leaves the image.
+        """
+        bottom, right = self.top + self.height, self.left + self.width
+        inside = 0 <= self.top < bottom <= height and 0 <= self.left < right <= width
+        if not inside:
+            message = f"{self} does not lie within {height}x{width} pixels: drawn for another?"
+            raise ValueError(message)
+        left = width - right if self.flip else self.left
+        return slice(self.top, bottom), slice(left, left + self.width)
+
+    def of_its_box(self) -> "View":
+        """The same view of an image that is nothing but its box."""
+        return replace(self, top=0, left=0)
 
 
 def sample_view(policy: ViewPolicy, digest: bytes, index: int, height: int, width: int) -> View:
@@ -119,17 +145,25 @@ def render_sizes(
     outputs: Sequence[tuple[int, Interpolation]],
 ) -> list[np.ndarray]:
     """`render` at several (size, interpolation), each resized from the same jittered crop."""
-    if not outputs:
-        return []
+    return render_all(image, view, outputs)[0] if outputs else []
+
+
+def render_all(
+    image: Image.Image | np.ndarray,
+    view: View,
+    outputs: Sequence[tuple[int, Interpolation]],
+) -> tuple[list[np.ndarray], int]:
+    """`render_sizes`, and the view's `grey_level`: in [0, 255], 0 where contrast stays."""
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     if image.mode != "RGB":
         raise ValueError(f"image of mode {image.mode}: give RGB, as decode_image does")
-    crop = _jittered_crop(image, view)
-    return [
+    crop, grey_level = _jittered_crop(image, view)
+    rendered = [
         np.array(crop.resize((size, size), _RESAMPLING[interpolation]))
         for size, interpolation in outputs
     ]
+    return rendered, grey_level
 
 
 def render_fast(pixels: np.ndarray, view: View, size: int) -> np.ndarray:
@@ -138,15 +172,17 @@ def render_fast(pixels: np.ndarray, view: View, size: int) -> np.ndarray:
     ``pixels`` is uint8 (height, width, 3); so is the result, with sides ``size`` (its memory is
     channel-first, ready for a batch). Three things differ from `render`: torch's antialiased
     bicubic filter on uint8 rounds its weights differently, saturation is computed in 16-bit
-    integers, and the grey level about which contrast turns is estimated where jitters precede
-    it. On photographs the mean absolute difference is 0.02 grey levels, and 0.05 is the bound
-    that `tests/beit/test_views.py` holds it to.
+    integers, and the grey level about which contrast turns, where the view does not say it, is
+    estimated if jitters precede it. On photographs the mean absolute difference is 0.02 grey
+    levels, and 0.05 is the bound that `tests/beit/test_views.py` holds it to.
     """
     import torch
 
-    rows, columns = _source_box(view, *pixels.shape[:2])
+    rows, columns = view.source_box(*pixels.shape[:2])
     steps, on_full = _steps(view)
-    pivot = fast_mean_grey(pixels, steps[:on_full]) if view.contrast != 1.0 else 0
+    pivot = view.grey_level or 0
+    if not view.sees_its_box_only:
+        pivot = fast_mean_grey(pixels, steps[:on_full])
     crop = pixels[rows, columns]
     planes = fast_jitter(crop[:, ::-1] if view.flip else crop, steps, pivot)
     resized = torch.from_numpy(planes)[None]
@@ -184,16 +220,6 @@ def _sample_box(
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
-def _source_box(view: View, height: int, width: int) -> tuple[slice, slice]:
-    """Rows and columns of the unflipped image that the view shows."""
-    bottom, right = view.top + view.height, view.left + view.width
-    inside = 0 <= view.top < bottom <= height and 0 <= view.left < right <= width
-    if not inside:
-        raise ValueError(f"{view} does not lie within {height}x{width} pixels: drawn for another?")
-    left = width - right if view.flip else view.left
-    return slice(view.top, bottom), slice(left, left + view.width)
-
-
 def _steps(view: View) -> tuple[Steps, int]:
     """The jitters that change anything, in order, and how many of them precede contrast."""
     steps = [(name, getattr(view, name)) for name in view.order if getattr(view, name) != 1.0]
@@ -201,22 +227,26 @@ def _steps(view: View) -> tuple[Steps, int]:
     return steps, names.index("contrast") if "contrast" in names else 0
 
 
-def _jittered_crop(image: Image.Image, view: View) -> Image.Image:
-    """The crop of the jittered, flipped image.
+def _jittered_crop(image: Image.Image, view: View) -> tuple[Image.Image, int]:
+    """The crop of the jittered, flipped image, and the grey level about which contrast turned.
 
-    All three jitters act on each pixel by itself, but for the level about which contrast turns:
-    the mean grey of the *full* image at that moment. So the full image takes part only in the
-    steps before contrast, and in none if contrast comes first or not at all.
+    All three jitters act on each pixel by itself, but for that level: the mean grey of the *full*
+    image at that moment. So, where it is not known, the full image takes part in the steps before
+    contrast, and in no others.
     """
-    rows, columns = _source_box(view, image.height, image.width)
+    rows, columns = view.source_box(image.height, image.width)
     steps, on_full = _steps(view)
-    for name, factor in steps[:on_full]:
-        image = jitter(image, name, factor, 0)
-    pivot = mean_grey(image) if view.contrast != 1.0 else 0
+    pivot = view.grey_level or 0
+    if view.sees_its_box_only:
+        on_full = 0
+    else:
+        for name, factor in steps[:on_full]:
+            image = jitter(image, name, factor, 0)
+        pivot = mean_grey(image)
     crop = image.crop((columns.start, rows.start, columns.stop, rows.stop))
     for name, factor in steps[on_full:]:
         crop = jitter(crop, name, factor, pivot)
-    return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if view.flip else crop
+    return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if view.flip else crop, pivot
 
 
 def _resize_planes(planes: "torch.Tensor", height: int, width: int) -> "torch.Tensor":

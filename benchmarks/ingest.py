@@ -32,12 +32,14 @@ import sklearn.datasets
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
+from beit import jpeg_boxes
 from beit.images import decode_array, decode_image, image_digest
 from beit.views import ViewPolicy, render, render_fast, render_sizes, sample_view
 from pipelines import storage
 from pipelines.config.pretrain import MaskingConfig
 from pipelines.reading import decoding
 from pipelines.reading.ingest import TrainingTables, open_training_tables, train_batches
+from pipelines.reading.pixels import drawn, render_with_levels
 from pipelines.sample_order import SampleOrder
 from pipelines.tables import token_table
 from pipelines.tables.image_files import ImageRow, write_part
@@ -130,8 +132,14 @@ class UpstreamFolder(torch.utils.data.Dataset):
         return self.transform(self.paths[index].read_bytes())
 
 
+def grey_levels(data: bytes) -> list[int]:
+    """Of the two views of an encoded image."""
+    views = [drawn(POLICY, index) for index in range(2)]
+    return render_with_levels(data, image_digest(data), views, [], key="")[1]
+
+
 def write_tables(root: Path, files: list[bytes]) -> tuple[str, str]:
-    """An image table of the files, and a token table of random tokens."""
+    """An image table of the files, and a token table of random tokens with its grey levels."""
     images_uri, tokens_uri = str(root / "images"), str(root / "tokens")
     rows = [
         ImageRow(
@@ -159,7 +167,8 @@ def write_tables(root: Path, files: list[bytes]) -> tuple[str, str]:
         batch_size=8,
     )
     tokens = np.random.default_rng(0).integers(0, 8192, (len(files), 2, 196)).astype(np.uint16)
-    data = encode_file([row.key for row in rows], tokens, identity)
+    levels = np.array([grey_levels(data) for data in files], np.uint8)
+    data = encode_file([row.key for row in rows], tokens, identity, levels)
     name = file_name(part.name, 0, len(files))
     storage.write_bytes(storage.join(tokens_uri, name), data)
     record = UnitFile(part=0, start=0, stop=len(files), size=len(data), hash=storage.digest(data))
@@ -278,6 +287,10 @@ def loaders(root: Path, files: list[bytes]) -> dict[str, Callable[[], None]]:
 
         return run
 
+    def whole() -> None:
+        with mock.patch.object(jpeg_boxes, "_library", lambda: None):
+            ours(data)()
+
     grey = [np.full((224, 224, 3), 128, np.uint8)]
 
     def untransformed() -> None:
@@ -288,6 +301,7 @@ def loaders(root: Path, files: list[bytes]) -> dict[str, Callable[[], None]]:
         "torch DataLoader, upstream transform": torch_loader,
         "train_batches, exact": ours(data, False),
         "train_batches, fast": ours(data),
+        "train_batches, fast, without libjpeg-turbo 3": whole,
         "train_batches, nothing decoded": untransformed,
     }
     variants |= {f"train_batches, {form} views": ours(stored[form]) for form in CODECS}

@@ -168,7 +168,9 @@ def loop_rate(task, units, tokenizer, output):
             ids = token_work.encode_rendered(
                 tokenizer, rendered.pixels, task.identity, device=task.device
             )
-            token_work.write_unit(output, unit.name, rendered.keys, ids, task.identity)
+            token_work.write_unit(
+                output, unit.name, rendered.keys, ids, rendered.grey_levels, task.identity
+            )
             if index == 0:
                 start = time.monotonic()
     views = (len(units) - 1) * (units[0].stop - units[0].start) * task.identity.num_views

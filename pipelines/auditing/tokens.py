@@ -15,7 +15,7 @@ from pipelines.config.audit import AuditConfig
 from pipelines.errors import InputError
 from pipelines.tables import tokenizer_store
 from pipelines.tables.image_table import ImageTable
-from pipelines.tables.token_files import check_file, split_columns
+from pipelines.tables.token_files import UNKNOWN_LEVEL, check_file, split_columns
 from pipelines.tables.token_table import MISSING, TokenTable
 from pipelines.tokenization import work as token_work
 
@@ -100,8 +100,8 @@ class _Online:
         keys: list[str] = self.images.read_rows(start, stop, ["key"])["key"].to_pylist()
         return keys
 
-    def pixels(self, record: dict[str, Any]) -> NDArray[np.uint8]:
-        """All views of one row with these columns, (V, size, size, 3)."""
+    def pixels(self, record: dict[str, Any]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """All views of one row with these columns, (V, size, size, 3), and their grey levels."""
         return token_work.tokenizer_views(
             record["image"], record["digest"], self.table.identity, key=record["key"]
         )
@@ -143,7 +143,8 @@ def _search_file(table: TokenTable, index: int, online: _Online | None, findings
         span.start, min(span.stop, span.start + MAX_ROWS_SEARCHED), COLUMNS
     )
     for row, record in enumerate(searched.to_pylist()):
-        again = online.encode(online.pixels(record))
+        pixels, _ = online.pixels(record)
+        again = online.encode(pixels)
         if (again != token_ids[row]).any():
             view, position = np.argwhere(again != token_ids[row])[0]
             findings.add(
@@ -173,7 +174,7 @@ def _tokenize_again(
     for position, record in read_sample(online.images, rows, columns, findings):
         row, view = int(rows[position]), int(views[position])
         try:
-            keys, token_ids = table.read_rows(row, row + 1)
+            keys, token_ids, levels = table.read_with_levels(row, row + 1)
             if token_ids[0, 0, 0] == MISSING:
                 continue
             rendered = online.pixels(record) if online.tokenizer is not None else None
@@ -184,7 +185,10 @@ def _tokenize_again(
             findings.add(f"row {row}: key {keys[0]!r} != {record['key']!r} (token table != images)")
         chosen.append((row, view))
         if rendered is not None:
-            pixels.append(rendered[view])
+            found, wanted = int(levels[0, view]), int(rendered[1][view])
+            if found not in (UNKNOWN_LEVEL, wanted):
+                findings.add(f"row {row}: grey_levels: {found} != {wanted} (table != computed now)")
+            pixels.append(rendered[0][view])
             cached.append(token_ids[0, view])
     if not pixels:  # keys were compared, no tokens
         return 0, 1.0

@@ -17,6 +17,7 @@ from pipelines.config.pretrain import MaskingConfig
 from pipelines.errors import InputError
 from pipelines.reading.encoded_rows import EncodedRows
 from pipelines.reading.pixels import Output, drawn, render_encoded
+from pipelines.tables.token_files import UNKNOWN_LEVEL
 from pipelines.tables.view_files import decode_view
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ def render_rows(
     images: Sequence[bytes],
     digests: Sequence[bytes],
     views: np.ndarray,
+    grey_levels: np.ndarray,
     keys: Sequence[str],
     epoch: int,
     spec: RenderSpec,
@@ -99,8 +101,9 @@ def render_rows(
         if spec.form is not None:
             pixels[i] = decode_view(data, spec.form, size, key=key)
         else:
-            view = drawn(spec.policy, int(views[i]))
-            rendered = render_encoded(data, digest, [view], outputs, key=key)
+            level = None if grey_levels[i] == UNKNOWN_LEVEL else int(grey_levels[i])
+            view = drawn(spec.policy, int(views[i]), level)
+            rendered = render_encoded(data, digest, [view], outputs, key=key, box_only=True)
             patch_view = rendered[0]
             if spec.augment is not None:
                 patch_view, erasures[i] = augmented(patch_view, digest, epoch, spec)
@@ -184,9 +187,7 @@ class ThreadDecoder:
 
     def submit(self, rows: EncodedRows, epoch: int) -> "Future[RenderedRows]":
         """See `Decoder`."""
-        return self._pool.submit(
-            render_rows, rows.images, rows.digests, rows.views, rows.keys, epoch, self._spec
-        )
+        return self._pool.submit(render_rows, *rows.to_render, epoch, self._spec)
 
     def result(self, handle: "Future[RenderedRows]") -> RenderedRows:
         """See `Decoder`."""
@@ -223,9 +224,7 @@ class RayDecoder:
 
     def submit(self, rows: EncodedRows, epoch: int) -> Any:
         """See `Decoder`."""
-        handle = self._task.remote(
-            rows.images, rows.digests, rows.views, rows.keys, epoch, self._spec
-        )
+        handle = self._task.remote(*rows.to_render, epoch, self._spec)
         self._pending[handle] = None
         return handle
 

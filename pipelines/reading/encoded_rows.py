@@ -16,6 +16,7 @@ import pyarrow as pa
 from beit.views import ViewPolicy, view_of
 from pipelines.errors import InputError
 from pipelines.tables.image_table import ImageTable
+from pipelines.tables.token_files import UNKNOWN_LEVEL
 from pipelines.tables.token_table import TokenTable, check_together
 from pipelines.tables.view_table import ImagesOfViews, ViewTable, check_windows, read_shown
 
@@ -38,6 +39,8 @@ class EncodedRows:
     """int64 (n,): the view of each row in this epoch."""
     token_ids: np.ndarray | None
     """uint16 (n, N): the tokens of that view; None without token tables."""
+    grey_levels: np.ndarray
+    """int16 (n,): `beit.views.View.grey_level`, `UNKNOWN_LEVEL` where no table has it."""
     labels: np.ndarray | None = None
     """int64 (n,): classes; None where they are not read."""
 
@@ -49,6 +52,11 @@ class EncodedRows:
         """Bytes of the encoded images."""
         return sum(map(len, self.images))
 
+    @property
+    def to_render(self) -> tuple[list[bytes], list[bytes], np.ndarray, np.ndarray, list[str]]:
+        """What `decoding.render_rows` is given of them."""
+        return self.images, self.digests, self.views, self.grey_levels, self.keys
+
     def pick(self, positions: np.ndarray) -> Self:
         """The rows at these positions, in that order."""
         return type(self)(
@@ -58,6 +66,7 @@ class EncodedRows:
             digests=[self.digests[i] for i in positions],
             views=self.views[positions],
             token_ids=None if self.token_ids is None else self.token_ids[positions],
+            grey_levels=self.grey_levels[positions],
             labels=None if self.labels is None else self.labels[positions],
         )
 
@@ -79,6 +88,7 @@ class EncodedRows:
             digests=[digest for piece in pieces for digest in piece.digests],
             views=np.concatenate([piece.views for piece in pieces]),
             token_ids=np.concatenate(tokens) if tokens else None,
+            grey_levels=np.concatenate([piece.grey_levels for piece in pieces]),
             labels=np.concatenate(labels) if labels else None,
         )
 
@@ -168,32 +178,37 @@ class TrainingTables:
         keys = table["key"].to_pylist()
         digests = table["digest"].to_pylist()
         views = np.array([view_of(digest, epoch, self.views) for digest in digests], np.int64)
+        token_ids, grey_levels = self._read_tokens(start, stop, keys, views)
         return EncodedRows(
             row_ids=np.arange(start, stop),
             keys=keys,
             images=table["image"].to_pylist(),
             digests=digests,
             views=views,
-            token_ids=self._read_tokens(start, stop, keys, views),
+            token_ids=token_ids,
+            grey_levels=grey_levels,
             labels=table["label"].to_numpy().astype(np.int64) if self.labelled else None,
         )
 
     def _read_tokens(
         self, start: int, stop: int, keys: list[str], views: np.ndarray
-    ) -> np.ndarray | None:
+    ) -> tuple[np.ndarray | None, np.ndarray]:
+        """Tokens (n, N) and grey levels (n,) of these views."""
+        levels = np.full(stop - start, UNKNOWN_LEVEL)
         if not self.tokens:
-            return None
+            return None, levels
         height, width = self.tokens[0].grid_size
         picked = np.empty((stop - start, height * width), np.uint16)
         for table in self.tokens:
             wanted = (views >= table.views.start) & (views < table.views.stop)
             if not wanted.any():
                 continue
-            token_keys, token_ids = table.read_rows(start, stop)
+            token_keys, token_ids, table_levels = table.read_with_levels(start, stop)
             if token_keys != keys:
                 self._report_keys(table, start, keys, token_keys)
-            picked[wanted] = token_ids[wanted, views[wanted] - table.views.start]
-        return picked
+            chosen = views[wanted] - table.views.start
+            picked[wanted], levels[wanted] = token_ids[wanted, chosen], table_levels[wanted, chosen]
+        return picked, levels
 
     def _report_keys(
         self, table: TokenTable, start: int, keys: list[str], token_keys: list[str]

@@ -2,16 +2,19 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
+from PIL import Image
 
-from beit.images import UnusableImage, decode_array, decode_image
+from beit.images import UnusableImage, as_plain_jpeg, decode_array, decode_image
 from beit.views import (
     Interpolation,
     View,
     ViewPolicy,
     center_view,
+    render_all,
     render_fast,
     render_sizes,
     sample_view,
@@ -29,9 +32,14 @@ class DamagedImageError(InputError):
     """An image does not decode, which `prepare` has excluded: the table is damaged."""
 
 
-def drawn(policy: ViewPolicy, index: int) -> ViewOf:
-    """View `index` by this policy."""
-    return lambda digest, height, width: sample_view(policy, digest, index, height, width)
+def drawn(policy: ViewPolicy, index: int, grey_level: int | None = None) -> ViewOf:
+    """View `index` by this policy; `grey_level` is `View.grey_level` where it is known."""
+
+    def view_of(digest: bytes, height: int, width: int) -> View:
+        view = sample_view(policy, digest, index, height, width)
+        return replace(view, grey_level=grey_level)
+
+    return view_of
 
 
 def central(crop_fraction: float = 224 / 256) -> ViewOf:
@@ -40,26 +48,25 @@ def central(crop_fraction: float = 224 / 256) -> ViewOf:
 
 
 def render_encoded(
-    data: bytes, digest: bytes, views: Sequence[ViewOf], outputs: Sequence[Output], *, key: str
+    data: bytes,
+    digest: bytes,
+    views: Sequence[ViewOf],
+    outputs: Sequence[Output],
+    *,
+    key: str,
+    box_only: bool = False,
 ) -> list[np.ndarray]:
     """Every output of every view of one encoded image: uint8 (side, side, 3), view by view.
 
-    The image is decoded once, and jittered and cropped once for all exact outputs of a view. The
-    same bits wherever it runs. Raises `DamagedImageError`.
+    The image is decoded once, and jittered and cropped once for all exact outputs of a view. With
+    `box_only` no more of a JPEG with one view is decoded than that view looks at, where it can be;
+    damage elsewhere is then not seen. The same bits wherever it runs. Raises `DamagedImageError`.
     """
     exact = [(side, kind) for side, kind in outputs if kind != "fast"]
-    try:
-        # Each renderer is given what it works on; the other form would cost a copy.
-        source = decode_image(data) if len(exact) == len(outputs) else decode_array(data)
-    except UnusableImage as error:
-        raise DamagedImageError(
-            f"image {key!r} of the image table does not decode ({error}): "
-            "the table is damaged; run `beit audit`, then prepare it again"
-        ) from error
-    height, width = source.shape[:2] if isinstance(source, np.ndarray) else source.size[::-1]
+    boxed = _box_of(data, digest, views) if box_only else None
+    source, found = boxed or _decoded(data, digest, views, key, as_array=len(exact) < len(outputs))
     rendered = []
-    for view_of in views:
-        view = view_of(digest, height, width)
+    for view in found:
         sizes = iter(render_sizes(source, view, exact))
         for side, kind in outputs:
             if kind == "fast":
@@ -68,6 +75,50 @@ def render_encoded(
             else:
                 rendered.append(next(sizes))
     return rendered
+
+
+def render_with_levels(
+    data: bytes,
+    digest: bytes,
+    views: Sequence[ViewOf],
+    outputs: Sequence[tuple[int, Interpolation]],
+    *,
+    key: str,
+) -> tuple[list[np.ndarray], list[int]]:
+    """`render_encoded` of exact outputs, and the grey level of each view (`View.grey_level`)."""
+    source, found = _decoded(data, digest, views, key)
+    rendered = [render_all(source, view, outputs) for view in found]
+    return [pixels for sizes, _ in rendered for pixels in sizes], [level for _, level in rendered]
+
+
+def _box_of(
+    data: bytes, digest: bytes, views: Sequence[ViewOf]
+) -> tuple[np.ndarray | Image.Image, list[View]] | None:
+    """What the one view looks at, and the view of that; None where all of the image is needed."""
+    jpeg = as_plain_jpeg(data) if len(views) == 1 else None
+    if jpeg is None:
+        return None
+    view = views[0](digest, jpeg.height, jpeg.width)
+    if not view.sees_its_box_only:
+        return None
+    box = jpeg.decode(*view.source_box(jpeg.height, jpeg.width))
+    return None if box is None else (box, [view.of_its_box()])
+
+
+def _decoded(
+    data: bytes, digest: bytes, views: Sequence[ViewOf], key: str, *, as_array: bool = False
+) -> tuple[np.ndarray | Image.Image, list[View]]:
+    """An image with its views."""
+    try:
+        # Each renderer is given what it works on; the other form would cost a copy.
+        source = decode_array(data) if as_array else decode_image(data)
+    except UnusableImage as error:
+        raise DamagedImageError(
+            f"image {key!r} of the image table does not decode ({error}): "
+            "the table is damaged; run `beit audit`, then prepare it again"
+        ) from error
+    height, width = source.shape[:2] if isinstance(source, np.ndarray) else source.size[::-1]
+    return source, [view_of(digest, height, width) for view_of in views]
 
 
 def read_pixels(

@@ -6,6 +6,7 @@ bytes, so that a unit of work done twice does no harm.
 
 import functools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
@@ -26,6 +27,9 @@ from pipelines.tables.unit_files import differing_field
 # Rows of one Parquet row group: a reader of a short run fetches little more than it needs.
 ROW_GROUP_ROWS = 256
 STAMP = b"beit.token_table"
+LEVELS = "grey_levels"
+# In the place of grey levels that a file does not have.
+UNKNOWN_LEVEL = np.int16(-1)
 REMEDY = "`beit audit` lists all damage, tokenize again"
 
 
@@ -104,23 +108,26 @@ def completed(record: dict[str, Any]) -> dict[str, Any]:
     return since | record | {"policy": policy}
 
 
-def schema(identity: Identity) -> pa.Schema:
-    """The Parquet schema, with the identity in its metadata."""
+def schema(identity: Identity, *, levels: bool = False) -> pa.Schema:
+    """The Parquet schema, with the identity in its metadata; old files have no grey `levels`."""
     length = identity.num_views * identity.num_patches
     stamp = json.dumps(identity.to_dict(), sort_keys=True).encode()
-    return pa.schema(
-        [
-            pa.field("key", pa.string(), nullable=False),
-            pa.field("token_ids", pa.list_(pa.uint16(), length), nullable=False),
-        ],
-        metadata={STAMP: stamp},
-    )
+    columns = [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("token_ids", pa.list_(pa.uint16(), length), nullable=False),
+    ]
+    if levels:
+        columns.append(pa.field(LEVELS, pa.list_(pa.uint8(), identity.num_views), nullable=False))
+    return pa.schema(columns, metadata={STAMP: stamp})
 
 
 def encode_file(
-    keys: Sequence[str] | pa.Array, token_ids: NDArray[np.uint16], identity: Identity
+    keys: Sequence[str] | pa.Array,
+    token_ids: NDArray[np.uint16],
+    identity: Identity,
+    grey_levels: NDArray[np.uint8] | None = None,
 ) -> bytes:
-    """The bytes of one file. `token_ids` is (rows, V, N).
+    """The bytes of one file. `token_ids` is (rows, V, N), `grey_levels` of the views (rows, V).
 
     The bytes depend on the arguments and on the version of pyarrow only. Tokens are split into
     byte planes and packed (zstd): Parquet has no 16-bit type and would spend 4 bytes on each.
@@ -129,15 +136,12 @@ def encode_file(
     expected = (rows, identity.num_views, identity.num_patches)
     if token_ids.shape != expected or token_ids.dtype != np.uint16:
         raise ValueError(f"token_ids: {token_ids.dtype} {token_ids.shape} is not uint16 {expected}")
-    flat = pa.array(np.ascontiguousarray(token_ids).reshape(-1))
-    length = identity.num_views * identity.num_patches
-    table = pa.Table.from_arrays(
-        [
-            keys if isinstance(keys, pa.Array) else pa.array(keys, pa.string()),
-            pa.FixedSizeListArray.from_arrays(flat, length),
-        ],
-        schema=schema(identity),
-    )
+    columns = [
+        keys if isinstance(keys, pa.Array) else pa.array(keys, pa.string()),
+        *(_lists(values) for values in (token_ids, grey_levels) if values is not None),
+    ]
+    written = schema(identity, levels=grey_levels is not None)
+    table = pa.Table.from_arrays(columns, schema=written)
     sink = pa.BufferOutputStream()
     pq.write_table(
         table,
@@ -147,10 +151,17 @@ def encode_file(
         use_dictionary=False,
         write_statistics=False,
         write_page_checksum=True,
-        column_encoding={"key": "PLAIN", "token_ids.list.element": "BYTE_STREAM_SPLIT"},
+        column_encoding={"key": "PLAIN"}
+        | {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in written.names[1:]},
     )
     data: bytes = sink.getvalue().to_pybytes()
     return data
+
+
+def _lists(values: NDArray[Any]) -> pa.FixedSizeListArray:
+    """(rows, …) as a list for each row."""
+    flat = pa.array(np.ascontiguousarray(values).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, math.prod(values.shape[1:]))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -181,8 +192,9 @@ def _stamp(metadata: Mapping[bytes, bytes]) -> dict[str, Any]:
 
 def read_rows(
     uri: str, identity: Identity, start: int, stop: int, *, content_hash: str
-) -> tuple[list[str], NDArray[np.uint16]]:
-    """Keys and token ids (stop - start, V, N) of rows [start, stop), counted inside the file.
+) -> tuple[list[str], NDArray[np.uint16], NDArray[np.int16]]:
+    """Keys, token ids (stop - start, V, N) and grey levels of rows [start, stop), counted inside
+    the file; `UNKNOWN_LEVEL` where it has none.
 
     Raises:
         InputError: the file is missing or damaged.
@@ -198,19 +210,34 @@ def read_rows(
             groups = list(range(first_group, last_group + 1))
             table = reader.read_row_groups(groups, use_threads=False)
             table = table.slice(skipped, stop - start)
-            return split_columns(as_written(table, schema(identity), stop - start), identity)
+            columns = schema(identity, levels=LEVELS in table.column_names)
+            table = as_written(table, columns, stop - start)
+            return *split_columns(table, identity), levels_of(table, identity)
     except FileNotFoundError as error:
         raise InputError(f"{uri}: missing, though the manifest lists it; tokenize again") from error
 
 
 def split_columns(table: pa.Table, identity: Identity) -> tuple[list[str], NDArray[np.uint16]]:
     """Keys and token ids (rows, V, N) of a table in the schema of the token files."""
-    ids = table.column("token_ids").combine_chunks()
-    if isinstance(ids, pa.ChunkedArray):
-        ids = pa.concat_arrays(ids.chunks)
-    flat = ids.flatten().to_numpy(zero_copy_only=True)
     shape = (table.num_rows, identity.num_views, identity.num_patches)
-    return table.column("key").to_pylist(), flat.reshape(shape)
+    return table.column("key").to_pylist(), _flat(table.column("token_ids")).reshape(shape)
+
+
+def levels_of(table: pa.Table, identity: Identity) -> NDArray[np.int16]:
+    """Grey levels (rows, V) of such a table, `UNKNOWN_LEVEL` where it has none."""
+    shape = (table.num_rows, identity.num_views)
+    if LEVELS not in table.column_names:
+        return np.full(shape, UNKNOWN_LEVEL)
+    return _flat(table.column(LEVELS)).reshape(shape).astype(np.int16)
+
+
+def _flat(column: pa.ChunkedArray) -> NDArray[Any]:
+    """The numbers of all lists, one after the other."""
+    lists = column.combine_chunks()
+    if isinstance(lists, pa.ChunkedArray):
+        lists = pa.concat_arrays(lists.chunks)
+    flat: NDArray[Any] = lists.flatten().to_numpy(zero_copy_only=True)
+    return flat
 
 
 def check_file(identity: Identity, data: bytes, rows: int) -> tuple[bool, str | None]:
@@ -222,7 +249,8 @@ def check_file(identity: Identity, data: bytes, rows: int) -> tuple[bool, str | 
             difference = differing_field(_stamp(table.schema.metadata or {}), identity.to_dict())
     except DamagedFileError:
         return False, None
-    return table.num_rows == rows and table.schema.equals(schema(identity)), difference
+    columns = schema(identity, levels=LEVELS in table.column_names)
+    return table.num_rows == rows and table.schema.equals(columns), difference
 
 
 def read_file(uri: str) -> pa.Table:

@@ -5,7 +5,7 @@ A directory at any URI:
 - `part-00003-00000512-00001024.parquet`: rows 512 to 1023 of the image table's
   `part-00003.parquet`, in the same order. Columns: `key` (checked against the image table, not
   trusted) and `token_ids`, a fixed-size list of uint16 of length V * N: view-major, and inside a
-  view the row-major grid.
+  view the row-major grid. `grey_levels`, of length V, spare training the whole picture.
 - `manifest.json`, written last: without it there is no table. It says of which image table,
   tokenizer, view policy, views and precision the tokens are, and lists the files column by column
   (250,000 files, enough for 10^9 images, are a 21 MB manifest).
@@ -24,8 +24,15 @@ from numpy.typing import NDArray
 from beit.views import ViewPolicy
 from pipelines import storage
 from pipelines.errors import InputError, parsing
-from pipelines.records import Count, check_values, refuse_other_kinds
-from pipelines.tables.token_files import Identity, IdentityRecord, read_rows, read_stamp
+from pipelines.records import Count
+from pipelines.tables import unit_files
+from pipelines.tables.token_files import (
+    UNKNOWN_LEVEL,
+    Identity,
+    IdentityRecord,
+    read_rows,
+    read_stamp,
+)
 from pipelines.tables.unit_files import (
     MANIFEST,
     FileColumns,
@@ -39,7 +46,9 @@ from pipelines.tables.unit_files import (
 )
 
 KIND = "token_table"
-SCHEMA_VERSION = 1
+# Files of tables of version 1 have no grey levels. In one of version 2 some may lack them, too: it
+# was begun by an earlier release.
+SCHEMA_VERSIONS = (1, 2)
 REMEDY = "the manifest was changed after it was written: tokenize again"
 # In `token_ids` where a rejected unit left rows without tokens; no vocabulary reaches it.
 MISSING = np.uint16(65535)
@@ -50,7 +59,7 @@ class Manifest(IdentityRecord):
     """What must stand in the manifest of a token table."""
 
     kind: Literal["token_table"]
-    schema_version: Literal[1]
+    schema_version: Literal[1, 2]
     fingerprint: str
     rows_per_unit: Count
     libraries: dict[str, str]
@@ -83,7 +92,7 @@ def build_manifest(
     """The manifest of a finished table; `files` come in row order."""
     values = {
         "kind": KIND,
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": SCHEMA_VERSIONS[-1],
         **identity.to_dict(),
         "rows_per_unit": rows_per_unit,
         "libraries": libraries,
@@ -93,17 +102,10 @@ def build_manifest(
 
 
 def read_manifest(uri: str) -> dict[str, Any]:
-    """The manifest of the table at `uri`.
-
-    Raises:
-        FileNotFoundError: there is none.
-        InputError: it is of something else, or damaged.
-    """
-    path = storage.join(uri, MANIFEST)
-    manifest: dict[str, Any] = storage.read_json(path)
-    refuse_other_kinds(manifest, path, kind=KIND, versions=(SCHEMA_VERSION,))
-    check_values(manifest, Manifest, path, REMEDY)
-    return manifest
+    """The manifest of the table at `uri`; raises as `unit_files.read_manifest`."""
+    return unit_files.read_manifest(
+        uri, Manifest, kind=KIND, versions=SCHEMA_VERSIONS, remedy=REMEDY
+    )
 
 
 class TokenTable(UnitTable):
@@ -162,7 +164,7 @@ class TokenTable(UnitTable):
     def read_file(self, index: int) -> tuple[list[str], NDArray[np.uint16]]:
         """Keys and token ids (rows, V, N) of one file."""
         rows = self.file_rows(index)
-        return self._read(index, rows.start, rows.stop)
+        return self._read(index, rows.start, rows.stop)[:2]
 
     def read_rows(self, start: int, stop: int) -> tuple[list[str], NDArray[np.uint16]]:
         """Keys and token ids (stop - start, V, N) of rows [start, stop) of the image table.
@@ -172,22 +174,31 @@ class TokenTable(UnitTable):
         Raises:
             IndexError: the range does not lie inside the table.
         """
+        return self.read_with_levels(start, stop)[:2]
+
+    def read_with_levels(
+        self, start: int, stop: int
+    ) -> tuple[list[str], NDArray[np.uint16], NDArray[np.int16]]:
+        """`read_rows`, and the grey level of each view (`beit.views.View.grey_level`), int16
+        (stop - start, V): `UNKNOWN_LEVEL` where the table does not have it."""
         if not 0 <= start <= stop <= self.num_rows:
             raise IndexError(f"rows [{start}, {stop}) of a table of {self.num_rows} rows")
         keys = [""] * (stop - start)
         shape = (stop - start, self.identity.num_views, self.identity.num_patches)
         token_ids = np.full(shape, MISSING, np.uint16)
+        levels = np.full(shape[:2], UNKNOWN_LEVEL)
         index = int(np.searchsorted(self._last, start, side="right"))
         while index < self.num_files and self._first[index] < stop:
             first = max(start, int(self._first[index]))
             last = min(stop, int(self._last[index]))
-            found, ids = self._read(index, first, last)
-            keys[first - start : last - start] = found
-            token_ids[first - start : last - start] = ids
+            rows = slice(first - start, last - start)
+            keys[rows], token_ids[rows], levels[rows] = self._read(index, first, last)
             index += 1
-        return keys, token_ids
+        return keys, token_ids, levels
 
-    def _read(self, index: int, start: int, stop: int) -> tuple[list[str], NDArray[np.uint16]]:
+    def _read(
+        self, index: int, start: int, stop: int
+    ) -> tuple[list[str], NDArray[np.uint16], NDArray[np.int16]]:
         uri = self.file_uri(index)
         base = int(self._first[index])
         return read_rows(

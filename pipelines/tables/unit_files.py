@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 
 from pipelines import storage
 from pipelines.errors import InputError
-from pipelines.records import Count, FileName, Hash
+from pipelines.records import Count, FileName, Hash, check_values, refuse_other_kinds
 
 MANIFEST = "manifest.json"
 
@@ -117,6 +117,22 @@ def encode_manifest(manifest: dict[str, Any]) -> bytes:
         text.write(piece.encode())
     text.write(b"\n")
     return text.getvalue()
+
+
+def read_manifest(
+    uri: str, form: Any, *, kind: str, versions: Sequence[int], remedy: str
+) -> dict[str, Any]:
+    """The manifest of the table at `uri`, of this form.
+
+    Raises:
+        FileNotFoundError: there is none.
+        InputError: it is of something else, or damaged.
+    """
+    path = storage.join(uri, MANIFEST)
+    manifest: dict[str, Any] = storage.read_json(path)
+    refuse_other_kinds(manifest, path, kind=kind, versions=versions)
+    check_values(manifest, form, path, remedy)
+    return manifest
 
 
 class UnitTable:

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from beit.views import ViewPolicy, view_of
 from pipelines import storage
 from pipelines.errors import InputError, parsing
-from pipelines.records import Count, check_values, refuse_other_kinds
+from pipelines.records import Count
+from pipelines.tables import unit_files
 from pipelines.tables.image_files import Part
 from pipelines.tables.open_parts import OpenParts
 from pipelines.tables.row_groups import RowGroups
@@ -105,17 +106,10 @@ def build_manifest(
 
 
 def read_manifest(uri: str) -> dict[str, Any]:
-    """The manifest of the table at `uri`.
-
-    Raises:
-        FileNotFoundError: there is none.
-        InputError: it is of something else, or damaged.
-    """
-    path = storage.join(uri, MANIFEST)
-    manifest: dict[str, Any] = storage.read_json(path)
-    refuse_other_kinds(manifest, path, kind=KIND, versions=(SCHEMA_VERSION,))
-    check_values(manifest, Manifest, path, REMEDY)
-    return manifest
+    """The manifest of the table at `uri`; raises as `unit_files.read_manifest`."""
+    return unit_files.read_manifest(
+        uri, Manifest, kind=KIND, versions=(SCHEMA_VERSION,), remedy=REMEDY
+    )
 
 
 class ViewTable(UnitTable):

@@ -32,13 +32,14 @@ from pipelines.errors import InputError
 from pipelines.tables import tokenizer_store
 from pipelines.tokenization import work as token_work
 from pipelines.tokenization.task import TokenizeTask
-from pipelines.tokenization.work import Unit, UnitRejected
+from pipelines.tokenization.work import RenderedUnit, Unit, UnitRejected
 from pipelines.unit_pools import DEATHS_IN_POOL, in_actors, killer
 from pipelines.units import Outcome, attempt, outcome_table, outcomes, rounds
 
 COLUMNS = pa.schema(
     [("unit", pa.string()), ("note", pa.string()), ("keys", pa.string()),
-     ("token_ids", pa.large_binary()), ("pixels", pa.large_binary())]
+     ("token_ids", pa.large_binary()), ("grey_levels", pa.large_binary()),
+     ("pixels", pa.large_binary())]
 )  # fmt: skip
 
 
@@ -65,7 +66,7 @@ def render_blocks(
     for text in batch.column("unit").to_pylist():
         unit = _unit(text)
         note: dict[str, Any] = {}
-        keys, token_ids, pixels = "[]", b"", b""
+        keys, token_ids, levels, pixels = "[]", b"", b"", b""
         with attempt(attempts, f"render {unit.index}") as deaths:
             try:
                 if deaths >= DEATHS_IN_POOL:
@@ -74,11 +75,11 @@ def render_blocks(
                     done = token_work.render_unit(task.images_uri, unit, task.identity, task.older)
                     if len(done.pixels):
                         keys, pixels = json.dumps(done.keys), pa.py_buffer(done.pixels)
-                        token_ids = done.token_ids.tobytes()
+                        token_ids, levels = done.token_ids.tobytes(), done.grey_levels.tobytes()
                         note = {"read": done.read_seconds, "render": done.render_seconds}
                         note["rendered_at"] = time.time()
                     else:
-                        note["outcome"] = asdict(_write(unit, done.keys, done.token_ids, task, {}))
+                        note["outcome"] = asdict(_write(unit, done, done.token_ids, task, {}))
             except UnitRejected as error:
                 note["outcome"] = asdict(Outcome(unit=unit.index, rejected=str(error)))
             except Exception as error:
@@ -90,7 +91,7 @@ def render_blocks(
         yield pa.Table.from_arrays(
             [
                 *map(pa.array, ([text], [json.dumps(note)], [keys])),
-                pa.array([token_ids], pa.large_binary()),
+                *(pa.array([data], pa.large_binary()) for data in (token_ids, levels)),
                 column,
             ],
             schema=COLUMNS,
@@ -111,24 +112,29 @@ class EncodeUnits:
         self.free_since: float | None = None
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        rows = zip(
-            batch.column("unit").to_pylist(),
-            batch.column("note").to_pylist(),
-            batch.column("keys").to_pylist(),
-            batch.column("token_ids").to_pylist(),
-            [value.as_buffer() for value in batch.column("pixels")],
-            strict=True,
-        )
-        return outcome_table(self._one(*row) for row in rows)
+        pixels = [value.as_buffer() for value in batch.column("pixels")]
+        rows = batch.drop_columns(["pixels"]).to_pylist()
+        return outcome_table(self._one(*row) for row in zip(rows, pixels, strict=True))
 
-    def _one(
-        self, text: str, note_text: str, keys: str, token_ids: bytes, pixels: pa.Buffer
-    ) -> Outcome:
-        unit, note = _unit(text), json.loads(note_text)
+    def _one(self, row: dict[str, Any], pixels: pa.Buffer) -> Outcome:
+        unit, note = _unit(row["unit"]), json.loads(row["note"])
         if "outcome" in note:
             return Outcome(**note["outcome"])
+        identity = self.task.identity
+        views, size = identity.num_views, identity.image_size
+        token_ids = np.frombuffer(row["token_ids"], np.uint16)
         try:
-            outcome = self._encode(unit, json.loads(keys), token_ids, pixels)
+            outcome = self._encode(
+                unit,
+                RenderedUnit(
+                    keys=json.loads(row["keys"]),
+                    token_ids=token_ids.reshape(-1, views, identity.num_patches),
+                    grey_levels=np.frombuffer(row["grey_levels"], np.uint8).reshape(-1, views),
+                    pixels=np.frombuffer(pixels, np.uint8).reshape(-1, views, size, size, 3),
+                    read_seconds=note["read"],
+                    render_seconds=note["render"],
+                ),
+            )
         except Exception as error:
             return _trouble(unit, error)
         if outcome.facts:
@@ -137,9 +143,7 @@ class EncodeUnits:
             seconds |= {"read": note["read"], "render": note["render"]}
         return outcome
 
-    def _encode(self, unit: Unit, keys: list[str], copied: bytes, pixels: pa.Buffer) -> Outcome:
-        identity = self.task.identity
-        views, size = identity.num_views, identity.image_size
+    def _encode(self, unit: Unit, done: RenderedUnit) -> Outcome:
         with ExitStack() as until_written:
             with self.lock:
                 begin = time.monotonic()
@@ -150,10 +154,10 @@ class EncodeUnits:
                     return killer(unit)
                 try:
                     token_ids = token_work.fill_tokens(
-                        np.frombuffer(copied, np.uint16).reshape(-1, views, identity.num_patches),
+                        done.token_ids,
                         self.tokenizer,
-                        np.frombuffer(pixels, np.uint8).reshape(-1, views, size, size, 3),
-                        identity,
+                        done.pixels,
+                        self.task.identity,
                         device=self.task.device,
                     )
                 except torch.AcceleratorError:
@@ -162,19 +166,21 @@ class EncodeUnits:
                     os._exit(1)
                 encoded = self.free_since = time.monotonic()
             seconds = {"idle": idle, "encode": encoded - begin, "began_at": began_at}
-            return _write(unit, keys, token_ids, self.task, seconds)
+            return _write(unit, done, token_ids, self.task, seconds)
 
 
 def _write(
     unit: Unit,
-    keys: list[str],
+    done: RenderedUnit,
     token_ids: NDArray[np.uint16],
     task: TokenizeTask,
     seconds: dict[str, float],
 ) -> Outcome:
     """Writes the file of a unit, after so many seconds of other work."""
     begin = time.monotonic()
-    size, digest = token_work.write_unit(task.output, unit.name, keys, token_ids, task.identity)
+    size, digest = token_work.write_unit(
+        task.output, unit.name, done.keys, token_ids, done.grey_levels, task.identity
+    )
     facts = {"size": size, "hash": digest, "reused": sum(count for _, _, count in unit.reused)}
     seconds = seconds | {"write": time.monotonic() - begin}
     return Outcome(unit=unit.index, facts=facts | {"seconds": seconds})
@@ -246,7 +252,7 @@ def tokenize_alone(unit: Unit, task: TokenizeTask) -> Outcome:
         token_ids = token_work.fill_tokens(
             done.token_ids, open_tokenizer(task), done.pixels, task.identity, device=task.device
         )
-        return _write(unit, done.keys, token_ids, task, {})
+        return _write(unit, done, token_ids, task, {})
     except UnitRejected as error:
         return Outcome(unit=unit.index, rejected=str(error))
     except Exception as error:

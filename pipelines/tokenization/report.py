@@ -223,7 +223,7 @@ def views_picture(images: ImageParts, table: TokenTable, tokenizer_uri: str) -> 
     views = []
     for _, rows in images.read_scattered(present, ["key", "image", "digest"]):
         for image in rows.to_pylist():
-            pixels = tokenizer_views(
+            pixels, _ = tokenizer_views(
                 image["image"], image["digest"], table.identity, key=image["key"]
             )
             views.append(pixels[0].transpose(2, 0, 1))

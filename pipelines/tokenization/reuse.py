@@ -21,7 +21,7 @@ from pipelines.errors import InputError
 from pipelines.steps import say_step
 from pipelines.tables.digests import buckets, deal, digest_records, read_bucket
 from pipelines.tables.image_table import ImageParts
-from pipelines.tables.token_files import ROW_GROUP_ROWS, Identity
+from pipelines.tables.token_files import ROW_GROUP_ROWS, UNKNOWN_LEVEL, Identity
 from pipelines.tables.token_table import MISSING, TokenTable
 from pipelines.tables.unit_files import differing_field
 from pipelines.tracking.datasets import Dataset
@@ -186,13 +186,15 @@ def copied_tokens(
     runs: Sequence[Sequence[int]],
     digests: Sequence[bytes],
     identity: Identity,
-) -> NDArray[np.uint16]:
-    """Token ids (rows, V, N) of images with these digests, `MISSING` in rows outside of `runs`.
+) -> tuple[NDArray[np.uint16], NDArray[np.int16]]:
+    """Token ids (rows, V, N) of images with these digests, `MISSING` in rows outside of `runs`,
+    and grey levels (rows, V), `UNKNOWN_LEVEL` there and where an older table has none.
 
     Raises:
         InputError: an older table is damaged, or was replaced since the runs were found.
     """
     token_ids = np.full((len(digests), identity.num_views, identity.num_patches), MISSING)
+    levels = np.full((len(digests), identity.num_views), UNKNOWN_LEVEL)
     origins = np.full(len(digests), -1, np.int64)
     for row, origin, count in runs:
         origins[row : row + count] = np.arange(origin, origin + count)
@@ -205,17 +207,18 @@ def copied_tokens(
         for some, wanted in zip(np.split(rows, gaps), np.split(there, gaps), strict=True):
             if len(some):
                 expected = [digests[row] for row in some]
-                token_ids[some] = _read(table, wanted, expected, identity.views)
-    return token_ids
+                found = _read(table, wanted, expected, identity.views)
+                token_ids[some], levels[some] = found
+    return token_ids, levels
 
 
 def _read(
     older: Older, rows: NDArray[np.int64], digests: list[bytes], views: tuple[int, int]
-) -> NDArray[np.uint16]:
-    """Token ids of ascending rows of an older table, whose images have these digests."""
+) -> tuple[NDArray[np.uint16], NDArray[np.int16]]:
+    """Token ids and grey levels of ascending rows of an older table, of images of these digests."""
     images, tokens = _opened(older)
     start, stop = int(rows[0]), int(rows[-1]) + 1
-    keys, token_ids = tokens.read_rows(start, stop)
+    keys, token_ids, levels = tokens.read_with_levels(start, stop)
     columns = images.read_rows(start, stop, ["key", "digest"])
     picked = rows - start
     same_keys = [columns["key"][row].as_py() == keys[row] for row in picked]
@@ -225,4 +228,5 @@ def _read(
             f"{older.images}: one of the two was replaced or altered; `beit audit` says which"
         )
     first = views[0] - tokens.views.start
-    return token_ids[picked, first : first + views[1] - views[0]]
+    wanted = slice(first, first + views[1] - views[0])
+    return token_ids[picked, wanted], levels[picked, wanted]

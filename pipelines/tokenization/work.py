@@ -19,9 +19,9 @@ from torch import Tensor
 from beit.tokenizers import ImageTokenizer
 from beit.views import Interpolation, ViewPolicy
 from pipelines import storage
-from pipelines.reading.pixels import DamagedImageError, drawn, render_encoded
+from pipelines.reading.pixels import DamagedImageError, drawn, render_with_levels
 from pipelines.tables.image_files import Part, read_part
-from pipelines.tables.token_files import Identity, encode_file
+from pipelines.tables.token_files import UNKNOWN_LEVEL, Identity, encode_file
 from pipelines.tables.token_table import MISSING
 from pipelines.tables.unit_files import file_name
 from pipelines.tokenization.reuse import Older, copied_tokens
@@ -57,22 +57,24 @@ class RenderedUnit:
     """(rows, V, N): those that are copied, `MISSING` in rows that are to be encoded."""
     pixels: NDArray[np.uint8]
     """(rows to be encoded, V, size, size, 3)"""
+    grey_levels: NDArray[np.uint8]
+    """(rows, V)"""
     read_seconds: float
     render_seconds: float
 
 
 def tokenizer_views(
     data: bytes, digest: bytes, identity: Identity, *, key: str
-) -> NDArray[np.uint8]:
-    """The tokenizer's views of one encoded image, (V, size, size, 3); it is decoded once.
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """The tokenizer's views of one encoded image, (V, size, size, 3), and their grey levels, (V,).
 
-    Raises:
-        DamagedImageError: it does not decode.
+    It is decoded once. Raises DamagedImageError if it does not decode.
     """
     policy = ViewPolicy.from_dict(identity.policy)
     views = [drawn(policy, index) for index in range(*identity.views)]
     output = (identity.image_size, cast(Interpolation, identity.interpolation))
-    return np.stack(render_encoded(data, digest, views, [output], key=key))
+    pixels, levels = render_with_levels(data, digest, views, [output], key=key)
+    return np.stack(pixels), np.array(levels, np.uint8)
 
 
 def render_unit(
@@ -89,21 +91,25 @@ def render_unit(
     table = read_part(images_uri, part, unit.start, unit.stop, ["key", "image", "digest"])
     keys: list[str] = table.column("key").to_pylist()
     digests: list[bytes] = table.column("digest").to_pylist()
-    token_ids = copied_tokens(older, unit.reused, digests, identity)
+    token_ids, levels = copied_tokens(older, unit.reused, digests, identity)
     read = time.monotonic()
-    rows = np.flatnonzero(token_ids[:, 0, 0] == MISSING).tolist()
+    missing = token_ids[:, 0, 0] == MISSING
     size = identity.image_size
-    pixels = np.empty((len(rows), identity.num_views, size, size, 3), np.uint8)
-    for position, row in enumerate(rows):
+    pixels = np.empty((missing.sum(), identity.num_views, size, size, 3), np.uint8)
+    # Tables of early releases have tokens without levels.
+    for row in np.flatnonzero(missing | (levels[:, 0] == UNKNOWN_LEVEL)).tolist():
         data = table.column("image")[row].as_buffer().to_pybytes()
         try:
-            pixels[position] = tokenizer_views(data, digests[row], identity, key=keys[row])
+            views, levels[row] = tokenizer_views(data, digests[row], identity, key=keys[row])
         except DamagedImageError as error:
             raise UnitRejected(str(error)) from error
+        if missing[row]:
+            pixels[missing[:row].sum()] = views
     return RenderedUnit(
         keys=keys,
         token_ids=token_ids,
         pixels=pixels,
+        grey_levels=levels.astype(np.uint8),
         read_seconds=read - begin,
         render_seconds=time.monotonic() - read,
     )
@@ -185,9 +191,10 @@ def write_unit(
     name: str,
     keys: list[str] | pa.Array,
     token_ids: NDArray[np.uint16],
+    grey_levels: NDArray[np.uint8],
     identity: Identity,
 ) -> tuple[int, str]:
     """Writes a unit's file atomically; returns its size and hash."""
-    data = encode_file(keys, token_ids, identity)
+    data = encode_file(keys, token_ids, identity, grey_levels)
     storage.write_bytes(storage.join(output, name), data)
     return len(data), storage.digest(data)

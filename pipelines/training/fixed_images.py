@@ -59,7 +59,7 @@ class FixedImages:
             seed=SEED,
             form=tables.form,
         )
-        rendered = render_rows(read.images, read.digests, read.views, read.keys, 0, spec)
+        rendered = render_rows(*read.to_render, 0, spec)
         ids = None if read.token_ids is None else torch.from_numpy(read.token_ids.astype(np.int64))
         return torch.from_numpy(rendered.pixels), torch.from_numpy(rendered.masks), ids
 

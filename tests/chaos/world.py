@@ -119,7 +119,9 @@ def write_tokens(images, tokenizer_uri, output, **changes):
         unit = token_work.Unit(index=index, part=part.to_dict(), start=0, stop=part.rows)
         rendered = token_work.render_unit(images.uri, unit, identity)
         ids = token_work.encode_rendered(tokenizer, rendered.pixels, identity)
-        size, digest = token_work.write_unit(output, unit.name, rendered.keys, ids, identity)
+        size, digest = token_work.write_unit(
+            output, unit.name, rendered.keys, ids, rendered.grey_levels, identity
+        )
         files.append(UnitFile(part=index, start=0, stop=part.rows, size=size, hash=digest))
     manifest = build_manifest(
         identity=identity,

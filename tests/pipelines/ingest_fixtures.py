@@ -5,8 +5,8 @@ import io
 import numpy as np
 from PIL import Image
 
-from beit.images import image_digest
-from beit.views import ViewPolicy
+from beit.images import decode_array, image_digest
+from beit.views import ViewPolicy, render_all, sample_view
 from pipelines import storage
 from pipelines.tables import token_table
 from pipelines.tables.image_files import ImageRow, write_part
@@ -61,7 +61,17 @@ def write_images(uri, change=None):
     return ImageTable.open(uri)
 
 
-def write_tokens(uri, images, views, rename=None, **changes):
+def levels_of(rows, views):
+    """(rows, views): grey levels, each with the jitters before contrast done to the full image."""
+    levels = []
+    for row in rows:
+        pixels, digest = decode_array(encoded(row)), image_digest(encoded(row))
+        drawn = [sample_view(POLICY, digest, view, *pixels.shape[:2]) for view in views]
+        levels.append([render_all(pixels, view, [])[1] for view in drawn])
+    return np.array(levels, np.uint8)
+
+
+def write_tokens(uri, images, views, rename=None, *, levels=False, **changes):
     identity = Identity(
         **{
             "image_fingerprint": images.fingerprint,
@@ -85,7 +95,8 @@ def write_tokens(uri, images, views, rename=None, **changes):
             stop = min(start + 25, count)
             rows = range(base + start, base + stop)
             keys = ["intruder" if row == rename else key_of(row) for row in rows]
-            data = encode_file(keys, tokens_of(rows, views), identity)
+            grey_levels = levels_of(rows, views) if levels else None
+            data = encode_file(keys, tokens_of(rows, views), identity, grey_levels)
             name = file_name(f"part-{part:05d}.parquet", start, stop)
             storage.write_bytes(storage.join(uri, name), data)
             files.append(

@@ -75,14 +75,22 @@ def rewrite(root, change, *, honest_manifest):
     keys, ids = table.read_file(1)
     keys, ids = change(list(keys), ids.copy())
     data = encode_file(keys, ids, table.identity)
-    (root / "tokens" / table.file_name(1)).write_bytes(data)
     if honest_manifest:
-        manifest = dict(table.manifest)
-        manifest.pop("fingerprint")
-        manifest["files"]["size"][1] = len(data)
-        manifest["files"]["hash"][1] = storage.digest(data)
-        manifest["fingerprint"] = storage.fingerprint(manifest)
-        storage.write_json(str(root / "tokens" / "manifest.json"), manifest)
+        write_honestly(root, data)
+    else:
+        (root / "tokens" / table.file_name(1)).write_bytes(data)
+
+
+def write_honestly(root, data):
+    """Another second file, and the manifest that has it."""
+    table = TokenTable.open(str(root / "tokens"))
+    (root / "tokens" / table.file_name(1)).write_bytes(data)
+    manifest = dict(table.manifest)
+    manifest.pop("fingerprint")
+    manifest["files"]["size"][1] = len(data)
+    manifest["files"]["hash"][1] = storage.digest(data)
+    manifest["fingerprint"] = storage.fingerprint(manifest)
+    storage.write_json(str(root / "tokens" / "manifest.json"), manifest)
 
 
 def one_token(keys, ids):
@@ -103,6 +111,15 @@ def test_a_changed_token_is_named(copied):
     assert "part-00001-00000000-00000040.parquet: " in message
     assert "(file != manifest)" in message
     assert "row 47: token_ids: view 1, position 3" in message
+
+
+def test_changed_grey_levels_are_named(copied):
+    table = TokenTable.open(str(copied / "tokens"))
+    rows = table.file_rows(1)
+    keys, ids, levels = table.read_with_levels(rows.start, rows.stop)
+    write_honestly(copied, encode_file(keys, ids, table.identity, (levels ^ 1).astype(np.uint8)))
+    with pytest.raises(StageFailed, match=r"row \d+: grey_levels: \d+ != \d+ \(table != comp"):
+        audit.run(of_tokens(copied, samples=50))
 
 
 def test_a_changed_key_is_named(copied):

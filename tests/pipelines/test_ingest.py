@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from beit import jpeg_boxes, views
 from beit.images import decode_array, image_digest
 from beit.masking import mask_of
 from beit.views import ViewPolicy, render, render_fast, sample_view
@@ -24,8 +25,10 @@ from pipelines.sample_order import SampleOrder
 from pipelines.tables.image_table import ImageTable
 from tests.pipelines.ingest_fixtures import (
     GRID,
+    NUM_ROWS,
     POLICY,
     encoded,
+    levels_of,
     tokens_of,
     write_images,
     write_tokens,
@@ -199,6 +202,44 @@ def test_without_tokens_every_epoch_draws_a_view_of_its_own(tables):
         open_training_tables(tables["images"])
     with pytest.raises(InputError, match="grid_size"):
         stream(data)
+
+
+@pytest.fixture(scope="module")
+def levelled(tables):
+    """The same tokens with grey levels; views 0 and 1 only, so that view 2 has none."""
+    uri = str(tables["root"] / "levelled")
+    levelled = write_tokens(uri, ImageTable.open(tables["images"]), range(2), levels=True)
+    return open_training_tables(tables["images"], [levelled, tables["more"]])
+
+
+def test_grey_levels_leave_exact_views_as_they_are(data, levelled, monkeypatch):
+    with stream(data, fast=False) as without, stream(levelled, fast=False) as with_levels:
+        for batch, expected in zip(with_levels, without, strict=True):
+            assert_same(batch, expected)
+    full = open_training_tables(levelled.images.uri, [levelled.tokens[0].uri])
+    rows = full.read(0, NUM_ROWS, 0)
+    expected = levels_of(range(NUM_ROWS), range(2))[np.arange(NUM_ROWS), rows.views]
+    np.testing.assert_array_equal(rows.grey_levels, expected)
+    # And with them no full image is looked at.
+    monkeypatch.setattr(views, "mean_grey", None)
+    monkeypatch.setattr(views, "fast_mean_grey", None)
+    for fast in (False, True):
+        with stream(full, fast=fast) as batches:
+            assert len(list(batches)) == 12
+
+
+def test_boxes_of_jpegs_give_the_batches_of_whole_ones(levelled, monkeypatch):
+    assert jpeg_boxes.available()
+    decoded = []
+    real = jpeg_boxes.decode_box
+    monkeypatch.setattr(jpeg_boxes, "decode_box", lambda *box: decoded.append(box) or real(*box))
+    boxes = {fast: list(stream(levelled, fast=fast)) for fast in (False, True)}
+    assert len(decoded) > 100
+    monkeypatch.setattr(jpeg_boxes, "_library", lambda: None)
+    for fast, found in boxes.items():
+        with stream(levelled, fast=fast) as whole:
+            for batch, expected in zip(found, whole, strict=True):
+                assert_same(batch, expected)
 
 
 def test_view_ranges_may_lie_apart(tables):

@@ -11,8 +11,9 @@ import pytest
 from beit.views import ViewPolicy
 from pipelines.config.tokenize_images import TokenizeConfig
 from pipelines.errors import InputError
-from pipelines.tables import digests
+from pipelines.tables import digests, token_files
 from pipelines.tables.image_table import ImageParts
+from pipelines.tables.token_files import UNKNOWN_LEVEL
 from pipelines.tables.token_table import MISSING, TokenTable
 from pipelines.tokenization import reuse
 from pipelines.tokenization.reuse import Older, Origins, copied_tokens, older_tables
@@ -168,6 +169,23 @@ def test_copied_tokens_are_those_that_would_be_computed(root):
     _, a = TokenTable.open(str(root / "a-tokens")).read_rows(begin, 40)
     _, b = TokenTable.open(str(root / "b-tokens")).read_rows(10, begin + part.rows - 30)
     np.testing.assert_array_equal(less.token_ids, np.concatenate([a, b])[:, 1:])
+    np.testing.assert_array_equal(less.grey_levels, whole.grey_levels)
+
+
+def test_grey_levels_that_an_early_table_lacks_are_computed(root, monkeypatch):
+    images, identity, older = opened(root)
+    part = images.parts[1]
+    begin = int(images.part_starts[1])
+    unit = Unit(index=0, part=part.to_dict(), start=0, stop=part.rows)
+    whole = render_unit(images.uri, unit, identity)
+    real = token_files.levels_of
+    monkeypatch.setattr(
+        token_files, "levels_of", lambda *table: np.full_like(real(*table), UNKNOWN_LEVEL)
+    )
+    runs = Origins(images, older).runs(begin, begin + part.rows)
+    less = render_unit(images.uri, dataclasses.replace(unit, reused=runs), identity, older)
+    assert len(less.pixels) == 0
+    np.testing.assert_array_equal(less.grey_levels, whole.grey_levels)
 
 
 def test_scattered_rows_are_read_where_they_are(root):
@@ -175,11 +193,13 @@ def test_scattered_rows_are_read_where_they_are(root):
     names = images.read_rows(0, 90)["digest"].to_pylist()
     rows = [39, 3, 3, 70, 55, 0]
     runs = [(0, 39, 1), (1, 3, 1), (2, 3, 1), (4, 41 + 25, 1), (5, 0, 1)]
-    ids = copied_tokens(older, runs, [names[row] for row in rows], identity)
+    ids, levels = copied_tokens(older, runs, [names[row] for row in rows], identity)
     _, a = TokenTable.open(older[0].tokens).read_rows(0, 40)
     _, b = TokenTable.open(older[1].tokens).read_rows(0, 30)
     np.testing.assert_array_equal(ids[[0, 1, 2, 5]], a[[39, 3, 3, 0]])
     np.testing.assert_array_equal(ids[4], b[25])
     assert (ids[3] == MISSING).all()
+    assert (levels[[0, 1, 2, 4, 5]] >= 0).all()
+    assert (levels[3] == UNKNOWN_LEVEL).all()
     with pytest.raises(InputError, match=r"a-tokens: rows 3 to 4 are not of the images"):
         copied_tokens(older, [(0, 3, 1)], [names[4]], identity)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from beit.views import ViewPolicy
 from pipelines import storage
 from pipelines.errors import InputError
-from pipelines.tables import token_table, unit_files
+from pipelines.tables import token_files, token_table, unit_files
 from pipelines.tables.token_files import Identity, encode_file
 from pipelines.tables.token_table import MISSING, TokenTable
 from pipelines.tables.unit_files import RejectedUnit, UnitFile, file_name
@@ -238,6 +238,31 @@ def test_tokens_of_the_wrong_shape_are_refused():
         encode_file(["a"], np.zeros((1, 2, 15), np.uint16), make_identity())
     with pytest.raises(ValueError, match="not uint16"):
         encode_file(["a"], np.zeros((1, 2, 16), np.int64), make_identity())
+
+
+def test_grey_levels_are_read_where_a_file_has_them(tmp_path):
+    identity = make_identity()
+    write_table(str(tmp_path), identity)
+    table = TokenTable.open(str(tmp_path))
+    keys, ids = table.read_file(0)
+    levels = np.random.default_rng(0).integers(0, 256, (300, 2)).astype(np.uint8)
+    data = encode_file(keys, ids, identity, levels)
+    assert token_files.check_file(identity, data, 300) == (True, None)
+    (tmp_path / table.file_name(0)).write_bytes(data)
+    token_files._footer.cache_clear()
+    found_keys, found_ids, found = table.read_with_levels(250, 350)
+    np.testing.assert_array_equal(found[:50], levels[250:])
+    assert (found[50:] == token_files.UNKNOWN_LEVEL).all()
+    np.testing.assert_array_equal(found_ids, all_tokens()[250:350])
+    assert found_keys == table.read_rows(250, 350)[0]
+    # Tables of an earlier release have none, and say so by their version.
+    assert table.manifest["schema_version"] == 2
+    old = {name: value for name, value in table.manifest.items() if name != "fingerprint"}
+    old |= {"schema_version": 1}
+    storage.write_json(
+        str(tmp_path / "manifest.json"), old | {"fingerprint": storage.fingerprint(old)}
+    )
+    assert TokenTable.open(str(tmp_path)).num_rows == NUM_ROWS
 
 
 def test_a_view_takes_less_than_two_bytes_a_token():

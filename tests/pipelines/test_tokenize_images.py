@@ -9,7 +9,7 @@ import pytest
 import ray.data
 
 from beit.images import decode_image
-from beit.views import ViewPolicy, render, sample_view
+from beit.views import ViewPolicy, render, render_all, sample_view
 from pipelines import storage, tokenize_images, unit_pools, unit_tables
 from pipelines.config.tokenize_images import (
     ActorsConfig,
@@ -166,8 +166,9 @@ def test_cached_tokens_equal_online_tokens(finished, images, tokenizer):
         pixels = render(image, drawn, encoder.image_size, encoder.interpolation)
         batch = torch.from_numpy(pixels.transpose(2, 0, 1)[None].copy())
         online = encoder.encode(batch)[0].numpy()
-        keys, cached = table.read_rows(row, row + 1)
+        keys, cached, levels = table.read_with_levels(row, row + 1)
         assert keys == [record["key"]]
+        assert levels[0, view] == render_all(image, drawn, [])[1]
         np.testing.assert_array_equal(cached[0, view].astype(np.int64), online)
 
 

@@ -67,7 +67,9 @@ def tokenize_units(task, units, todo, images, origins):
         unit = tokenize_images._unit(units, images, number, None)
         rendered = work.render_unit(task.images_uri, unit, task.identity)
         ids = work.encode_rendered(tokenizer, rendered.pixels, task.identity)
-        size, digest = work.write_unit(task.output, unit.name, rendered.keys, ids, task.identity)
+        size, digest = work.write_unit(
+            task.output, unit.name, rendered.keys, ids, rendered.grey_levels, task.identity
+        )
         seconds = dict.fromkeys(("queued", "read", "render", "idle", "encode", "write"), 0.0)
         facts = {"size": size, "hash": digest, "seconds": seconds, "reused": 0}
         yield Outcome(unit=int(number), facts=facts)
