@@ -9,7 +9,8 @@ bring along: 500x375 JPEGs, quality 90, 4:2:0.
 
 "Upstream" is the transform of BEiT's pretraining code (torchvision's v1 transforms on Pillow
 images) written out here in plain Pillow: torchvision cannot be installed beside a CPU build of
-torch. Decode, jitter on the full image, flip, one crop, two resizes, to float, normalise.
+torch, nor can mosaicml-streaming, which imports it. Decode, jitter on the full image, flip, one
+crop, two resizes, to float, normalise. WebDataset and litdata are measured where installed.
 """
 
 import argparse
@@ -48,10 +49,16 @@ from pipelines.tables.token_files import Identity, encode_file
 from pipelines.tables.unit_files import UnitFile, file_name
 from pipelines.tables.view_files import CODECS
 
+# Peers that are left out where they are not installed.
 try:
     import webdataset
-except ImportError:  # left out then
+except ImportError:
     webdataset = None
+try:
+    import litdata
+    from litdata.streaming import Cache
+except ImportError:
+    litdata = None
 
 POLICY = ViewPolicy(seed=0)
 MASKING = MaskingConfig()
@@ -191,6 +198,25 @@ def write_tars(root: Path, files: list[bytes]) -> list[str]:
     return shards
 
 
+def lit_loader(folder: Path, files: list[bytes]) -> Callable[[], None]:
+    """litdata's loader of the files, in chunks of 8 MB."""
+    cache = Cache(str(folder), chunk_bytes="8MB")
+    for i, data in enumerate(files):
+        cache[i] = {"jpg": data}
+    cache.done()
+    cache.merge()
+    transform = Upstream()
+
+    def run() -> None:
+        dataset = litdata.StreamingDataset(
+            str(folder), shuffle=True, transform=lambda sample: transform(sample["jpg"])
+        )
+        for _ in litdata.StreamingDataLoader(dataset, batch_size=BATCH, num_workers=2):
+            pass
+
+    return run
+
+
 def transforms(files: list[bytes]) -> dict[str, Callable[[], None]]:
     """One pass over all files each, in this thread."""
     upstream, plain = Upstream(), Upstream(jitter=False)
@@ -276,6 +302,10 @@ def loaders(root: Path, files: list[bytes]) -> dict[str, Callable[[], None]]:
         for _ in torch.utils.data.DataLoader(views, BATCH, num_workers=2):
             pass
 
+    peers = {"WebDataset, upstream transform": tar_loader} if webdataset else {}
+    if litdata:
+        peers["litdata, upstream transform"] = lit_loader(root / "litdata", files)
+
     def ours(data: TrainingTables, fast: bool = True) -> Callable[[], None]:
         def run() -> None:
             with train_batches(
@@ -305,7 +335,7 @@ def loaders(root: Path, files: list[bytes]) -> dict[str, Callable[[], None]]:
         "train_batches, nothing decoded": untransformed,
     }
     variants |= {f"train_batches, {form} views": ours(stored[form]) for form in CODECS}
-    return variants | ({"WebDataset, upstream transform": tar_loader} if webdataset else {})
+    return variants | peers
 
 
 def cpu_seconds() -> float:
