@@ -185,12 +185,15 @@ def seconds_of_chosen_linear(
     """
     draw = torch.Generator().manual_seed(0)
     width = min(count, dim)
-    # Features of uneven sizes and no weight decay: there is no end before the last step.
-    rows = torch.randn(count, width, generator=draw) * torch.logspace(0, -3, width)
-    rows, labels = rows.to(device), torch.arange(count, device=device) % num_classes
+    # As of networks, few directions are large.
+    mixed = torch.randn(width, width, generator=draw) * torch.logspace(0, -3, width)[:, None]
+    rows = torch.randn(count, width, generator=draw).to(device) @ mixed.to(device)
+    rows /= rows.std(0)
+    labels = torch.randint(num_classes, (count,), generator=draw).to(device)
     zeros = torch.zeros(width, num_classes, device=device), torch.zeros(num_classes, device=device)
+    _solve(rows[:2], labels[:2], zeros, TRIAL_WEIGHT_DECAY, max_iterations=2)  # warms up
     start = time.monotonic()
-    _solve(rows, labels, zeros, 0.0)
+    _solve(rows, labels, zeros, TRIAL_WEIGHT_DECAY)
     solutions = (num_layers + len(WEIGHT_DECAYS) + 1) * (time.monotonic() - start)
     spans = (num_layers + 1) * _seconds_of_cubic(_span, count, dim, device) if dim > count else 0.0
     return solutions + spans

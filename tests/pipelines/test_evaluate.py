@@ -163,7 +163,7 @@ def test_probes_take_what_was_reckoned(
     rankme(features[-1])
     seconds = time.process_time() - start
     print(f"{count} x {dim}: reckoned {reckoned:.2f} s, real {seconds:.2f} s")
-    assert 0.8 * seconds < reckoned < 2 * seconds
+    assert 0.8 * seconds < reckoned < 2.5 * seconds
 
 
 def test_rankme_is_its_formula():
