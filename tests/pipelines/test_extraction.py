@@ -18,7 +18,6 @@ from pipelines.evaluation.features import block_reader, patch_reader, pixel_read
 from pipelines.evaluation.labelled_images import joined, read_labelled
 from pipelines.evaluation.pool import ComputeFeatures
 from tests.pipelines.test_evaluate import MEAN, OFF, STD, picture, small_model, write_table
-from tests.s3_server import bucket, s3  # noqa: F401 - fixtures
 
 
 def tables_at(uri):
@@ -74,22 +73,18 @@ class Dies(ComputeFeatures):
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("num_workers", "store", "actor"),
+    ("num_workers", "actor"),
     [
-        (1, "disk", DiesOnce),
-        pytest.param(2, "disk", ComputeFeatures, marks=pytest.mark.long),
-        pytest.param(1, "disk", Dies, marks=pytest.mark.long),
-        pytest.param(2, "s3", ComputeFeatures, marks=pytest.mark.long),
+        (1, DiesOnce),
+        pytest.param(2, ComputeFeatures, marks=pytest.mark.long),
+        pytest.param(1, Dies, marks=pytest.mark.long),
     ],
 )
 def test_actors_find_what_one_process_finds(
-    num_workers, store, actor, request, tmp_path, ray_cluster, monkeypatch, one_thread
+    num_workers, actor, tmp_path, ray_cluster, monkeypatch, one_thread
 ):
     """To the bit and in the same rows, in units that end at tables and batches."""
-    root = str(tmp_path)
-    if store == "s3":
-        root = request.getfixturevalue("s3").uri(request.getfixturevalue("bucket"))
-    tables = tables_at(root)
+    tables = tables_at(str(tmp_path))
     alone = extraction(tables)
     expected = read(alone)
     assert list(alone.damaged) == [40]
@@ -103,7 +98,7 @@ def test_actors_find_what_one_process_finds(
         assert features.dtype == found[name].dtype
         assert np.array_equal(features, found[name])
         assert not features[:, 40].any() and features[:, 41].any()
-    assert Path(root, "train", "died").exists() == (actor is DiesOnce)
+    assert (tmp_path / "train/died").exists() == (actor is DiesOnce)
 
 
 def test_units_are_whole_batches_of_one_table(tmp_path):
