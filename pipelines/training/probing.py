@@ -66,12 +66,12 @@ class Prober:
     def affordable(self, step: int) -> bool:
         """Whether one more keeps probes within their share of the time since the start."""
         why = ""
-        if self.world.rank == 0:
-            elapsed, share = monotonic() - self.began, self.config.probe.max_share
-            cost = self.cost
+        share = self.config.probe.max_share
+        if self.world.rank == 0 and share < 1:
+            elapsed, cost = monotonic() - self.began, self.cost
             if cost is None:
                 cost = self._first_cost((step - self.first_step) / elapsed)
-            if share < 1 and self.spent + cost > share * elapsed:
+            if self.spent + cost > share * elapsed:
                 why = f"it would take about {cost:.0f} s of {elapsed:.0f}"
         self.left_out = str(self.world.broadcast(why))
         return not self.left_out
