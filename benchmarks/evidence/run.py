@@ -4,10 +4,11 @@
 
 Killed, it goes on where it was: finished cells stand in benchmarks/results/evidence.json, the
 stages of an unfinished one resume by themselves. Several programs, each with its own seeds, may
-share results and work, once the first has made the tokens.
+share results and work: where they share an artefact, one makes it and the others wait.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -16,7 +17,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,16 +64,18 @@ def run(
     missing = [cell for cell in cells if cell.name not in found]
     for cell in missing[:most]:
         add(results, cell, measured(cell, work))
-        publish(page, results, read(results))
-    publish(page, results, read(results))
+        publish(page, results)
+    publish(page, results)
     print(f"{max(len(missing) - most, 0)} cells are left; {page}")
 
 
-def publish(page: Path, results: Path, found: dict[str, Any]) -> None:
+def publish(page: Path, results: Path) -> None:
     """Writes the page and, of the results that are published, the part of README."""
-    document.write(page, found)
-    if results == RESULTS:
-        README.write_text(with_part(README.read_text(), "evidence", document.front(found)))
+    with alone(results):
+        found = read(results)
+        document.write(page, found)
+        if results == RESULTS:
+            README.write_text(with_part(README.read_text(), "evidence", document.front(found)))
 
 
 def measured(cell: Cell, work: Path) -> dict[str, Any]:
@@ -123,10 +126,17 @@ def read(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text())["cells"]) if path.exists() else {}
 
 
+@contextlib.contextmanager
+def alone(results: Path) -> Iterator[None]:
+    """No other program writes these results, or pages of them, meanwhile."""
+    with results.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def add(path: Path, cell: Cell, result: dict[str, Any]) -> None:
     """Writes one result beside those that are there by now, at once or not at all."""
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone(path):
         results = {**read(path), cell.name: result}
         beside = path.with_suffix(".new")
         beside.write_text(json.dumps({"cells": results}, indent=1, sort_keys=True) + "\n")
