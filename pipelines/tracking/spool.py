@@ -151,7 +151,7 @@ class Spool:
         event = storage.read_json(self.at("events", name))
         if "step" in event:
             measured = _numbers(event.get("figures", {}))
-            metrics = measured or {f"events/{event['event']}": 1.0}
+            metrics = measured or {f"event_{event['event']}": 1.0}
             timestamp = int(1000 * event["time"])
             yield Values(step=int(event["step"]), timestamp=timestamp, metrics=metrics)
 

@@ -121,9 +121,11 @@ def run_name(stage: str, params: Mapping[str, object]) -> str:
         words.append(f"{params['num_views']} views")
     places = ["run", "weights", "source", "images"]
     places += ["tokenizer"] if stage == "tokenize" else []
-    places += ["output"] if stage in NAMED_BY_OUTPUT else []
     names = [short_name(str(params[place])) for place in places if params.get(place)]
-    words += dict.fromkeys(names)  # those of one chain have one name
+    if stage in NAMED_BY_OUTPUT and params.get("output"):
+        # MLflow's table shows some twenty characters: what people chose themselves comes first.
+        words.insert(1, short_name(str(params["output"])))
+    words += (name for name in dict.fromkeys(names) if name not in words)  # a chain has one name
     if stage not in ("evaluate", "tokenize", "prepare") and "seed" in params:
         words.append(f"seed {params['seed']}")
     return SEPARATOR.join(words)

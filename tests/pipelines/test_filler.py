@@ -59,9 +59,9 @@ def check_whole(client, run, *, periods=PERIODS):
     stored = client.get_run(run.run_id)
     assert stored.info.status == "FINISHED"
     assert steps(client, run, "loss") == list(range(1, periods + 1))
-    assert steps(client, run, "events/spike") == [8]
+    assert steps(client, run, "event_spike") == [8]
     assert steps(client, run, "knn accuracy_") == [9]
-    assert set(stored.data.metrics) == {"loss", "events/spike", "knn accuracy_"}
+    assert set(stored.data.metrics) == {"loss", "event_spike", "knn accuracy_"}
     assert known_pictures(client, run.run_id) == {("pictures/painted", s) for s in (5, 10)}
     assert len(client.list_artifacts(run.run_id, "images")) == 4  # two files a picture
     assert {file.path for file in client.list_artifacts(run.run_id)} == {

@@ -358,7 +358,7 @@ def test_names_and_parameters_say_what_differs(judged):
                       "num_views": 4}, "tokenize · 4 views · emoji"),
         ("pretrain", {"objective.kind": "mae", "masking.kind": "random", "masking.num_masked": 147,
                       "optim.steps": 9, "images": "/a/emoji/images", "output": "/a/low-lr/run"},
-         "mae · random 147 · 9 steps · emoji · low-lr"),
+         "mae · low-lr · random 147 · 9 steps · emoji"),
         ("evaluate", {"run": "s3://a/base/run?region=x", "images": "/a/emoji/images"},
          "evaluate · base · emoji"),
         ("train-tokenizer", {"model.architecture": "dvae", "model.kind": "vqkd", "model.depth": 12,
