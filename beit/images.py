@@ -24,7 +24,6 @@ threads may decode at once.
 
 import hashlib
 import io
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -43,7 +42,6 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from beit import jpeg_boxes
 from beit.png_texts import without_texts
 
 try:
@@ -152,32 +150,6 @@ def decode_array(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> np.nda
     return decode_array(plain, max_pixels=max_pixels)
 
 
-@dataclass(frozen=True)
-class PlainJpeg:
-    """An upright baseline JPEG: what is seen of it can be decoded without the rest."""
-
-    data: bytes
-    height: int
-    width: int
-
-    def decode(self, rows: slice, columns: slice) -> np.ndarray | None:
-        """These of the pixels of `decode_array`; None where the file has to be decoded whole."""
-        return jpeg_boxes.decode_box(self.data, rows, columns)
-
-
-def as_plain_jpeg(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> PlainJpeg | None:
-    """The file as a `PlainJpeg` by its header; None if it is none, or boxes cannot be decoded."""
-    if not jpeg_boxes.available():
-        return None
-    try:
-        image = _open(data, max_pixels)
-    except Exception:  # of every kind; who decodes it whole is told
-        return None
-    if not _is_plain(image) or _orientation(image) in _UPRIGHT:
-        return None
-    return PlainJpeg(data, image.height, image.width)
-
-
 def _open(data: bytes, max_pixels: int) -> Image.Image:
     """Parse the header only."""
     if not data:
@@ -259,16 +231,11 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _is_plain(image: Image.Image) -> bool:
-    """Whether the header is of a baseline JPEG that libjpeg-turbo's interfaces agree on."""
-    if image.format != "JPEG" or image.mode not in ("RGB", "L"):
-        return False
-    return not image.info.get("progressive") and image.info.get("adobe_transform", 1) == 1
-
-
 def _decode_plain_jpeg(image: Image.Image, data: bytes) -> np.ndarray | None:
     """Pixels by libjpeg-turbo's own interface, or None where Pillow has to decide."""
-    if simplejpeg is None or not _is_plain(image):
+    if simplejpeg is None or image.format != "JPEG" or image.mode not in ("RGB", "L"):
+        return None
+    if image.info.get("progressive") or image.info.get("adobe_transform", 1) != 1:
         return None
     width, height = image.size
     expected = (height, width, "Gray" if image.mode == "L" else "YCbCr")

@@ -11,7 +11,7 @@ images, whose results the exact renderer reproduces bit for bit. `docs/views.md`
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
@@ -71,10 +71,6 @@ class View:
             raise ValueError(message)
         left = width - right if self.flip else self.left
         return slice(self.top, bottom), slice(left, left + self.width)
-
-    def of_its_box(self) -> "View":
-        """The same view of an image that is nothing but its box."""
-        return replace(self, top=0, left=0)
 
 
 def sample_view(policy: ViewPolicy, digest: bytes, index: int, height: int, width: int) -> View:

@@ -33,7 +33,6 @@ import sklearn.datasets
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from beit import jpeg_boxes
 from beit.images import decode_array, decode_image, image_digest
 from beit.views import ViewPolicy, render, render_fast, render_sizes, sample_view
 from pipelines import storage
@@ -317,10 +316,6 @@ def loaders(root: Path, files: list[bytes]) -> dict[str, Callable[[], None]]:
 
         return run
 
-    def whole() -> None:
-        with mock.patch.object(jpeg_boxes, "_library", lambda: None):
-            ours(data)()
-
     grey = [np.full((224, 224, 3), 128, np.uint8)]
 
     def untransformed() -> None:
@@ -331,7 +326,6 @@ def loaders(root: Path, files: list[bytes]) -> dict[str, Callable[[], None]]:
         "torch DataLoader, upstream transform": torch_loader,
         "train_batches, exact": ours(data, False),
         "train_batches, fast": ours(data),
-        "train_batches, fast, without libjpeg-turbo 3": whole,
         "train_batches, nothing decoded": untransformed,
     }
     variants |= {f"train_batches, {form} views": ours(stored[form]) for form in CODECS}

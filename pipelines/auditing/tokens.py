@@ -169,28 +169,26 @@ def _tokenize_again(
     bad_rows = [table.file_rows(index) for index in broken]
     readable = np.array([all(row not in span for span in bad_rows) for row in rows.tolist()], bool)
     rows, views = rows[readable], views[readable]
-    columns = COLUMNS if online.tokenizer is not None else ("key",)
     pixels, cached, chosen = [], [], []
-    for position, record in read_sample(online.images, rows, columns, findings):
+    for position, record in read_sample(online.images, rows, COLUMNS, findings):
         row, view = int(rows[position]), int(views[position])
         try:
             keys, token_ids, levels = table.read_with_levels(row, row + 1)
             if token_ids[0, 0, 0] == MISSING:
                 continue
-            rendered = online.pixels(record) if online.tokenizer is not None else None
+            rendered, wanted = online.pixels(record)
         except InputError as error:
             findings.add(f"row {row}: {error}")
             continue
         if keys[0] != record["key"]:
             findings.add(f"row {row}: key {keys[0]!r} != {record['key']!r} (token table != images)")
+        found, level = int(levels[0, view]), int(wanted[view])
+        if found not in (UNKNOWN_LEVEL, level):
+            findings.add(f"row {row}: grey_levels: {found} != {level} (table != computed now)")
         chosen.append((row, view))
-        if rendered is not None:
-            found, wanted = int(levels[0, view]), int(rendered[1][view])
-            if found not in (UNKNOWN_LEVEL, wanted):
-                findings.add(f"row {row}: grey_levels: {found} != {wanted} (table != computed now)")
-            pixels.append(rendered[0][view])
-            cached.append(token_ids[0, view])
-    if not pixels:  # keys were compared, no tokens
+        pixels.append(rendered[view])
+        cached.append(token_ids[0, view])
+    if online.tokenizer is None or not chosen:  # keys and grey levels were compared, no tokens
         return 0, 1.0
     same = online.encode(np.stack(pixels)) == np.stack(cached)
     agreement = float(same.mean())

@@ -103,7 +103,7 @@ def render_rows(
         else:
             level = None if grey_levels[i] == UNKNOWN_LEVEL else int(grey_levels[i])
             view = drawn(spec.policy, int(views[i]), level)
-            rendered = render_encoded(data, digest, [view], outputs, key=key, box_only=True)
+            rendered = render_encoded(data, digest, [view], outputs, key=key)
             patch_view = rendered[0]
             if spec.augment is not None:
                 patch_view, erasures[i] = augmented(patch_view, digest, epoch, spec)

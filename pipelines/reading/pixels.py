@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from beit.images import UnusableImage, as_plain_jpeg, decode_array, decode_image
+from beit.images import UnusableImage, decode_array, decode_image
 from beit.views import (
     Interpolation,
     View,
@@ -26,6 +26,8 @@ ViewOf = Callable[[bytes, int, int], View]
 """Digest, height and width of an image to a view of it."""
 Output = tuple[int, Interpolation | Literal["fast"]]
 """Side in pixels and filter; fast is `beit.views.render_fast`: for training, never for tokens."""
+
+Source = TypeVar("Source", np.ndarray, Image.Image)
 
 
 class DamagedImageError(InputError):
@@ -54,26 +56,21 @@ def render_encoded(
     outputs: Sequence[Output],
     *,
     key: str,
-    box_only: bool = False,
 ) -> list[np.ndarray]:
     """Every output of every view of one encoded image: uint8 (side, side, 3), view by view.
 
-    The image is decoded once, and jittered and cropped once for all exact outputs of a view. With
-    `box_only` no more of a JPEG with one view is decoded than that view looks at, where it can be;
-    damage elsewhere is then not seen. The same bits wherever it runs. Raises `DamagedImageError`.
+    The image is decoded once, and jittered and cropped once for all exact outputs of a view. The
+    same bits wherever it runs. Raises `DamagedImageError`.
     """
     exact = [(side, kind) for side, kind in outputs if kind != "fast"]
-    boxed = _box_of(data, digest, views) if box_only else None
-    source, found = boxed or _decoded(data, digest, views, key, as_array=len(exact) < len(outputs))
+    if len(exact) == len(outputs):
+        return render_with_levels(data, digest, views, exact, key=key)[0]
+    source, found = _decoded(decode_array, data, digest, views, key)
     rendered = []
     for view in found:
         sizes = iter(render_sizes(source, view, exact))
         for side, kind in outputs:
-            if kind == "fast":
-                assert isinstance(source, np.ndarray)
-                rendered.append(render_fast(source, view, side))
-            else:
-                rendered.append(next(sizes))
+            rendered.append(render_fast(source, view, side) if kind == "fast" else next(sizes))
     return rendered
 
 
@@ -86,32 +83,17 @@ def render_with_levels(
     key: str,
 ) -> tuple[list[np.ndarray], list[int]]:
     """`render_encoded` of exact outputs, and the grey level of each view (`View.grey_level`)."""
-    source, found = _decoded(data, digest, views, key)
+    source, found = _decoded(decode_image, data, digest, views, key)
     rendered = [render_all(source, view, outputs) for view in found]
     return [pixels for sizes, _ in rendered for pixels in sizes], [level for _, level in rendered]
 
 
-def _box_of(
-    data: bytes, digest: bytes, views: Sequence[ViewOf]
-) -> tuple[np.ndarray | Image.Image, list[View]] | None:
-    """What the one view looks at, and the view of that; None where all of the image is needed."""
-    jpeg = as_plain_jpeg(data) if len(views) == 1 else None
-    if jpeg is None:
-        return None
-    view = views[0](digest, jpeg.height, jpeg.width)
-    if not view.sees_its_box_only:
-        return None
-    box = jpeg.decode(*view.source_box(jpeg.height, jpeg.width))
-    return None if box is None else (box, [view.of_its_box()])
-
-
 def _decoded(
-    data: bytes, digest: bytes, views: Sequence[ViewOf], key: str, *, as_array: bool = False
-) -> tuple[np.ndarray | Image.Image, list[View]]:
-    """An image with its views."""
+    decode: Callable[[bytes], Source], data: bytes, digest: bytes, views: Sequence[ViewOf], key: str
+) -> tuple[Source, list[View]]:
+    """An image with its views, in the form its renderer works on: the other would cost a copy."""
     try:
-        # Each renderer is given what it works on; the other form would cost a copy.
-        source = decode_array(data) if as_array else decode_image(data)
+        source = decode(data)
     except UnusableImage as error:
         raise DamagedImageError(
             f"image {key!r} of the image table does not decode ({error}): "

@@ -75,7 +75,9 @@ def render_blocks(
                     done = token_work.render_unit(task.images_uri, unit, task.identity, task.older)
                     if len(done.pixels):
                         keys, pixels = json.dumps(done.keys), pa.py_buffer(done.pixels)
-                        token_ids, levels = done.token_ids.tobytes(), done.grey_levels.tobytes()
+                        token_ids = done.token_ids.tobytes()
+                        if done.grey_levels is not None:
+                            levels = done.grey_levels.tobytes()
                         note = {"read": done.read_seconds, "render": done.render_seconds}
                         note["rendered_at"] = time.time()
                     else:
@@ -123,13 +125,14 @@ class EncodeUnits:
         identity = self.task.identity
         views, size = identity.num_views, identity.image_size
         token_ids = np.frombuffer(row["token_ids"], np.uint16)
+        levels = np.frombuffer(row["grey_levels"], np.uint8)
         try:
             outcome = self._encode(
                 unit,
                 RenderedUnit(
                     keys=json.loads(row["keys"]),
                     token_ids=token_ids.reshape(-1, views, identity.num_patches),
-                    grey_levels=np.frombuffer(row["grey_levels"], np.uint8).reshape(-1, views),
+                    grey_levels=levels.reshape(-1, views) if len(levels) else None,
                     pixels=np.frombuffer(pixels, np.uint8).reshape(-1, views, size, size, 3),
                     read_seconds=note["read"],
                     render_seconds=note["render"],

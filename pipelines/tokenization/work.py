@@ -57,8 +57,8 @@ class RenderedUnit:
     """(rows, V, N): those that are copied, `MISSING` in rows that are to be encoded."""
     pixels: NDArray[np.uint8]
     """(rows to be encoded, V, size, size, 3)"""
-    grey_levels: NDArray[np.uint8]
-    """(rows, V)"""
+    grey_levels: NDArray[np.uint8] | None
+    """(rows, V); None where an older table lacks those of copied rows."""
     read_seconds: float
     render_seconds: float
 
@@ -93,23 +93,23 @@ def render_unit(
     digests: list[bytes] = table.column("digest").to_pylist()
     token_ids, levels = copied_tokens(older, unit.reused, digests, identity)
     read = time.monotonic()
-    missing = token_ids[:, 0, 0] == MISSING
+    rows = np.flatnonzero(token_ids[:, 0, 0] == MISSING).tolist()
     size = identity.image_size
-    pixels = np.empty((missing.sum(), identity.num_views, size, size, 3), np.uint8)
-    # Tables of early releases have tokens without levels.
-    for row in np.flatnonzero(missing | (levels[:, 0] == UNKNOWN_LEVEL)).tolist():
+    pixels = np.empty((len(rows), identity.num_views, size, size, 3), np.uint8)
+    for position, row in enumerate(rows):
         data = table.column("image")[row].as_buffer().to_pybytes()
         try:
-            views, levels[row] = tokenizer_views(data, digests[row], identity, key=keys[row])
+            pixels[position], levels[row] = tokenizer_views(
+                data, digests[row], identity, key=keys[row]
+            )
         except DamagedImageError as error:
             raise UnitRejected(str(error)) from error
-        if missing[row]:
-            pixels[missing[:row].sum()] = views
     return RenderedUnit(
         keys=keys,
         token_ids=token_ids,
         pixels=pixels,
-        grey_levels=levels.astype(np.uint8),
+        # Tables of early releases have tokens without levels.
+        grey_levels=None if (levels == UNKNOWN_LEVEL).any() else levels.astype(np.uint8),
         read_seconds=read - begin,
         render_seconds=time.monotonic() - read,
     )
@@ -191,7 +191,7 @@ def write_unit(
     name: str,
     keys: list[str] | pa.Array,
     token_ids: NDArray[np.uint16],
-    grey_levels: NDArray[np.uint8],
+    grey_levels: NDArray[np.uint8] | None,
     identity: Identity,
 ) -> tuple[int, str]:
     """Writes a unit's file atomically; returns its size and hash."""

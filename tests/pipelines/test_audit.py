@@ -113,13 +113,14 @@ def test_a_changed_token_is_named(copied):
     assert "row 47: token_ids: view 1, position 3" in message
 
 
-def test_changed_grey_levels_are_named(copied):
+@pytest.mark.parametrize("changes", [{}, {"tokenizer": ""}])
+def test_changed_grey_levels_are_named(copied, changes):
     table = TokenTable.open(str(copied / "tokens"))
     rows = table.file_rows(1)
     keys, ids, levels = table.read_with_levels(rows.start, rows.stop)
     write_honestly(copied, encode_file(keys, ids, table.identity, (levels ^ 1).astype(np.uint8)))
     with pytest.raises(StageFailed, match=r"row \d+: grey_levels: \d+ != \d+ \(table != comp"):
-        audit.run(of_tokens(copied, samples=50))
+        audit.run(of_tokens(copied, samples=50, **changes))
 
 
 def test_a_changed_key_is_named(copied):

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from beit import jpeg_boxes, views
+from beit import views
 from beit.images import decode_array, image_digest
 from beit.masking import mask_of
 from beit.views import ViewPolicy, render, render_fast, sample_view
@@ -226,20 +226,6 @@ def test_grey_levels_leave_exact_views_as_they_are(data, levelled, monkeypatch):
     for fast in (False, True):
         with stream(full, fast=fast) as batches:
             assert len(list(batches)) == 12
-
-
-def test_boxes_of_jpegs_give_the_batches_of_whole_ones(levelled, monkeypatch):
-    assert jpeg_boxes.available()
-    decoded = []
-    real = jpeg_boxes.decode_box
-    monkeypatch.setattr(jpeg_boxes, "decode_box", lambda *box: decoded.append(box) or real(*box))
-    boxes = {fast: list(stream(levelled, fast=fast)) for fast in (False, True)}
-    assert len(decoded) > 100
-    monkeypatch.setattr(jpeg_boxes, "_library", lambda: None)
-    for fast, found in boxes.items():
-        with stream(levelled, fast=fast) as whole:
-            for batch, expected in zip(found, whole, strict=True):
-                assert_same(batch, expected)
 
 
 def test_view_ranges_may_lie_apart(tables):

@@ -11,13 +11,13 @@ import pytest
 from beit.views import ViewPolicy
 from pipelines.config.tokenize_images import TokenizeConfig
 from pipelines.errors import InputError
-from pipelines.tables import digests, token_files
+from pipelines.tables import digests, token_files, tokenizer_store
 from pipelines.tables.image_table import ImageParts
 from pipelines.tables.token_files import UNKNOWN_LEVEL
 from pipelines.tables.token_table import MISSING, TokenTable
-from pipelines.tokenization import reuse
+from pipelines.tokenization import reuse, work
 from pipelines.tokenization.reuse import Older, Origins, copied_tokens, older_tables
-from pipelines.tokenization.work import Unit, render_unit
+from pipelines.tokenization.work import Unit, encode_rendered, fill_tokens, render_unit
 from tests.chaos import world
 
 
@@ -172,20 +172,32 @@ def test_copied_tokens_are_those_that_would_be_computed(root):
     np.testing.assert_array_equal(less.grey_levels, whole.grey_levels)
 
 
-def test_grey_levels_that_an_early_table_lacks_are_computed(root, monkeypatch):
+@pytest.mark.parametrize("early", [False, True])
+def test_copied_rows_among_others_are_not_decoded(root, monkeypatch, early):
     images, identity, older = opened(root)
-    part = images.parts[1]
-    begin = int(images.part_starts[1])
-    unit = Unit(index=0, part=part.to_dict(), start=0, stop=part.rows)
+    unit = Unit(index=0, part=images.parts[0].to_dict(), start=0, stop=images.parts[0].rows)
+    tokenizer = tokenizer_store.load(str(root / "tokenizer"))
     whole = render_unit(images.uri, unit, identity)
-    real = token_files.levels_of
+    expected = encode_rendered(tokenizer, whole.pixels, identity)
+    if early:
+        real = token_files.levels_of
+        monkeypatch.setattr(
+            token_files, "levels_of", lambda *table: np.full_like(real(*table), UNKNOWN_LEVEL)
+        )
+    decoded = []
+    views = work.tokenizer_views
     monkeypatch.setattr(
-        token_files, "levels_of", lambda *table: np.full_like(real(*table), UNKNOWN_LEVEL)
+        work, "tokenizer_views", lambda *row, key: decoded.append(key) or views(*row, key=key)
     )
-    runs = Origins(images, older).runs(begin, begin + part.rows)
+    runs = [(2, 2, 3), (9, 9, 1)]
     less = render_unit(images.uri, dataclasses.replace(unit, reused=runs), identity, older)
-    assert len(less.pixels) == 0
-    np.testing.assert_array_equal(less.grey_levels, whole.grey_levels)
+    assert decoded == [key for row, key in enumerate(whole.keys) if row not in (2, 3, 4, 9)]
+    tokens = fill_tokens(less.token_ids, tokenizer, less.pixels, identity, device="cpu")
+    np.testing.assert_array_equal(tokens, expected)
+    if early:
+        assert less.grey_levels is None
+    else:
+        np.testing.assert_array_equal(less.grey_levels, whole.grey_levels)
 
 
 def test_scattered_rows_are_read_where_they_are(root):
