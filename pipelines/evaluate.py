@@ -126,7 +126,8 @@ def _found(config: EvaluateConfig, report_uri: str, identity: dict[str, Any]) ->
     if config.force or not storage.exists(report_uri):
         return None
     report = read_values(report_uri, Report, "give --force true to evaluate again")
-    return report if _same(report.get("identity"), identity, config) else None
+    within = len(report.get("damaged", [])) <= config.max_rejected
+    return report if within and _same(report.get("identity"), identity, config) else None
 
 
 def _run(
@@ -263,7 +264,8 @@ def _evaluate(
 ) -> tuple[dict[str, Any], Mapping[str, Image.Image]]:
     """The report, and pictures of examples."""
     device = config.device
-    if device == "auto":
+    # With workers `device` is theirs: this process may be on a head node without GPU.
+    if device == "auto" or (device.startswith("cuda") and config.scaling.num_workers):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     compared = _compared(config, weights, baseline)
     known = {

@@ -8,10 +8,11 @@ from pipelines.config.lease import LeaseConfig
 from pipelines.config.protocol import ProtocolConfig
 from pipelines.config.tracking import TrackingConfig
 
-# What makes no other evaluation of it: where things are, and how it is computed.
+# What makes no other evaluation of it: where things are, and how it is computed. `max_rejected` is
+# a limit: a report that keeps to it is of the same images, whatever the limit was.
 MAY_CHANGE = (
     "run", "baseline", "images", "output", "force", "lease", "tracking", "batch_size",
-    "device", "num_threads", "scaling",
+    "device", "num_threads", "scaling", "max_rejected",
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipelines.errors import InputError
 from pipelines.evaluation.extraction import Extraction
 from pipelines.evaluation.features import Weights, patch_reader
 from pipelines.evaluation.probes import Device
@@ -67,6 +68,9 @@ def attentive_found(
     """Probes of the patches after the block that was chosen in each split, by name of `compared`.
 
     Positions of blocks in what is found are those among the blocks chosen.
+
+    Raises:
+        InputError: images do not decode that did before.
     """
     layers = {name: sorted(set(chosen[name])) for name in compared}
     readers = {
@@ -74,7 +78,14 @@ def attentive_found(
         for name, each in compared.items()
     }
     networks = [each.model for each in compared.values()]
+    known = set(images.damaged)
     patches = images.read(readers, networks, label="patches")
+    if new := sorted(images.damaged.keys() - known):
+        # The splits hold it, and the other probes were fitted on it.
+        raise InputError(
+            f"images: {len(new)} that decoded for the linear probe do not now, such as "
+            f"{images.damaged[new[0]]}"
+        )
     data, found = images.data, {}
     for name, each in compared.items():
         positions = [layers[name].index(layer) for layer in chosen[name]]

@@ -3,8 +3,8 @@
 An actor decodes for its own network, in threads, unlike those of `tokenize`: a vision transformer
 in float32 takes so long for an image that a few cores keep up with it. Features come back as
 blocks of Ray Data and are written down by the driver, in whatever order; memory holds some units
-of at most `UNIT_BYTES` for each actor, whatever the number of images. A process that dies with a
-unit in its hands is seen by `units.Attempts`, and the unit is done again.
+of `UNIT_BYTES`, or of one batch where that is more, for each actor, whatever the number of images.
+A process that dies with a unit in its hands is seen by `units.Attempts`, and the unit is done again.
 """
 
 import json
@@ -25,7 +25,7 @@ from ray.actor import ActorHandle
 from beit.convert import Network
 from pipelines import unit_pools
 from pipelines.config.evaluate import EvaluateConfig
-from pipelines.errors import InputError
+from pipelines.errors import InputError, StageFailed
 from pipelines.evaluation.features import Piece, Reader, features_of
 from pipelines.evaluation.labelled_images import LabelledImages
 from pipelines.reading.pixels import central, read_pixels
@@ -82,7 +82,8 @@ def pieces(
 
     Raises:
         InputError: a part is missing or damaged, or a promised GPU is none.
-        StageFailed: so many units in a row failed that the trouble is not theirs.
+        StageFailed: a unit killed its process again and again, or so many units in a row failed
+            that the trouble is not theirs.
     """
     scaling = config.scaling
     task = FeatureTask(
@@ -117,12 +118,9 @@ def pieces(
         if outcome.suspect:
             continue
         unit = units[outcome.unit]
-        if outcome.rejected:
-            damaged |= dict.fromkeys(
-                range(unit.start, unit.start + len(unit.rows)), outcome.rejected
-            )
-        else:
-            damaged |= {unit.start + at: why for at, why in outcome.facts["damaged"]}
+        if outcome.rejected:  # that of images which do not decode is among the facts
+            raise StageFailed(f"unit {unit.name}: {outcome.rejected}")
+        damaged |= {unit.start + at: why for at, why in outcome.facts["damaged"]}
         features = safetensors.numpy.load(outcome.made) if outcome.made is not None else {}
         yield unit.start, features
 

@@ -13,6 +13,7 @@ import yaml
 
 from pipelines import storage
 from pipelines.config.checks import filled_record, flatten
+from pipelines.config.evaluate import MAY_CHANGE, EvaluateConfig
 from pipelines.config.finetune import FinetuneConfig
 from pipelines.config.pretrain import PretrainConfig
 from pipelines.config.train_tokenizer import TrainTokenizerConfig
@@ -202,13 +203,22 @@ def _judgement(client: "MlflowClient", run: "Run") -> Judgement:
         hits = np.array(list(kept["linear"])) == "1"
         pairing = Pairing(hits=hits, groups=np.array(kept["groups"]))
     if "evaluation.json" in files:
-        identity = dict(json.loads(_file(client, run_id, "evaluation.json"))["identity"])
-        options = identity.pop("options", {})
+        report = json.loads(_file(client, run_id, "evaluation.json"))
+        identity = dict(report["identity"])
+        # An evaluation of an earlier version did what later ones have a field for by default.
+        options = filled_record(
+            EvaluateConfig, {"run": "", "images": "", **identity.pop("options", {})}
+        )
         # What is no part of the linear probe; of tables the fingerprints stay.
         for name in ("weights", "baseline", "attentive", "baselines", "test_images"):
             identity.pop(name, None)
             options.pop(name, None)
-        identity["options"] = options
+        identity["options"] = {
+            name: value
+            for name, value in options.items()
+            if name.partition(".")[0] not in MAY_CHANGE
+        }
+        identity["left_out"] = report.get("damaged", [])
     return Judgement(
         accuracy=values[HEADLINE],
         low=values[LOW],

@@ -88,7 +88,8 @@ VIEWS = {
 
 def renamed(metrics: Mapping[str, float]) -> dict[str, float]:
     """Metrics of a run, perhaps of an earlier version, by the names that they have now."""
-    return {_EARLIER.get(name, name): value for name, value in metrics.items()}
+    earlier = {new: metrics[old] for old, new in _EARLIER.items() if old in metrics}
+    return earlier | {name: value for name, value in metrics.items() if name not in _EARLIER}
 
 
 def deciding(stage: str, params: Mapping[str, object]) -> dict[str, object]:

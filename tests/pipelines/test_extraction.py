@@ -129,6 +129,9 @@ def test_damaged_images_are_counted_and_bounded(tmp_path):
     assert "39 images (1 left out: they do not decode)" in result.summary()
     [told] = storage.read_json(f"{result.output}/evaluation.json")["damaged"]
     assert "'00007'" in told
+    assert evaluate.run(EvaluateConfig(**options, max_rejected=5)).already_done
+    with pytest.raises(InputError, match="max_rejected = 0"):
+        evaluate.run(EvaluateConfig(**options))
 
 
 def test_a_table_that_was_replaced_is_refused(tmp_path):

@@ -71,6 +71,8 @@ def trained(config, setting, seed):
         identity = {"weights": run.run_id, "image_table": "I" * 32, "baseline": "B" * more,
                     "options": {"num_folds": 5, "attentive": more, "baselines": not more,
                                 "test_images": "/t" * more}}  # fmt: skip
+        if more:  # by a version that had these fields
+            identity["options"] |= {"knn_k": 10, "max_rejected": 5}
         judge.log_artifact_file("evaluation.json", json.dumps({"identity": identity}).encode())
     return run.run_id
 

@@ -395,6 +395,9 @@ def test_metrics_of_earlier_evaluations_are_known_by_their_new_names():
     now = {"linear_accuracy": 5, "linear_low": 4, "linear_high": 6}
     now |= {"gain_over/pixels": 2, "gain_low/pixels": 1, "gain_high/pixels": 3}
     assert renamed(before) == renamed(now) == now
+    stale = dict.fromkeys(before, 9)
+    assert renamed(now | {name: 9 for name in stale if name not in now}) == now
+    assert renamed(stale | now) == now
 
 
 def test_deciding_parameters_are_fields_of_their_stages():
