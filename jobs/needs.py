@@ -7,7 +7,7 @@ from typing import Any
 from jobs.command import output_of
 from pipelines import storage
 from pipelines.config.common import ScalingConfig
-from pipelines.config.evaluate import PoolConfig
+from pipelines.config.evaluate import EvaluateConfig, PoolConfig
 from pipelines.config.render import RenderConfig
 from pipelines.config.tokenize_images import ActorsConfig
 from pipelines.config.tracking import TrackingConfig
@@ -62,6 +62,11 @@ def _outside(places: Iterator[Place], output: str) -> Iterator[Place]:
 
 
 def _places(config: Any, configs: list[Any]) -> Iterator[Place]:
+    if isinstance(config, EvaluateConfig):
+        # Actors read images; everything else is read and written where the command runs.
+        for field, uri in named(dataclasses.asdict(config), ("images", "test_images")):
+            yield Place(field=field, uri=uri)
+        return
     if output := output_of(config):
         yield Place(field="output", uri=output, written=True)
     for each in configs:

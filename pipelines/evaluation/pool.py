@@ -4,7 +4,7 @@ An actor decodes for its own network, in threads, unlike those of `tokenize`: a 
 in float32 takes so long for an image that a few cores keep up with it. Features come back as
 blocks of Ray Data and are written down by the driver, in whatever order; memory holds some units
 of `UNIT_BYTES`, or of one batch where that is more, for each actor, whatever the number of images.
-A process that dies with a unit in its hands is seen by `units.Attempts`, and the unit is done again.
+A process that dies with a unit in its hands is seen by `units.Attempts`, and it is done again.
 """
 
 import json

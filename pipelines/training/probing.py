@@ -69,10 +69,16 @@ class Prober:
         share = self.config.probe.max_share
         if self.world.rank == 0 and share < 1:
             elapsed, cost = monotonic() - self.began, self.cost
-            if cost is None:
-                cost = self._first_cost((step - self.first_step) / elapsed)
-            if self.spent + cost > share * elapsed:
-                why = f"it would take about {cost:.0f} s of {elapsed:.0f}"
+            try:
+                if cost is None:
+                    cost = self._first_cost((step - self.first_step) / elapsed)
+            except InputError as error:  # the other workers wait for the answer
+                why = str(error)
+            else:
+                if self.spent + cost > share * elapsed:
+                    digits = 1 if cost < 10 else 0
+                    why = f"it would take about {cost:.{digits}f} s of {elapsed:.0f}"
+                    why += "; see --probe.max_share"
         self.left_out = str(self.world.broadcast(why))
         return not self.left_out
 
@@ -91,7 +97,7 @@ class Prober:
             log.event(
                 "probe_left_out",
                 step=step,
-                message=f"no probe: {self.left_out}; see --probe.max_share",
+                message=f"no probe: {self.left_out}",
             )
 
     def _first_cost(self, steps_per_second: float) -> float:

@@ -233,7 +233,7 @@ def test_evaluate_asks_for_its_actors(flags, gpu, resources):
     assert [one.resources for each in needs.bundles for one in each] == [resources] * bool(
         resources
     )
-    assert {place.field for place in needs.places} == {"run", "images"}
+    assert {place.field for place in needs.places} == {"images"}
 
 
 def test_stored_views_are_a_place_that_nodes_must_see():

@@ -490,6 +490,21 @@ class TestProbes:
         [event] = events_of(result.run_uri)
         assert event["event"] == "probe_left_out", "two seconds are too short for one"
 
+    def test_damage_that_the_reckoning_meets_leaves_them_out(self, tables, tmp_path, monkeypatch):
+        """The other workers wait for what the first one says."""
+
+        def damaged(*_):
+            raise InputError("image 7 does not decode")
+
+        monkeypatch.setattr(probing.Prober, "_seconds_of_pixels", damaged)
+        clock = itertools.count()
+        monkeypatch.setattr(probing, "monotonic", lambda: float(next(clock)))
+        probe = {"every_steps": 1, "max_share": 0.9, "num_folds": 2}
+        result = pretrain.run(small_config(tables, tmp_path / "run", probe=probe))
+        [event] = events_of(result.run_uri)
+        assert event["event"] == "probe_left_out"
+        assert event["message"] == "no probe: image 7 does not decode"
+
     def test_their_images_are_read_once(self, tables, tmp_path, monkeypatch):
         labelled = str(tmp_path / "labelled")
         shutil.copytree(tables[0], labelled)
