@@ -92,11 +92,11 @@ def _row(setting: Cell, reference: Cell, results: Results) -> str:
 
 
 def _baselines(experiment: Experiment, results: Results) -> list[str]:
-    """Random initialisation and raw pixels, where the reference cells measured them."""
+    """Random initialisation and raw pixels, where cells measured them."""
     lines = []
-    found = _of(experiment.settings[0], results)
+    cells = [cell for s in experiment.settings for cell in _of(s, results).values()]
     for name, title in (("random_init", "random initialisation"), ("pixels", "raw pixels")):
-        values = [c["scores"][name] for c in found.values() if name in c["scores"]]
+        values = [cell["scores"][name] for cell in cells if name in cell["scores"]]
         if values:
             linear, knn = (100 * np.mean([v[p] for v in values]) for p in ("linear", "knn"))
             blank = " | " * (len(experiment.axis) - 1)
