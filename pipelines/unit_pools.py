@@ -14,7 +14,7 @@ from ray.actor import ActorHandle
 
 from pipelines.errors import StageFailed
 from pipelines.steps import say_step
-from pipelines.units import Outcome, attempt, counted_attempts
+from pipelines.units import KEPT, Outcome, attempt, counted_attempts
 
 # A process is shared (an actor is at two units, a node has several), so two deaths are a
 # suspicion; deaths of a process that held nothing else are proof.
@@ -48,6 +48,7 @@ def outcomes_of(
     alone: Callable[[Sequence[Unit]], Iterator[Outcome]],
     *,
     workers: int,
+    advice: str = KEPT,
 ) -> Iterator[Outcome]:
     """Outcomes of all units in `todo`, first from a pool of so many, then of those set aside there.
 
@@ -67,8 +68,7 @@ def outcomes_of(
                 aside.append(outcome)
             if in_a_row >= most:
                 raise StageFailed(
-                    f"{outcome.suspect} (and {in_a_row - 1} units before it); when this is "
-                    "mended, the same command goes on"
+                    f"{outcome.suspect} (and {in_a_row - 1} units before it)\n{advice}"
                 )
     if aside:
         say_step(f"{len(aside)} units were set aside and are now tried alone; {aside[0].suspect}")
@@ -76,7 +76,12 @@ def outcomes_of(
 
 
 def run_alone(
-    units: Sequence[Unit], work: Callable[[Unit, Any], Outcome], task: Any, **resources: float
+    units: Sequence[Unit],
+    work: Callable[[Unit, Any], Outcome],
+    task: Any,
+    *,
+    advice: str = KEPT,
+    **resources: float,
 ) -> Iterator[Outcome]:
     """Tries units that were set aside in a process of their own, three times at most."""
     # A process that served one unit is not used for the next.
@@ -96,7 +101,7 @@ def run_alone(
                 yield Outcome(unit=unit.index, rejected=reason)
                 continue
         else:
-            yield outcome.check()
+            yield outcome.check(advice)
             continue
         running[alone.remote(unit, task)] = (unit, deaths)
 

@@ -29,6 +29,8 @@ from pipelines.errors import InputError, StageFailed
 WORK = "_work"
 # Units given to Ray Data at once: it keeps an object in the driver's memory for each.
 UNITS_PER_ROUND = 16384
+KEPT = "Finished units are kept; when this is mended, the same command goes on from here."
+"""What people are told of a stage that failed, unless the stage has other words."""
 
 
 def work_uri(output: str, *parts: str) -> str:
@@ -69,8 +71,8 @@ class Outcome:
     def from_json(cls, text: str) -> "Outcome":
         return cls(**json.loads(text))
 
-    def check(self) -> "Outcome":
-        """Returns itself.
+    def check(self, advice: str = KEPT) -> "Outcome":
+        """Returns itself; `advice` ends the message of a failure.
 
         Raises:
             InputError, StageFailed: this ends the job.
@@ -78,10 +80,7 @@ class Outcome:
         if self.input_error:
             raise InputError(self.input_error)
         if self.failed:
-            raise StageFailed(
-                f"{self.failed}\nFinished units are kept; when this is mended, the same command "
-                "goes on from here."
-            )
+            raise StageFailed(f"{self.failed}\n{advice}")
         return self
 
 
@@ -110,7 +109,7 @@ def rounds(units: Iterable[dict[str, Any]]) -> Iterator[ray.data.Dataset]:
         yield dataset
 
 
-def outcomes(mapped: ray.data.Dataset) -> Iterator[Outcome]:
+def outcomes(mapped: ray.data.Dataset, advice: str = KEPT) -> Iterator[Outcome]:
     """Runs a round; outcomes come as units end.
 
     Raises:
@@ -120,7 +119,7 @@ def outcomes(mapped: ray.data.Dataset) -> Iterator[Outcome]:
         batches = mapped.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
         for batch in batches:
             for text, made in zip(batch["outcome"].to_pylist(), batch["made"], strict=True):
-                outcome = Outcome.from_json(text).check()
+                outcome = Outcome.from_json(text).check(advice)
                 yield replace(outcome, made=made.as_py())
 
 

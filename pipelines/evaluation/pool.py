@@ -36,6 +36,7 @@ from pipelines.units import Outcome, outcome_table, outcomes, rounds
 
 UNIT_BYTES = 2**26
 UNIT_IMAGES = 512
+AGAIN = "When this is mended, the same command begins again: features are not kept."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,18 +109,18 @@ def pieces(
             computed = in_actors(
                 dataset, ComputeFeatures, arguments, least=size, most=size, **resources
             )
-            yield from outcomes(computed)
+            yield from outcomes(computed, AGAIN)
 
     def alone(aside: Sequence[FeatureUnit]) -> Iterator[Outcome]:
-        return unit_pools.run_alone(aside, compute_alone, task, **resources)
+        return unit_pools.run_alone(aside, compute_alone, task, advice=AGAIN, **resources)
 
     todo = np.arange(len(units))
-    for outcome in outcomes_of(todo, units.__getitem__, in_pool, alone, workers=most):
+    for outcome in outcomes_of(todo, units.__getitem__, in_pool, alone, workers=most, advice=AGAIN):
         if outcome.suspect:
             continue
         unit = units[outcome.unit]
         if outcome.rejected:  # that of images which do not decode is among the facts
-            raise StageFailed(f"unit {unit.name}: {outcome.rejected}")
+            raise StageFailed(f"unit {unit.name}: {outcome.rejected}\n{AGAIN}")
         damaged |= {unit.start + at: why for at, why in outcome.facts["damaged"]}
         features = safetensors.numpy.load(outcome.made) if outcome.made is not None else {}
         yield unit.start, features
