@@ -35,7 +35,9 @@ def write(path: Path, results: Results) -> None:
         if drawn := plot(experiment, results):
             pictures = path.parent / "pictures"
             pictures.mkdir(exist_ok=True)
-            drawn.savefig(pictures / f"evidence-{experiment.name}.svg", metadata={"Date": None})
+            file = pictures / f"evidence-{experiment.name}.svg"
+            with mpl.rc_context({"svg.hashsalt": experiment.name}):  # equal results, equal files
+                drawn.savefig(file, metadata={"Date": None})
             sections.append(f"![{experiment.title}](pictures/evidence-{experiment.name}.svg)\n")
         if experiment.name == "views-long":
             sections.append(rule(results))
@@ -135,24 +137,23 @@ def plot(experiment: Experiment, results: Results) -> Figure | None:
         return None
     rows.sort(key=lambda row: [getattr(row[0], name) for name in experiment.axis])
     names = [" ".join(str(getattr(s, a)) or "pixels" for a in experiment.axis) for s, _ in rows]
-    with mpl.rc_context({"svg.hashsalt": experiment.name}):
-        figure = Figure(figsize=(7, 1.2 + 0.35 * len(rows)), layout="constrained")
-        axes = figure.subplots()
-        means = [estimate.mean for _, estimate in rows]
-        errors = [
-            [estimate.mean - estimate.low for _, estimate in rows],
-            [estimate.high - estimate.mean for _, estimate in rows],
-        ]
-        places = range(len(rows))
-        axes.errorbar(means, places, xerr=errors, fmt="o", capsize=3, color="#28527a")
-        axes.set_yticks(places, names)
-        axes.set_ylabel(", ".join(experiment.axis))
-        axes.set_xlabel("linear probe, %, with 95 % intervals")
-        axes.set_title(experiment.title)
-        least, most = axes.get_xlim()
-        if most - least < 10:  # noise must not fill the page
-            axes.set_xlim((least + most) / 2 - 5, (least + most) / 2 + 5)
-        axes.grid(axis="x", alpha=0.3)
+    figure = Figure(figsize=(7, 1.2 + 0.35 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    means = [estimate.mean for _, estimate in rows]
+    errors = [
+        [estimate.mean - estimate.low for _, estimate in rows],
+        [estimate.high - estimate.mean for _, estimate in rows],
+    ]
+    places = range(len(rows))
+    axes.errorbar(means, places, xerr=errors, fmt="o", capsize=3, color="#28527a")
+    axes.set_yticks(places, names)
+    axes.set_ylabel(", ".join(experiment.axis))
+    axes.set_xlabel("linear probe, %, with 95 % intervals")
+    axes.set_title(experiment.title)
+    least, most = axes.get_xlim()
+    if most - least < 10:  # noise must not fill the page
+        axes.set_xlim((least + most) / 2 - 5, (least + most) / 2 + 5)
+    axes.grid(axis="x", alpha=0.3)
     return figure
 
 
