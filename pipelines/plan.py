@@ -23,7 +23,7 @@ NUM_PATCHES = 196
 DECODE_MILLISECONDS, RENDER_MILLISECONDS = 2.0, 4.0
 # CPU time from a table to a batch, of an image of that size or of a stored view of 224 pixels, and
 # kilobytes of such a view (benchmarks/results/ingest.md, docs/views.md).
-LOADER_MILLISECONDS = {"images": 2.39, "lossless": 0.48, "jpeg95": 0.71, "jpeg90": 0.59}
+LOADER_MILLISECONDS = {"images": 2.45, "lossless": 0.56, "jpeg95": 0.78, "jpeg90": 0.56}
 VIEW_KILOBYTES = {"lossless": 98, "jpeg95": 24, "jpeg90": 13}
 MEASURE_SECONDS = 5.0
 MEASURE_BATCH = 64
