@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from jobs import cli
 from pipelines import storage
+from pipelines.tables.token_table import TokenTable
 
 DATA = Path(__file__).parents[1] / "data" / "v0.1.0"
 # Where the sources lay when the artefacts were made; prepare compares it.
@@ -92,9 +93,14 @@ def test_an_unfinished_image_table_is_finished_to_the_same_bytes(chain, ray_clus
 
 
 @pytest.mark.ray
-def test_an_unfinished_token_table_is_finished_to_the_same_bytes(chain, ray_cluster):
+def test_an_unfinished_token_table_is_finished_to_the_same_tokens(chain, ray_cluster):
+    """Files that were there stay as they are; new ones have grey levels beside the same tokens."""
     command("tokenize", "--output=tokens_unfinished")
-    assert contents(chain / "tokens_unfinished") == contents(chain / "tokens")
+    begun, whole = (TokenTable.open(str(chain / t)) for t in ("tokens_unfinished", "tokens"))
+    for found, expected in zip(
+        begun.read_rows(0, begun.num_rows), whole.read_rows(0, whole.num_rows), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("output", ["tokenizer_unfinished", "new"])
