@@ -30,6 +30,8 @@ class Cell:
     seed: int = 0
     form: str = "exact"
     """Of the pixels: `exact` ones are rendered at each step, others are stored views."""
+    precision: str = "bf16"
+    """Of the products in a training step."""
 
     @property
     def name(self) -> str:
@@ -37,9 +39,10 @@ class Cell:
         tokens = f"{self.tokenizer}-v{self.views}" if self.tokenizer else "pixels"
         data = self.data + (str(self.images) if self.images else "")
         form = "" if self.form == "exact" else f"-{self.form}"
+        precision = "" if self.precision == "bf16" else f"-{self.precision}"
         return (
             f"{data}-{self.objective}-{tokens}{form}-{self.mask}{self.masked}-{self.steps}"
-            f"-s{self.seed}"
+            f"{precision}-s{self.seed}"
         )
 
 
@@ -72,6 +75,7 @@ def experiments() -> list[Experiment]:
         return Experiment(name=name, title=title, axis=("views",), settings=settings)
 
     random75 = dataclasses.replace(beit, mask="random", masked=48)
+    float32 = dataclasses.replace(beit, precision="float32")
     return [
         of_views("views", "Stored views, 1,000 steps (E = 40)", (40, 4, 1, 13), beit),
         of_views(
@@ -88,11 +92,17 @@ def experiments() -> list[Experiment]:
         ),
         Experiment(
             name="noise",
-            title="Stored pixels with and without the noise of JPEG",
+            title="Stored pixels with and without the noise of JPEG (float32)",
             axis=("form",),
             settings=tuple(
-                dataclasses.replace(beit, form=f) for f in ("exact", "jpeg95", "jpeg90")
+                dataclasses.replace(float32, form=f) for f in ("exact", "jpeg95", "jpeg90")
             ),
+        ),
+        Experiment(
+            name="precision",
+            title="Products of a training step in bf16 and in float32",
+            axis=("precision", "views"),
+            settings=(beit, float32, *(dataclasses.replace(c, views=40) for c in (beit, float32))),
         ),
         of_views("views-random-75", "Stored views, random masks of 75 %", (40, 4, 1), random75),
         of_views(

@@ -96,11 +96,13 @@ def _row(setting: Cell, reference: Cell, results: Results) -> str:
 def _baselines(experiment: Experiment, results: Results) -> list[str]:
     """Random initialisation and raw pixels, where cells measured them."""
     lines = []
-    cells = [cell for s in experiment.settings for cell in _of(s, results).values()]
+    found = [of_seed for s in experiment.settings for of_seed in _of(s, results).items()]
     for name, title in (("random_init", "random initialisation"), ("pixels", "raw pixels")):
-        values = [cell["scores"][name] for cell in cells if name in cell["scores"]]
+        values = {seed: cell["scores"][name] for seed, cell in found if name in cell["scores"]}
         if values:
-            linear, knn = (100 * np.mean([v[p] for v in values]) for p in ("linear", "knn"))
+            linear, knn = (
+                100 * np.mean([v[probe] for v in values.values()]) for probe in ("linear", "knn")
+            )
             blank = " | " * (len(experiment.axis) - 1)
             lines.append(
                 f"| {title}{blank} | {len(values)} | {linear:.1f} % | | {knn:.1f} % | | | |"

@@ -136,6 +136,7 @@ def _pretrain(at: Places, tables: list[str]) -> list[str]:
         f"--probe.tokens=[{at.held_out_tokens if tables else ''}]",
         f"--model.image_size={side}", f"--model.patch_size={side // 8}",
         f"--objective.kind={cell.objective}",
+        f"--scaling.precision={cell.precision}",
         f"--masking.kind={cell.mask}", f"--masking.num_masked={cell.masked}",
         f"--optim.steps={cell.steps}", f"--optim.warmup_steps={cell.steps // 10}",
         *OBJECTIVES[cell.objective], *views,

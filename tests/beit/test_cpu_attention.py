@@ -37,14 +37,41 @@ def test_gradients_agree_with_finite_differences():
     assert torch.autograd.gradcheck(lambda a, b: cpu_attention.attention(a, b, 2), (qkv, bias))
 
 
-def test_it_is_for_eager_training_in_one_precision_only():
+def test_autocast_rounds_as_often_as_that_of_torch():
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(4, 65, 96, generator=generator)
+    bias = torch.randn(1, 2, 65, 65, generator=generator)
+    grad = torch.randn(4, 65, 32, generator=generator)
+    exact, *rounded = (
+        _results(function, qkv.to(dtype), bias, grad.to(dtype))
+        for function, dtype in (
+            (reference, torch.float32),
+            (cpu_attention.attention, torch.bfloat16),
+            (reference, torch.bfloat16),
+        )
+    )
+    for one, ours, theirs in zip(exact, *rounded, strict=True):
+        error, usual = (float((r.float() - one).norm() / one.norm()) for r in (ours, theirs))
+        assert 1e-4 < usual < 0.01
+        assert error < 1.2 * usual
+
+
+def _results(function, qkv, bias, grad):
+    inputs = [qkv.clone().requires_grad_(), bias.clone().requires_grad_()]
+    with torch.autocast("cpu", torch.bfloat16, enabled=qkv.dtype == torch.bfloat16):
+        out = function(*inputs, 2)
+    out.backward(grad)
+    assert inputs[1].grad.dtype == torch.float32
+    return out.detach(), inputs[0].grad, inputs[1].grad
+
+
+def test_it_is_for_eager_training_alone():
     qkv = torch.zeros(1, 2, 6, requires_grad=True)
     bias = torch.zeros(1, 1, 2, 2, requires_grad=True)
     assert cpu_attention.wanted(qkv, bias)
     assert not cpu_attention.wanted(qkv, None)
     assert not cpu_attention.wanted(qkv, bias.detach())
-    assert not cpu_attention.wanted(qkv.bfloat16(), bias)
     with torch.no_grad():
         assert not cpu_attention.wanted(qkv, bias)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not cpu_attention.wanted(qkv, bias)
+        assert cpu_attention.wanted(qkv.bfloat16(), bias)
