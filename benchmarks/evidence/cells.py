@@ -81,7 +81,7 @@ def experiments() -> list[Experiment]:
         of_views(
             "views-long",
             "Stored views, 3,000 steps (E = 120)",
-            (120, 12, 4, 1, 40),
+            (120, 12, 1, 4, 40),
             dataclasses.replace(beit, steps=3000),
         ),
         of_views(
