@@ -18,6 +18,8 @@ READ = (
     "images", "tokens", "tokenizer", "source", "run", "table", "test", "test_images", "decoder",
     "teacher", "init", "baseline", "reuse", "reuse_images", "views",
 )  # fmt: skip
+# Those that name what it writes beside `output`.
+WRITTEN = ("store_views",)
 # The file of an output that is written last.
 LAST = {
     "prepare": "manifest.json",
@@ -32,7 +34,11 @@ LAST = {
 def is_done(stage: str, config: Any) -> bool:
     """Whether the stage will say that there is nothing to do: that needs no other node."""
     last = LAST.get(stage)
-    return last is not None and storage.exists(storage.join(output_of(config), *last.split("/")))
+    stored = getattr(config, "store_views", "")
+    outputs = [output_of(config), *([stored] if stored else [])]
+    return last is not None and all(
+        storage.exists(storage.join(output, *last.split("/"))) for output in outputs
+    )
 
 
 def needs_of(stage: str, config: Any) -> Needs:
@@ -70,6 +76,8 @@ def _places(config: Any, configs: list[Any]) -> Iterator[Place]:
     if output := output_of(config):
         yield Place(field="output", uri=output, written=True)
     for each in configs:
+        for field, uri in named(dataclasses.asdict(each), WRITTEN):
+            yield Place(field=field, uri=uri, written=True)
         for field, uri in named(dataclasses.asdict(each), READ):
             yield Place(field=field, uri=uri)
     for tracking in _tracked(configs):

@@ -40,6 +40,9 @@ class PipelineConfig:
 
     output: str
     """Directory or URI that gets images/, tokenizer/, tokens/ and run/."""
+    store_views: bool = False
+    """Pixels of the views are stored beside their tokens, in views/ (`tokenize.view_form`), and
+    trained on."""
     prepare: PrepareConfig
     """Images to an image table."""
     train_tokenizer: TrainTokenizerConfig
@@ -69,8 +72,9 @@ def stages(config: PipelineConfig) -> Iterator[tuple[str, str, Any]]:
     """(what it does, module, configuration) of every stage, in the order they run."""
     from pipelines import storage  # imports too much for --help
 
-    at = {name: storage.join(config.output, name) for name in ("images", "tokenizer", "tokens")}
-    replace = dataclasses.replace
+    names = ("images", "tokenizer", "tokens", "views")
+    at = {name: storage.join(config.output, name) for name in names}
+    replace, size = dataclasses.replace, config.pretrain.model.image_size
     yield "prepare", "prepare", replace(config.prepare, output=at["images"])
     yield (
         "train-tokenizer",
@@ -81,11 +85,17 @@ def stages(config: PipelineConfig) -> Iterator[tuple[str, str, Any]]:
         "tokenize",
         "tokenize_images",
         replace(
-            config.tokenize, images=at["images"], tokenizer=at["tokenizer"], output=at["tokens"]
+            config.tokenize,
+            images=at["images"],
+            tokenizer=at["tokenizer"],
+            output=at["tokens"],
+            **({"store_views": at["views"], "view_size": size} if config.store_views else {}),
         ),
     )
     for name, training in trainings(config).items():
         predicts_tokens = training.objective.kind != "mae"
+        # MAE has views of its own, and so has another size.
+        stored = config.store_views and predicts_tokens and training.model.image_size == size
         yield (
             f"pretrain {name}".rstrip(),
             "pretrain",
@@ -94,6 +104,7 @@ def stages(config: PipelineConfig) -> Iterator[tuple[str, str, Any]]:
                 images=at["images"],
                 tokens=[at["tokens"]] if predicts_tokens else [],
                 tokenizer=at["tokenizer"] if predicts_tokens else "",
+                views=[at["views"]] if stored else training.views,
                 output=run_of(config, name),
             ),
         )

@@ -25,6 +25,9 @@ DECODE_MILLISECONDS, RENDER_MILLISECONDS = 2.0, 4.0
 # kilobytes of such a view (benchmarks/results/ingest.md, docs/views.md).
 LOADER_MILLISECONDS = {"images": 2.45, "lossless": 0.56, "jpeg95": 0.78, "jpeg90": 0.56}
 VIEW_KILOBYTES = {"lossless": 98, "jpeg95": 24, "jpeg90": 13}
+# What rendering them takes in the pass of `tokenize`, as a share of what it takes apart: the image
+# is read, decoded and jittered already (docs/tokenize.md).
+ONE_PASS_SHARE = 0.6
 MEASURE_SECONDS = 5.0
 MEASURE_BATCH = 64
 
@@ -96,7 +99,8 @@ class PlanResult:
             f"caching pays from {self.break_even_epochs} epochs on",
             "pixels in pretraining, at choice:",
             *(f"  {plan.line()}" for plan in self.pixels),
-            f"views are rendered once, in {_hours(self.render_hours)} on all cores; that saves "
+            f"views are rendered once, in {_hours(self.render_hours)} on all cores, or in "
+            f"{_hours(self.render_hours * ONE_PASS_SHARE)} by tokenize in its pass; that saves "
             f"cores from {self.render_break_even_epochs} epochs on",
             "assumed:",
             *(f"  {line}" for line in self.assumptions),

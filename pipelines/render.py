@@ -8,10 +8,8 @@ at most the units in flight are done twice, and the table is that of an undistur
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
-from typing import Any
 
 import numpy as np
 import ray
@@ -24,57 +22,20 @@ from pipelines.preflight import Bundle
 from pipelines.preflight.capacity import autoscaled, shortages
 from pipelines.progress import Progress
 from pipelines.rendering import work as render_work
-from pipelines.rendering.work import INTERPOLATION, RenderTask
+from pipelines.rendering.files import RenderTask, row_groups
+from pipelines.rendering.plan import RenderPlan
+from pipelines.rendering.result import RenderResult
 from pipelines.steps import ray_is_there, say_step
 from pipelines.tables.image_table import ImageParts
-from pipelines.tables.view_files import (
-    CODECS,
-    ROW_GROUP_ROWS,
-    ViewIdentity,
-    ViewIdentityRecord,
-    check_file,
-    decode_view,
-)
-from pipelines.tables.view_table import ViewTable, build_manifest, read_manifest
+from pipelines.tables.view_files import check_file, decode_view
+from pipelines.tables.view_table import ViewTable, build_manifest
 from pipelines.tokenization.ledger import Ledger, Units
 from pipelines.tokenization.work import Unit
 from pipelines.unit_pools import outcomes_of
 from pipelines.unit_tables import kept
 from pipelines.units import Outcome, work_uri
 
-LIBRARIES = ("numpy", "pillow", "pyarrow")
 NUM_PICTURES = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class RenderResult:
-    """What the stage made."""
-
-    uri: str
-    fingerprint: str
-    """Of the view table; empty after a dry run."""
-    num_rows: int
-    num_views: int
-    num_units: int
-    units_computed: int
-    """Units that this run wrote; 0 if all was done before."""
-    rejected_units: int
-    seconds: float
-    """Spent on units, from the first one given out to the last receipt."""
-    images_per_second: float
-    num_bytes: int
-
-    def summary(self) -> str:
-        """One line for the user."""
-        if not self.fingerprint:
-            return f"{self.uri}: nothing was done (dry run)"
-        rate = f" at {self.images_per_second:,.1f} images/s" if self.units_computed else ""
-        done = f", {self.rejected_units} units rejected" if self.rejected_units else ""
-        each = self.num_bytes / (self.num_rows * self.num_views) / 1e3
-        return (
-            f"{self.uri}: {self.num_views} views of {self.num_rows:,} images{rate}{done}; "
-            f"{self.num_bytes / 1e9:,.2f} GB, {each:.1f} kB a view"
-        )
 
 
 def run(config: RenderConfig, *, start_ray: Callable[[], None] = ray_is_there) -> RenderResult:
@@ -92,15 +53,10 @@ def run(config: RenderConfig, *, start_ray: Callable[[], None] = ray_is_there) -
     images.check_parts()
     if not images.num_rows:
         raise InputError(f"{images.uri}: the image table has no rows; prepare images first")
-    task = plan_task(config, images)
-    units = render_work.plan_units(images.parts, config.rows_per_unit)
-    libraries = {name: version(name) for name in LIBRARIES}
-    wanted = task.identity.to_dict() | {
-        "rows_per_unit": config.rows_per_unit,
-        "libraries": libraries,
-    }
+    plan = RenderPlan.of(config, images)
+    task = plan.task
     # What can be refused is refused before anything is waited for or written.
-    done = _take_up(config, ledger := Ledger(task.output, units, form=ViewIdentityRecord), wanted)
+    ledger, done = plan.take_up()
     if done and not storage.exists(work_uri(task.output)):
         if not config.dry_run:
             lease.clear(task.output, config.lease, stage="render")
@@ -110,37 +66,12 @@ def run(config: RenderConfig, *, start_ray: Callable[[], None] = ray_is_there) -
     start_ray()
     _check_room(task)
     with lease.held(task.output, config.lease, stage="render") as holder:
-        ledger = Ledger(task.output, units, holder.fence, form=ViewIdentityRecord)
+        ledger, done = plan.take_up(holder.fence)
         # Who had the lease before may have finished the table.
-        if _take_up(config, ledger, wanted):
-            result = _already_done(config, ledger)
-        else:
-            result = _render(config, task, ledger, images, wanted)
+        result = _already_done(config, ledger) if done else _render(plan, ledger, images)
         ledger.clear()
         holder.done()
     return result
-
-
-def plan_task(config: RenderConfig, images: ImageParts) -> RenderTask:
-    """What the workers must know."""
-    identity = ViewIdentity(
-        image_fingerprint=images.fingerprint,
-        num_rows=images.num_rows,
-        policy=config.policy.to_dict(),
-        views=(config.first_view, config.first_view + config.num_views),
-        image_size=config.image_size,
-        interpolation=INTERPOLATION,
-        form=config.form,
-        codec=CODECS[config.form],
-        row_group_rows=ROW_GROUP_ROWS,
-    )
-    return RenderTask(
-        images_uri=images.uri,
-        output=storage.absolute(config.output),
-        identity=identity,
-        num_cpus=config.task_cpus,
-        rows_per_unit=max(config.rows_per_unit, ROW_GROUP_ROWS),
-    )
 
 
 def _check_room(task: RenderTask) -> None:
@@ -156,10 +87,6 @@ def _check_room(task: RenderTask) -> None:
         if not autoscaled():
             raise InputError(missing)
         say_step(f"{missing}; the autoscaler is asked")
-
-
-def _take_up(config: RenderConfig, ledger: Ledger, wanted: dict[str, Any]) -> bool:
-    return unit_tables.take_up(ledger, wanted, read_manifest, retry_rejected=config.retry_rejected)
 
 
 def _already_done(config: RenderConfig, ledger: Ledger) -> RenderResult:
@@ -184,17 +111,12 @@ def _dry_run(config: RenderConfig, task: RenderTask, ledger: Ledger) -> RenderRe
     return _result(config, ledger, "", computed=0, seconds=0)
 
 
-def _render(
-    config: RenderConfig,
-    task: RenderTask,
-    ledger: Ledger,
-    images: ImageParts,
-    wanted: dict[str, Any],
-) -> RenderResult:
+def _render(plan: RenderPlan, ledger: Ledger, images: ImageParts) -> RenderResult:
     """What is not done, and the table of all of it."""
+    config, task = plan.config, plan.task
     unverified = np.zeros(0, np.int64)
     if not ledger.finished:
-        ledger.claim(wanted)
+        ledger.claim(plan.wanted)
         unverified = ledger.load()
     if config.retry_rejected:
         ledger.retry_rejected()
@@ -209,7 +131,7 @@ def _render(
                 ledger,
                 unverified,
                 check,
-                lambda unit: render_work.row_groups(unit_of(ledger.units, images, unit), task),
+                lambda unit: _row_groups(ledger.units, images, unit, task),
                 num_cpus=task.num_cpus,
             )
         computed, seconds = _compute(config, task, ledger, images)
@@ -220,7 +142,7 @@ def _render(
             files=ledger.files(),
             rejected=ledger.rejected_units(),
             rows_per_unit=config.rows_per_unit,
-            libraries=wanted["libraries"],
+            libraries=plan.wanted["libraries"],
         )
         ledger.commit(manifest)
         table = ViewTable.open(task.output)
@@ -268,6 +190,12 @@ def _outcomes(
     )
 
 
+def _row_groups(units: Units, images: ImageParts, unit: int, task: RenderTask) -> list[int]:
+    """Row groups of the file of a unit."""
+    start, stop = int(units.start[unit]), int(units.stop[unit])
+    return row_groups(images.parts[units.part[unit]], start, stop, task.identity.row_group_rows)
+
+
 def unit_of(units: Units, images: ImageParts, unit: int) -> Unit:
     """A unit as it travels to a worker."""
     return Unit(
@@ -300,13 +228,10 @@ def _log(run: tracking.Run, table: ViewTable, result: RenderResult) -> None:
     """Figures, and pictures of the first views, read back from the table."""
     if not run.run_id:
         return
-    run.log_metrics(
-        {
-            "bytes": float(result.num_bytes),
-            "rejected_units": result.rejected_units,
-            "images_per_second_total": result.images_per_second,
-        }
-    )
+    metrics = {"bytes": float(result.num_bytes), "rejected_units": float(result.rejected_units)}
+    if result.units_computed:
+        metrics["images_per_second_total"] = result.images_per_second
+    run.log_metrics(metrics)
     identity = table.identity
     first = int(np.searchsorted(table.row_groups.starts, table.file_rows(0).start))
     shown = [

@@ -8,17 +8,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from pipelines import lease, storage, tracking, unit_tables
+from beit.tokenizers import ImageTokenizer
+from pipelines import lease, render, storage, tracking, unit_tables
 from pipelines.config.checks import flatten
-from pipelines.config.tokenize_images import TokenizeConfig
+from pipelines.config.tokenize_images import TokenizeConfig, stored_views
 from pipelines.errors import InputError
 from pipelines.progress import Progress
+from pipelines.rendering.alongside import Alongside, alongside
+from pipelines.rendering.plan import RenderPlan
 from pipelines.steps import ray_is_there, say_step
 from pipelines.tables.image_table import ImageParts
 from pipelines.tables.token_files import check_file
@@ -38,7 +41,7 @@ from pipelines.units import Outcome, work_uri
 
 
 def run(config: TokenizeConfig, *, start_ray: Callable[[], None] = ray_is_there) -> TokenizeResult:
-    """Makes the token table, or goes on with it.
+    """Makes the token table, or goes on with it; and the view table of `store_views`.
 
     Raises:
         InputError: an input is missing or does not fit, or the output was begun with others.
@@ -48,6 +51,8 @@ def run(config: TokenizeConfig, *, start_ray: Callable[[], None] = ray_is_there)
     for name in ("images", "tokenizer", "output"):
         if not getattr(config, name):
             raise InputError(f"{name} is empty: give a URI with --{name}")
+    if config.view_form != "lossless" and not config.store_views:
+        raise InputError(f"view_form = {config.view_form!r}: give --store_views, or leave it out")
     images = ImageParts.open(config.images)
     images.check_parts()
     tokenizer = token_task.load_tokenizer(config)
@@ -58,6 +63,36 @@ def run(config: TokenizeConfig, *, start_ray: Callable[[], None] = ray_is_there)
     )
     if not len(units):
         raise InputError(f"{images.uri}: the image table has no rows; prepare images first")
+    stored = _stored_views(config, images)
+    result = _make_tokens(config, images, tokenizer, units, stored, start_ray)
+    if stored is None:
+        return result
+    # What the pass left, and the manifest.
+    return replace(result, views=render.run(stored.config, start_ray=start_ray))
+
+
+def _stored_views(config: TokenizeConfig, images: ImageParts) -> RenderPlan | None:
+    """The view table that is made in the same pass.
+
+    Raises:
+        InputError: it was made, or begun, with other options.
+    """
+    wanted = stored_views(config)
+    if wanted is None:
+        return None
+    plan = RenderPlan.of(wanted, images)
+    plan.take_up()
+    return plan
+
+
+def _make_tokens(
+    config: TokenizeConfig,
+    images: ImageParts,
+    tokenizer: ImageTokenizer,
+    units: Units,
+    stored: RenderPlan | None,
+    start_ray: Callable[[], None],
+) -> TokenizeResult:
     output = storage.absolute(config.output)
     libraries = token_task.known_libraries()
     options = {"rows_per_unit": config.rows_per_unit, "libraries": libraries}
@@ -71,7 +106,8 @@ def run(config: TokenizeConfig, *, start_ray: Callable[[], None] = ray_is_there)
     # A table that is done needs none of those that it was copied from.
     older = () if done else older_tables(config, images, known, libraries)
     start_ray()  # how it is computed follows from what the cluster has
-    task = token_task.plan_task(config, images, tokenizer, older)
+    views = stored.task if stored else None
+    task = token_task.plan_task(config, images, tokenizer, older, views)
     wanted = task.identity.to_dict() | options
     _take_up(config, ledger := Ledger(output, units), wanted)
     if config.dry_run:
@@ -83,7 +119,7 @@ def run(config: TokenizeConfig, *, start_ray: Callable[[], None] = ray_is_there)
         if _take_up(config, ledger, wanted):
             result = _already_done(config, ledger)
         else:
-            result = _tokenize(config, task, ledger, images, options)
+            result = _tokenize(config, task, ledger, images, options, stored)
         ledger.clear()
         holder.done()
     return result
@@ -110,6 +146,7 @@ def _tokenize(
     ledger: Ledger,
     images: ImageParts,
     options: dict[str, Any],
+    stored: RenderPlan | None,
 ) -> TokenizeResult:
     """What is not done, and the table of all of it."""
     unverified = np.zeros(0, np.int64)
@@ -134,7 +171,8 @@ def _tokenize(
             unit_tables.verify(
                 ledger, unverified, check, ledger.units.rows, num_cpus=task.decode_cpus
             )
-        computed, seconds, reused = _compute(config, task, ledger, images, record)
+        with alongside(stored, ledger.units) as views:
+            computed, seconds, reused = _compute(config, task, ledger, images, record, views)
         unit_tables.check_complete(ledger, config.max_rejected_units)
         table = _commit(task, ledger, images, config.rows_per_unit, options["libraries"])
         result = _result(config, ledger, table, computed=computed, seconds=seconds, reused=reused)
@@ -183,6 +221,7 @@ def _compute(
     ledger: Ledger,
     images: ImageParts,
     record: tracking.Run,
+    views: Alongside | None,
 ) -> tuple[int, float, int]:
     """Runs what is to do; returns units done, the seconds they took, and rows that were copied."""
     todo = ledger.todo()
@@ -204,7 +243,7 @@ def _compute(
     with ExitStack() as last, kept(ledger, progress, images.num_rows):
         last.callback(meter.flush)
         gate.check()
-        for outcome in _outcomes(task, ledger.units, gate.first(todo), images, origins):
+        for outcome in _outcomes(task, ledger.units, gate.first(todo), images, origins, views):
             if not computed and outcome.facts:  # starting up belongs to no rate
                 begin = meter.begin = max(begin, token_report.began(outcome))
                 progress.counted_from(before, time.monotonic() - begin)
@@ -213,6 +252,8 @@ def _compute(
             elif unit_tables.book(outcome, ledger, config.max_rejected_units):
                 computed += 1
                 reused += outcome.facts["reused"]
+                if views:
+                    views.book(outcome.facts["views"])
             meter.add(outcome, ledger.units.rows(outcome.unit))
             progress.update(
                 ledger.rows_settled, rejected=len(ledger.rejected), waiting=meter.waiting()
@@ -232,17 +273,24 @@ def _outcomes(
     todo: np.ndarray,
     images: ImageParts,
     origins: Origins | None,
+    views: Alongside | None,
 ) -> Iterator[Outcome]:
     return outcomes_of(
         todo,
-        lambda unit: _unit(units, images, unit, origins),
+        lambda unit: _unit(units, images, unit, origins, views),
         lambda given, attempts: token_pool.run_in_pool(given, task, attempts),
         lambda aside: token_pool.run_alone(aside, task),
         workers=task.max_actors,
     )
 
 
-def _unit(units: Units, images: ImageParts, unit: int, origins: Origins | None) -> Unit:
+def _unit(
+    units: Units,
+    images: ImageParts,
+    unit: int,
+    origins: Origins | None,
+    views: Alongside | None,
+) -> Unit:
     first, rows = int(units.first[unit]), units.rows(unit)
     return Unit(
         index=int(unit),
@@ -250,6 +298,7 @@ def _unit(units: Units, images: ImageParts, unit: int, origins: Origins | None) 
         start=int(units.start[unit]),
         stop=int(units.stop[unit]),
         reused=origins.runs(first, first + rows) if origins else (),
+        views=views.of(unit) if views else (),
     )
 
 

@@ -146,7 +146,7 @@ def verify(
         if difference:
             raise InputError(
                 f"{ledger.uri}: {difference} (what its files were made with != what is asked "
-                "for now); use another --output"
+                "for now); use another output"
             )
         if size >= 0:
             ledger.add(unit, size, digest)

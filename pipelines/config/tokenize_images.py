@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from beit.view_policy import ViewPolicy
-from pipelines.config.checks import Ge, check
+from pipelines.config.checks import Ge, check, require
 from pipelines.config.lease import LeaseConfig
+from pipelines.config.render import RenderConfig
 from pipelines.config.tracking import TrackingConfig
 
 
@@ -76,6 +77,17 @@ class TokenizeConfig:
     is in one of them are copied."""
     reuse_images: list[str] = field(default_factory=list)
     """URIs of the image tables that those are of; `images` itself need not be named."""
+    store_views: str = ""
+    """URI of a view table that gets the pixels of the same views, made in the same pass: images are
+    read and decoded once for both. It is the table of `render` with these options, which may have
+    begun or finished it. Empty: none."""
+    view_form: Literal["lossless", "jpeg95", "jpeg90"] = "lossless"
+    """Of stored views: `form` of `render`."""
+    view_size: Annotated[int, Ge(1)] = 224
+    """Of stored views: `image_size` of `render`."""
+    view_rows_per_unit: Annotated[int, Ge(1)] = 256
+    """Of stored views: `rows_per_unit` of `render`. Few beside `rows_per_unit`: where a file of
+    views reaches over the end of a unit, its rows there are decoded twice."""
     encoders: ActorsConfig = field(default_factory=ActorsConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     max_rejected_units: Annotated[int, Ge(0)] = 0
@@ -90,3 +102,26 @@ class TokenizeConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        apart = not self.store_views or self.store_views != self.output
+        require(apart, "store_views", self.store_views, "give another URI than --output")
+
+
+def stored_views(config: TokenizeConfig) -> RenderConfig | None:
+    """The `render` that makes the view table of `store_views`, if one is asked for."""
+    if not config.store_views:
+        return None
+    return RenderConfig(
+        images=config.images,
+        output=config.store_views,
+        num_views=config.num_views,
+        first_view=config.first_view,
+        policy=config.policy,
+        image_size=config.view_size,
+        form=config.view_form,
+        rows_per_unit=config.view_rows_per_unit,
+        max_rejected_units=config.max_rejected_units,
+        retry_rejected=config.retry_rejected,
+        dry_run=config.dry_run,
+        lease=config.lease,
+        tracking=config.tracking,
+    )

@@ -39,7 +39,7 @@ from pipelines.units import work_uri
 
 IDENTITY = "identity.json"
 HASH_BYTES = 16
-REMEDY = "give another --output, or remove _work/ in this one"
+REMEDY = "give another output, or remove _work/ in this one"
 NUM_THREADS = 16
 SAVE_EVERY_SECONDS = 20.0
 
@@ -382,5 +382,5 @@ def refuse_other_options(uri: str, found: dict[str, Any], wanted: Mapping[str, A
     if difference:
         raise InputError(
             f"{uri}: {difference} (what this output was begun with != what is asked for now); "
-            "use the earlier options to go on, or another --output"
+            "use the earlier options to go on, or another output"
         )

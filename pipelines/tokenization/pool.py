@@ -72,14 +72,16 @@ def render_blocks(
                 if deaths >= DEATHS_IN_POOL:
                     note["outcome"] = asdict(killer(unit))
                 else:
-                    done = token_work.render_unit(task.images_uri, unit, task.identity, task.older)
+                    done = token_work.render_unit(
+                        task.images_uri, unit, task.identity, task.older, task.views
+                    )
                     if len(done.pixels):
                         keys, pixels = json.dumps(done.keys), pa.py_buffer(done.pixels)
                         token_ids = done.token_ids.tobytes()
                         if done.grey_levels is not None:
                             levels = done.grey_levels.tobytes()
                         note = {"read": done.read_seconds, "render": done.render_seconds}
-                        note["rendered_at"] = time.time()
+                        note |= {"views": done.views, "rendered_at": time.time()}
                     else:
                         note["outcome"] = asdict(_write(unit, done, done.token_ids, task, {}))
             except UnitRejected as error:
@@ -136,6 +138,7 @@ class EncodeUnits:
                     pixels=np.frombuffer(pixels, np.uint8).reshape(-1, views, size, size, 3),
                     read_seconds=note["read"],
                     render_seconds=note["render"],
+                    views=note["views"],
                 ),
             )
         except Exception as error:
@@ -184,7 +187,8 @@ def _write(
     size, digest = token_work.write_unit(
         task.output, unit.name, done.keys, token_ids, done.grey_levels, task.identity
     )
-    facts = {"size": size, "hash": digest, "reused": sum(count for _, _, count in unit.reused)}
+    reused = sum(count for _, _, count in unit.reused)
+    facts = {"size": size, "hash": digest, "reused": reused, "views": done.views}
     seconds = seconds | {"write": time.monotonic() - begin}
     return Outcome(unit=unit.index, facts=facts | {"seconds": seconds})
 
@@ -249,7 +253,7 @@ def run_in_pool(
 
 
 def tokenize_alone(unit: Unit, task: TokenizeTask) -> Outcome:
-    """Both stages of one unit in this process."""
+    """Both stages of one unit in this process; its stored views are left to `render`."""
     try:
         done = token_work.render_unit(task.images_uri, unit, task.identity, task.older)
         token_ids = token_work.fill_tokens(

@@ -11,6 +11,7 @@ from pipelines import pictures, storage
 from pipelines.config.tokenize_images import GateConfig
 from pipelines.errors import StageFailed
 from pipelines.painting import open_painter
+from pipelines.rendering.result import RenderResult
 from pipelines.scorecard import TokenStatistics, evenly_spaced, token_statistics
 from pipelines.tables import token_files
 from pipelines.tables.image_table import ImageParts
@@ -48,16 +49,22 @@ class TokenizeResult:
     images_per_second: float
     codes_used: int
     perplexity: float
+    views: RenderResult | None = None
+    """Of `store_views`."""
 
     @property
     def already_done(self) -> bool:
         """There was nothing left to do."""
-        return not self.units_computed
+        return not self.units_computed and (self.views is None or self.views.already_done)
 
     def summary(self) -> str:
         """One line for the user."""
         if not self.fingerprint:
             return f"{self.uri}: nothing was done (dry run)"
+        views = f"; stored views: {self.views.summary()}" if self.views else ""
+        return self._tokens() + views
+
+    def _tokens(self) -> str:
         done = f", {self.rejected_units} units rejected" if self.rejected_units else ""
         rate = f" at {self.images_per_second:,.1f} images/s" if self.units_computed else ""
         if self.images_reused:

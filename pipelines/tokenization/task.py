@@ -11,6 +11,7 @@ from beit.tokenizers import ImageTokenizer
 from pipelines import storage
 from pipelines.config.tokenize_images import ActorsConfig, TokenizeConfig
 from pipelines.errors import InputError
+from pipelines.rendering.files import RenderTask
 from pipelines.tables import tokenizer_store
 from pipelines.tables.image_table import ImageParts
 from pipelines.tables.token_files import Identity
@@ -36,6 +37,8 @@ class TokenizeTask:
     rows_per_unit: int
     older: tuple[Older, ...]
     """Tables whose tokens are copied."""
+    views: RenderTask | None = None
+    """The view table whose files are made in the same pass."""
 
     @property
     def device(self) -> str:
@@ -43,9 +46,11 @@ class TokenizeTask:
 
     @property
     def decode_memory(self) -> int:
-        """Bytes a decode task needs: a unit's pixels, and again as much for images and copies."""
+        """Bytes a decode task needs: a unit's pixels, and again as much for images and copies;
+        and what a file of stored views takes, if it makes some."""
         identity = self.identity
-        return 2 * self.rows_per_unit * identity.num_views * 3 * identity.image_size**2
+        pixels = self.rows_per_unit * identity.num_views * 3 * identity.image_size**2
+        return 2 * pixels + (self.views.memory if self.views else 0)
 
 
 def load_tokenizer(config: TokenizeConfig) -> ImageTokenizer:
@@ -92,6 +97,7 @@ def plan_task(
     images: ImageParts,
     tokenizer: ImageTokenizer,
     older: tuple[Older, ...] = (),
+    views: RenderTask | None = None,
 ) -> TokenizeTask:
     """Everything the workers must know, decided once: what the user left open is filled in."""
     if not ray.is_initialized():
@@ -113,6 +119,7 @@ def plan_task(
         max_actors=_most_actors(encoders, num_gpus),
         rows_per_unit=min(config.rows_per_unit, max(part.rows for part in images.parts)),
         older=older,
+        views=views,
     )
     _check_room(task, encoders)
     return task

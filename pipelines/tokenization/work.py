@@ -19,7 +19,8 @@ from torch import Tensor
 from beit.tokenizers import ImageTokenizer
 from beit.views import Interpolation, ViewPolicy
 from pipelines import storage
-from pipelines.reading.pixels import DamagedImageError, drawn, render_with_levels
+from pipelines.reading.pixels import DamagedImageError, ViewOf, drawn, render_with_levels
+from pipelines.rendering.files import RenderTask, ViewFiles
 from pipelines.tables.image_files import Part, read_part
 from pipelines.tables.token_files import UNKNOWN_LEVEL, Identity, encode_file
 from pipelines.tables.token_table import MISSING
@@ -42,6 +43,8 @@ class Unit:
     stop: int
     reused: Sequence[Sequence[int]] = ()
     """Rows whose tokens are copied, as `Origins.runs` has them."""
+    views: Sequence[tuple[int, int, int]] = ()
+    """Files of a view table that are made in the same pass, as `Alongside.of` has them."""
 
     @property
     def name(self) -> str:
@@ -61,6 +64,8 @@ class RenderedUnit:
     """(rows, V); None where an older table lacks those of copied rows."""
     read_seconds: float
     render_seconds: float
+    views: Sequence[tuple[int, int, str]] = ()
+    """Index, size and hash of the files of a view table that were written in the same pass."""
 
 
 def tokenizer_views(
@@ -70,17 +75,32 @@ def tokenizer_views(
 
     It is decoded once. Raises DamagedImageError if it does not decode.
     """
-    policy = ViewPolicy.from_dict(identity.policy)
-    views = [drawn(policy, index) for index in range(*identity.views)]
-    output = (identity.image_size, cast(Interpolation, identity.interpolation))
-    pixels, levels = render_with_levels(data, digest, views, [output], key=key)
+    pixels, levels = render_with_levels(
+        data, digest, _drawn(identity), [_output(identity)], key=key
+    )
     return np.stack(pixels), np.array(levels, np.uint8)
 
 
+def _drawn(identity: Identity) -> list[ViewOf]:
+    policy = ViewPolicy.from_dict(identity.policy)
+    return [drawn(policy, index) for index in range(*identity.views)]
+
+
+def _output(identity: Identity) -> tuple[int, Interpolation]:
+    return identity.image_size, cast(Interpolation, identity.interpolation)
+
+
 def render_unit(
-    images_uri: str, unit: Unit, identity: Identity, older: Sequence[Older] = ()
+    images_uri: str,
+    unit: Unit,
+    identity: Identity,
+    older: Sequence[Older] = (),
+    views: RenderTask | None = None,
 ) -> RenderedUnit:
     """Reads a unit's images, copies the tokens that `older` has, and renders the other views.
+
+    With `views`, the unit's files of that view table are written, too: each image is read and
+    decoded once for both. What is wrong with a row that only they need is no concern of the tokens.
 
     Raises:
         UnitRejected: an image does not decode.
@@ -88,30 +108,47 @@ def render_unit(
     """
     begin = time.monotonic()
     part = Part.from_dict(unit.part)
-    table = read_part(images_uri, part, unit.start, unit.stop, ["key", "image", "digest"])
+    files = ViewFiles(views, part, unit.views)
+    start, stop = files.span(unit.start, unit.stop)
+    table = read_part(images_uri, part, start, stop, ["key", "image", "digest"])
     keys: list[str] = table.column("key").to_pylist()
     digests: list[bytes] = table.column("digest").to_pylist()
-    token_ids, levels = copied_tokens(older, unit.reused, digests, identity)
+    own = slice(unit.start - start, unit.stop - start)
+    token_ids, levels = copied_tokens(older, unit.reused, digests[own], identity)
     read = time.monotonic()
-    rows = np.flatnonzero(token_ids[:, 0, 0] == MISSING).tolist()
+    missing = np.zeros(len(keys), bool)
+    missing[own] = token_ids[:, 0, 0] == MISSING
     size = identity.image_size
-    pixels = np.empty((len(rows), identity.num_views, size, size, 3), np.uint8)
-    for position, row in enumerate(rows):
-        data = table.column("image")[row].as_buffer().to_pybytes()
+    pixels = np.empty((int(missing.sum()), identity.num_views, size, size, 3), np.uint8)
+    encoded, shown = 0, _drawn(identity)
+    for place, (key, digest) in enumerate(zip(keys, digests, strict=True)):
+        outputs = [_output(identity)] if missing[place] else []
+        if stored := files.want(start + place):
+            outputs.append(files.output)
+        if not outputs:
+            continue
+        data = table.column("image")[place].as_buffer().to_pybytes()
         try:
-            pixels[position], levels[row] = tokenizer_views(
-                data, digests[row], identity, key=keys[row]
-            )
+            rendered, grey = render_with_levels(data, digest, shown, outputs, key=key)
         except DamagedImageError as error:
-            raise UnitRejected(str(error)) from error
+            if missing[place]:
+                raise UnitRejected(str(error)) from error
+            files.drop()
+            continue
+        if missing[place]:
+            pixels[encoded], levels[place - own.start] = rendered[:: len(outputs)], grey
+            encoded += 1
+        if stored:
+            files.add(start + place, key, digest, rendered[len(outputs) - 1 :: len(outputs)])
     return RenderedUnit(
-        keys=keys,
+        keys=keys[own],
         token_ids=token_ids,
         pixels=pixels,
         # Tables of early releases have tokens without levels.
         grey_levels=None if (levels == UNKNOWN_LEVEL).any() else levels.astype(np.uint8),
         read_seconds=read - begin,
         render_seconds=time.monotonic() - read,
+        views=files.receipts,
     )
 
 

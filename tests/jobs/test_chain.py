@@ -1,6 +1,7 @@
 """The whole chain, small, through the command and the recipe of `make run`."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,22 @@ def test_the_recipes_of_the_chain_parse(name: str) -> None:
     assert chain["pretrain"].tokens == ["here/tokens"] == [chain["tokenize"].output]
     assert chain["pretrain"].scaling.num_workers == 2
     assert (chain["pretrain"].optim.steps == DEMO_STEPS) == (name == "demo")
+
+
+def test_a_chain_trains_on_the_views_that_it_stores() -> None:
+    flags = ["--config", str(CONFIGS / "quickstart.yaml"), "--output", "here"]
+    arms = {"mae": MAE, "large": {"model": {"image_size": 128}}}
+    flags += ["--store_views", "true", "--tokenize.view_form", "jpeg95", "--arms", json.dumps(arms)]
+    config = parse(pipeline.PipelineConfig, flags, stage="pipeline")
+    chain = {stage: stage_config for stage, _, stage_config in pipeline.stages(config)}
+    stored = chain["tokenize"]
+    assert (stored.store_views, stored.view_form, stored.view_size) == ("here/views", "jpeg95", 64)
+    trained = ("pretrain", "pretrain mae", "pretrain large")
+    assert [chain[stage].views for stage in trained] == [["here/views"], [], []]
+    without = {
+        stage: each for stage, _, each in pipeline.stages(replace(config, store_views=False))
+    }
+    assert (without["tokenize"].store_views, without["pretrain"].views) == ("", [])
 
 
 @pytest.mark.ray

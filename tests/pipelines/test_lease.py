@@ -359,15 +359,19 @@ class TestOwner:
 
 
 STAGES = (
-    "prepare", "train-tokenizer", "tokenize", "render", "pretrain", "finetune", "evaluate",
-    "export",
+    "prepare", "train-tokenizer", "tokenize", "tokenize-views", "render", "pretrain", "finetune",
+    "evaluate", "export",
 )  # fmt: skip
 MANY = [pytest.mark.long, pytest.mark.timeout(3600)]
 
 
 @pytest.mark.parametrize(
     ("stage", "rounds"),
-    [("pretrain", 4), *(pytest.param(stage, 50, marks=MANY) for stage in STAGES)],
+    [
+        ("pretrain", 4),
+        ("tokenize-views", 4),
+        *(pytest.param(stage, 50, marks=MANY) for stage in STAGES),
+    ],
 )
 def test_two_drivers_make_what_one_makes(stage, rounds, tmp_path):
     """Processes: started at random moments, one of them killed or stopped and continued."""

@@ -251,6 +251,15 @@ def test_what_is_done_needs_no_nodes(table):
     assert not is_done("tokenize", dataclasses.replace(config, output=str(table / "other")))
 
 
+def test_views_beside_tokens_are_a_place_to_write_and_must_be_done(table):
+    flags = ["--images", "/i", "--tokenizer", "/t", "--output", str(table), "--store_views"]
+    config = parse_stage("tokenize", [*flags, "/views"])
+    assert not is_done("tokenize", config)
+    assert is_done("tokenize", dataclasses.replace(config, store_views=f"{table}/"))
+    (place,) = [each for each in needs_of("tokenize", config).places if each.uri == "/views"]
+    assert (place.field, place.written) == ("store_views", True)
+
+
 @pytest.mark.long
 @pytest.mark.skipif(not CPU_TORCH, reason="this torch has CUDA")
 def test_a_cluster_with_gpus_that_are_none(ray_turn, tmp_path):

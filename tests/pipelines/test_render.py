@@ -8,6 +8,7 @@ import pytest
 
 from pipelines import render, unit_tables
 from pipelines.errors import InputError, StageFailed
+from pipelines.rendering import plan as render_plan
 from pipelines.rendering import work as render_work
 from pipelines.tables.image_table import ImageTable
 from tests.chaos import world
@@ -144,8 +145,7 @@ def test_files_without_receipts_are_taken_over_if_they_are_cut_as_the_table(
     monkeypatch.setattr(render, "_outcomes", render_units)
     monkeypatch.setattr(render, "_check_room", lambda task: None)
     monkeypatch.setattr(unit_tables, "_verified", verify_here)
-    monkeypatch.setattr(render, "ROW_GROUP_ROWS", 8)
-    monkeypatch.setattr(render_work, "ROW_GROUP_ROWS", 8)
+    monkeypatch.setattr(render_plan, "ROW_GROUP_ROWS", 8)
     output, config = tmp_path / "t", render_config(images, tmp_path / "t")
     render.run(config)
     before = contents(output)
@@ -157,7 +157,7 @@ def test_files_without_receipts_are_taken_over_if_they_are_cut_as_the_table(
 
 
 def test_a_cluster_without_room_is_refused_unless_it_grows(images, tmp_path, monkeypatch, capsys):
-    task = render.plan_task(render_config(images, tmp_path / "t"), ImageTable.open(images))
+    task = render_plan.plan_task(render_config(images, tmp_path / "t"), ImageTable.open(images))
     head = {"Alive": True, "Resources": {"CPU": 0.0, "memory": 2e9}}
     monkeypatch.setattr(render.ray, "nodes", lambda: [head])
     monkeypatch.setattr(render, "autoscaled", lambda: False, raising=False)

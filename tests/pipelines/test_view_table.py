@@ -9,9 +9,10 @@ import pytest
 from beit.images import decode_image, image_digest
 from beit.views import ViewPolicy, render, sample_view, view_of
 from pipelines import audit, storage
-from pipelines import render as render_stage
 from pipelines.config.audit import AuditConfig
 from pipelines.errors import InputError, StageFailed
+from pipelines.rendering import files as render_files
+from pipelines.rendering import plan as render_plan
 from pipelines.rendering import work as render_work
 from pipelines.tables import view_files
 from pipelines.tables.image_table import ImageTable
@@ -80,7 +81,7 @@ def test_units_are_whole_row_groups_and_every_row_is_in_one(root):
     parts = json.loads((root / "images/manifest.json").read_text())["parts"]
     parts = [render_work.Part.from_dict(part) for part in parts]
     for most in (1, 20, 10**6):
-        units = render_work.plan_units(parts, most)
+        units = render_plan.plan_units(parts, most)
         edges = set(np.cumsum([0, *images.row_groups.sizes]).tolist())
         assert set(units.first.tolist()) <= edges
         assert units.sizes.sum() == NUM_ROWS
@@ -90,8 +91,7 @@ def test_units_are_whole_row_groups_and_every_row_is_in_one(root):
 
 
 def test_a_table_is_read_by_the_cut_it_was_written_with(root, tmp_path, monkeypatch):
-    for module in (render_stage, render_work):
-        monkeypatch.setattr(module, "ROW_GROUP_ROWS", 4)
+    monkeypatch.setattr(render_plan, "ROW_GROUP_ROWS", 4)
     images = ImageTable.open(str(root / "images"))
     uri = write_views(images, tmp_path / "views", num_views=3, policy=POLICY)
     monkeypatch.undo()
@@ -218,8 +218,8 @@ def test_an_audit_renders_again(root):
 def test_pixels_that_are_not_the_views_are_found_though_every_hash_is_right(
     root, tmp_path, monkeypatch
 ):
-    real = render_work.encode_view
-    monkeypatch.setattr(render_work, "encode_view", lambda pixels, form: real(255 - pixels, form))
+    real = view_files.encode_view
+    monkeypatch.setattr(render_files, "encode_view", lambda pixels, form: real(255 - pixels, form))
     table = write_views(ImageTable.open(str(root / "images")), tmp_path / "wrong", policy=POLICY)
     monkeypatch.undo()
     with pytest.raises(StageFailed, match="pixels differ from those rendered now"):

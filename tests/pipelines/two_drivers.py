@@ -60,18 +60,23 @@ def prepare_units(task, plan, todo, num_tasks):
     return (prepare._outcome(task, None, unit, plan.listings[unit]).check() for unit in todo)
 
 
-def tokenize_units(task, units, todo, images, origins):
+def tokenize_units(task, units, todo, images, origins, views):
     """Outcomes of units, as workers of the pool give them."""
     tokenizer = tokenizer_store.load(task.tokenizer_uri)
     for number in todo:
-        unit = tokenize_images._unit(units, images, number, None)
-        rendered = work.render_unit(task.images_uri, unit, task.identity)
+        unit = tokenize_images._unit(units, images, number, None, views)
+        try:
+            rendered = work.render_unit(task.images_uri, unit, task.identity, (), task.views)
+        except work.UnitRejected as error:
+            yield Outcome(unit=int(number), rejected=str(error))
+            continue
         ids = work.encode_rendered(tokenizer, rendered.pixels, task.identity)
         size, digest = work.write_unit(
             task.output, unit.name, rendered.keys, ids, rendered.grey_levels, task.identity
         )
         seconds = dict.fromkeys(("queued", "read", "render", "idle", "encode", "write"), 0.0)
         facts = {"size": size, "hash": digest, "seconds": seconds, "reused": 0}
+        facts["views"] = rendered.views
         yield Outcome(unit=int(number), facts=facts)
 
 
@@ -117,6 +122,18 @@ def stages(root):
         "tokenize": (
             tokenize_images.run,
             lambda out: world.make_config(tables[0], tokenizer, out, rows_per_unit=8),
+        ),
+        "tokenize-views": (
+            tokenize_images.run,
+            lambda out: world.make_config(
+                tables[0],
+                tokenizer,
+                out / "tokens",
+                rows_per_unit=8,
+                store_views=str(out / "views"),
+                view_size=32,
+                view_rows_per_unit=8,
+            ),
         ),
         "render": (
             render.run,
@@ -207,7 +224,7 @@ def made_of(output):
             (line["step"], line["first_step"], line["losses"], line["samples"])
             for line in metrics_of(str(output))
         ]
-    made["lease"] = (output / "_lease").exists()
+    made["lease"] = any(output.rglob("_lease"))
     return made
 
 

@@ -3,6 +3,7 @@
 from pipelines import render, storage
 from pipelines.config.render import RenderConfig
 from pipelines.config.tracking import TrackingConfig
+from pipelines.rendering import plan as render_plan
 from pipelines.rendering import work as render_work
 from pipelines.tables.unit_files import MANIFEST, UnitFile
 from pipelines.tables.view_table import build_manifest
@@ -24,8 +25,8 @@ def render_config(images_uri, output, **changes):
 def write_views(images, output, **changes):
     """The view table of an open image table, as `beit render` makes it."""
     config = render_config(images.uri, output, **changes)
-    task = render.plan_task(config, images)
-    units = render_work.plan_units(images.parts, config.rows_per_unit)
+    task = render_plan.plan_task(config, images)
+    units = render_plan.plan_units(images.parts, config.rows_per_unit)
     files = []
     for number in range(len(units)):
         unit = render.unit_of(units, images, number)
