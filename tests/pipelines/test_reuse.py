@@ -185,9 +185,9 @@ def test_copied_rows_among_others_are_not_decoded(root, monkeypatch, early):
             token_files, "levels_of", lambda *table: np.full_like(real(*table), UNKNOWN_LEVEL)
         )
     decoded = []
-    views = work.tokenizer_views
+    rendered = work.render_with_levels
     monkeypatch.setattr(
-        work, "tokenizer_views", lambda *row, key: decoded.append(key) or views(*row, key=key)
+        work, "render_with_levels", lambda *row, key: decoded.append(key) or rendered(*row, key=key)
     )
     runs = [(2, 2, 3), (9, 9, 1)]
     less = render_unit(images.uri, dataclasses.replace(unit, reused=runs), identity, older)
