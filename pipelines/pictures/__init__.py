@@ -297,8 +297,8 @@ def _masked(array: np.ndarray, cells: np.ndarray) -> np.ndarray:
 def _tile(array: np.ndarray, size: tuple[int, int] | None = None) -> Image.Image:
     image = Image.fromarray(np.ascontiguousarray(array))
     if size is None:
-        # Whole multiples keep pixels of small pictures square.
-        factor = max(1, TILE // max(image.size))
+        # Whole multiples keep pixels square: 224 of them, too, are doubled.
+        factor = -(-TILE // max(image.size))
         size = (image.width * factor, image.height * factor)
     if image.size == size:
         return image

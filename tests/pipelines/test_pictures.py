@@ -48,6 +48,12 @@ def test_masked_input_shows_images_and_greys_the_masked_patches():
     assert has_tile(picture, hidden)
 
 
+def test_pictures_of_a_usual_size_are_doubled():
+    images = batch(1, 224)
+    picture = pictures.masked_input_grid(images, np.zeros((1, 196), bool), patch_size=16)
+    assert has_tile(picture, enlarged(images[0], 2))
+
+
 def test_what_is_painted_stands_beside_what_was_seen():
     images, painted = batch(2), batch(2, seed=3)
     mask = np.zeros((2, 16), bool)
