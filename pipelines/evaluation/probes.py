@@ -263,14 +263,13 @@ def chosen_linear(
         # Mean and scale come from the rows to fit on and to choose by, never from test rows.
         return _Problem(layers[layer][rows], num_classes=num_classes, device=device)
 
-    by_layer = []
-    for layer in range(len(layers)):
-        problem = posed(layer)
+    def tried(layer: int) -> float:
+        problem = posed(layer)  # memory holds one at a time
         solution = _solve(problem.rows[:most], labels[:most], problem.start(), TRIAL_WEIGHT_DECAY)
-        by_layer.append(_accuracy(problem.rows[most:], labels[most:], solution))
-    layer = int(len(by_layer) - 1 - np.argmax(by_layer[::-1]))
-    if layer < len(by_layer) - 1:
-        problem = posed(layer)
+        return _accuracy(problem.rows[most:], labels[most:], solution)
+
+    by_layer = [tried(layer) for layer in range(len(layers))]
+    problem = posed(layer := int(len(by_layer) - 1 - np.argmax(by_layer[::-1])))
     best, best_decay, solution = -1.0, TRIAL_WEIGHT_DECAY, problem.start()
     for decay in WEIGHT_DECAYS:
         solution = _solve(problem.rows[:most], labels[:most], solution, decay)
@@ -320,14 +319,15 @@ def grouped_folds(groups: Sequence[str], num_folds: int, *, seed: int) -> np.nda
 
 
 def accuracy_interval(
-    correct: np.ndarray, groups: Sequence[str], *, seed: int, num_draws: int = 2000
+    correct: np.ndarray, groups: Sequence[str] | np.ndarray, *, seed: int, num_draws: int = 2000
 ) -> tuple[float, float]:
     """95 % interval of the mean of `correct` (n,), by drawing whole groups with replacement.
 
     Rows of one group are near-duplicates; drawing them one by one would promise too much. Takes
-    differences of two `correct` too: then it is the paired interval.
+    differences of two `correct` too: the paired interval. Groups by name, or numbered in the order
+    of names, give the same.
     """
-    _, index = np.unique(np.asarray(groups, dtype=object).astype(str), return_inverse=True)
+    _, index = np.unique(np.asarray(groups), return_inverse=True)
     total = np.bincount(index, weights=np.asarray(correct, dtype=np.float64))
     size = np.bincount(index).astype(np.float64)
     generator = np.random.default_rng([seed, 2])

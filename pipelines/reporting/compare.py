@@ -121,30 +121,34 @@ def paired_difference(
     found = _same_images([*runs, *baseline])
     if found is None:
         return None
-    hits, groups = found
+    hits, groups, seed = found
     ours, theirs = hits[: len(runs)], hits[len(runs) :]
-    low, high = accuracy_interval(ours.mean(axis=0) - theirs.mean(axis=0), groups, seed=0)
+    low, high = accuracy_interval(ours.mean(axis=0) - theirs.mean(axis=0), groups, seed=seed)
     return _widened(float(ours.mean() - theirs.mean()), low, high, ours, theirs)
 
 
 def mean_interval(runs: Sequence[Facts]) -> tuple[float, float] | None:
-    """95 % interval of the mean of a setting, over groups of images and seeds; None as above."""
+    """95 % interval of the mean of a setting, over groups of images and seeds; None as above.
+
+    Of one run that of its evaluation: groups are drawn as they were there.
+    """
     found = _same_images(runs)
     if found is None:
         return None
-    hits, groups = found
-    low, high = accuracy_interval(hits.mean(axis=0), groups, seed=0)
+    hits, groups, seed = found
+    low, high = accuracy_interval(hits.mean(axis=0), groups, seed=seed)
     return _widened(float(hits.mean()), low, high, hits)[1:]
 
 
-def _same_images(runs: Sequence[Facts]) -> tuple[np.ndarray, list[str]] | None:
-    """Hits (runs, images) and groups of the images, if all were judged by the same."""
+def _same_images(runs: Sequence[Facts]) -> tuple[np.ndarray, np.ndarray, int] | None:
+    """Hits (runs, images), groups of the images, and the seed of the protocol, if all were judged
+    by the same."""
     judged = [run.judgement for run in runs]
     kept = [(one.pairing, one.identity) for one in judged if one is not None and one.pairing]
     if not kept or len(kept) < len(judged) or len({identity for _, identity in kept}) > 1:
         return None
     hits = np.array([pairing.hits for pairing, _ in kept], float)
-    return hits, [str(group) for group in kept[0][0].groups]
+    return hits, kept[0][0].groups, kept[0][0].seed
 
 
 def _widened(mean: float, low: float, high: float, *arms: np.ndarray) -> tuple[float, float, float]:

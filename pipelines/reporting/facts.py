@@ -49,6 +49,8 @@ class Pairing:
     """Bool (n,): which test images the linear probe got right."""
     groups: np.ndarray
     """Int (n,): images of one group are near-duplicates."""
+    seed: int
+    """Of the protocol."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -198,10 +200,6 @@ def _judgement(client: "MlflowClient", run: "Run") -> Judgement:
     files = {file.path for file in client.list_artifacts(run_id)}
     pairing = None
     identity: dict[str, Any] = {}
-    if "hits.json" in files:
-        kept = json.loads(_file(client, run_id, "hits.json"))
-        hits = np.array(list(kept["linear"])) == "1"
-        pairing = Pairing(hits=hits, groups=np.array(kept["groups"]))
     if "evaluation.json" in files:
         report = json.loads(_file(client, run_id, "evaluation.json"))
         identity = dict(report["identity"])
@@ -219,6 +217,13 @@ def _judgement(client: "MlflowClient", run: "Run") -> Judgement:
             if name.partition(".")[0] not in MAY_CHANGE
         }
         identity["left_out"] = report.get("damaged", [])
+    if "hits.json" in files:
+        kept = json.loads(_file(client, run_id, "hits.json"))
+        pairing = Pairing(
+            hits=np.array(list(kept["linear"])) == "1",
+            groups=np.array(kept["groups"]),
+            seed=identity["options"]["seed"] if identity else 0,
+        )
     return Judgement(
         accuracy=values[HEADLINE],
         low=values[LOW],

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.tracking.datasets import INPUT_TAG, TOKENIZER_TAG, dataset_label
 from pipelines.tracking.page import evaluations_of, figures, link, makers, verdict
-from pipelines.tracking.table import HEADLINE, HIGH, LOW, renamed
+from pipelines.tracking.table import EARLIER, HEADLINE, HIGH, LOW, renamed
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -69,3 +69,5 @@ def update_versions(client: "MlflowClient", run_id: str) -> None:
         for name, value in {**told, **values}.items():
             if version.tags.get(name) != value:
                 client.set_model_version_tag(version.name, version.version, name, value)
+        for name in EARLIER.keys() & version.tags.keys():  # would contradict the new ones
+            client.delete_model_version_tag(version.name, version.version, name)

@@ -56,7 +56,7 @@ SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large"}
 # Metrics that an evaluation copies to the run whose weights it judges. MLflow's table cuts headings
 # after 13 characters: names that stand side by side differ before that.
 HEADLINE, LOW, HIGH = "linear_accuracy", "linear_low", "linear_high"
-_EARLIER = {
+EARLIER = {
     **{f"linear_accuracy_{end}": f"linear_{end}" for end in ("low", "high")},
     **{f"gain_over/pixels_{end}": f"gain_{end}/pixels" for end in ("low", "high")},
 }
@@ -88,8 +88,8 @@ VIEWS = {
 
 def renamed(metrics: Mapping[str, float]) -> dict[str, float]:
     """Metrics of a run, perhaps of an earlier version, by the names that they have now."""
-    earlier = {new: metrics[old] for old, new in _EARLIER.items() if old in metrics}
-    return earlier | {name: value for name, value in metrics.items() if name not in _EARLIER}
+    earlier = {new: metrics[old] for old, new in EARLIER.items() if old in metrics}
+    return earlier | {name: value for name, value in metrics.items() if name not in EARLIER}
 
 
 def deciding(stage: str, params: Mapping[str, object]) -> dict[str, object]:

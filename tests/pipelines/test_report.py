@@ -135,7 +135,7 @@ def test_the_table_groups_seeds_and_compares_in_pairs(made):
     assert "* over images alone: an interval over seeds takes three" in output.read_text()
     pairs = [np.mean([hits[name, 0], hits[name, 1]], axis=0) for name in ("base", "wide")]
     difference = pairs[1] - pairs[0]
-    low, high = accuracy_interval(difference, [str(i) for i in range(NUM_IMAGES)], seed=0)
+    low, high = accuracy_interval(difference, np.arange(NUM_IMAGES), seed=0)
     # Over seeds, too: Student's t, as scipy has it, from the variance within both settings.
     rates = [[hits[name, seed].mean() for seed in (0, 1)] for name in ("base", "wide")]
     of_seeds = (scipy.stats.ttest_ind(*rates[::-1]).confidence_interval().high
@@ -258,6 +258,19 @@ def test_of_other_images_there_is_no_paired_difference(made):
     other = dataclasses.replace(second.judgement, identity="other images")
     second = dataclasses.replace(second, judgement=other)
     assert report.settings_of([first, second])[1].difference is None
+
+
+def test_a_setting_of_one_run_has_the_interval_of_its_evaluation(made):
+    """Groups by number are drawn in the order of their names, as `evaluate` does, by its seed."""
+    client = MlflowClient(made[0].uri)
+    run = facts_of(client, client.get_run(made[1][0]), [])
+    names = [f"g{number:03}" for number in range(NUM_IMAGES)]
+    for seed in (0, 3):
+        pairing = dataclasses.replace(run.judgement.pairing, seed=seed)
+        judged = dataclasses.replace(run.judgement, pairing=pairing)
+        expected = accuracy_interval(pairing.hits, names, seed=seed)
+        [setting] = report.settings_of([dataclasses.replace(run, judgement=judged)])
+        assert setting.interval == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no browser is installed")

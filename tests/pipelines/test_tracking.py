@@ -561,13 +561,15 @@ def test_weights_become_a_model_without_pickle(config, tmp_path):
                  "Not evaluated", "### Limits", "![painted.png]"):  # fmt: skip
         assert said in version.description
 
-    # An evaluation makes the card say what it found.
+    # An evaluation makes the card say what it found, and what an earlier version said is gone.
+    client.set_model_version_tag("beit-small", "1", "linear_accuracy_low", "0.1000")
     with start(config, stage="evaluate", parent_run_id=run_id) as judge:
         judge.judge({"linear_accuracy": 0.5, "linear_low": 0.4,
                      "linear_high": 0.6}, dataset("image_table", "J" * 32))  # fmt: skip
     [version] = client.search_model_versions("name = 'beit-small'")
     assert "Linear probe 50.0 % [40.0, 60.0]" in version.description
     assert version.tags["linear_low"] == "0.4000"
+    assert "linear_accuracy_low" not in version.tags
     assert version.tags["beit.tokenizer"] == "T" * 32
 
     # Images of any size are seen as evaluations see them.
