@@ -113,7 +113,7 @@ def _wants_gpu(config: Any) -> bool | None:
         return None if encoders.num_gpus is None else encoders.num_gpus > 0
     if isinstance(scaling, PoolConfig):
         automatic = scaling.num_workers > 0 and config.device == "auto"
-        return None if automatic else scaling.num_workers > 0 and config.device.startswith("cuda")
+        return None if automatic else scaling.num_workers > 0 and config.device == "cuda"
     return isinstance(scaling, ScalingConfig) and scaling.use_gpu and scaling.worker_range[1] > 0
 
 
@@ -133,7 +133,7 @@ def _bundles(config: Any) -> tuple[Bundle, ...]:
             ),
         )  # fmt: skip
     if isinstance(scaling, PoolConfig) and scaling.num_workers > 0:
-        gpu = {"GPU": 1} if config.device.startswith("cuda") else {}
+        gpu = {"GPU": 1} if config.device == "cuda" else {}
         return (
             Bundle(
                 field="scaling.cpus_per_worker", count=1,

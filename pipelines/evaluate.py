@@ -24,12 +24,14 @@ from pipelines.config.evaluate import MAY_CHANGE, EvaluateConfig
 from pipelines.errors import InputError
 from pipelines.evaluation.attentive import attentive_found
 from pipelines.evaluation.examples import examples
-from pipelines.evaluation.extraction import Extraction
+from pipelines.evaluation.extraction import Extraction, own_device
 from pipelines.evaluation.features import (
     Reader,
     Weights,
     block_reader,
     check_disk,
+    check_memory,
+    feature_width,
     head_classes,
     head_hits,
     head_reader,
@@ -62,7 +64,7 @@ from pipelines.evaluation.result import (
 from pipelines.progress import Progress
 from pipelines.records import read_values, write_record
 from pipelines.redaction import redacted_values
-from pipelines.steps import ray_is_there
+from pipelines.steps import ray_is_there, say_step
 from pipelines.tracking.datasets import short_name
 from pipelines.training.checkpoint import checkpoint_name
 from pipelines.training.run_dir import RunDir
@@ -87,6 +89,7 @@ def run(config: EvaluateConfig, *, start_ray: Callable[[], None] = ray_is_there)
     for name in ("run", "images"):
         if not getattr(config, name):
             raise InputError(f"{name} = '': give its directory or URI")
+    own_device(config)  # or it is refused at once
     weights = _weights(config.run)
     output = config.output or storage.join(storage.absolute(config.run), "evaluation")
     layers = check_layers(config, weights.model.depth, "this network")
@@ -263,14 +266,19 @@ def _evaluate(
     where: str,
 ) -> tuple[dict[str, Any], Mapping[str, Image.Image]]:
     """The report, and pictures of examples."""
-    device = config.device
-    # With workers `device` is theirs: this process may be on a head node without GPU.
-    if device == "auto" or (device.startswith("cuda") and config.scaling.num_workers):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = own_device(config)
     compared = _compared(config, weights, baseline)
     known = {
         name: candidate_layers(config, each.model.depth) for name, each in compared.items()
     } | {PIXELS: [0]}
+    check_memory(
+        len(data),
+        max(
+            feature_width(each.model, config.pooling, len(data), pixels=config.baselines)
+            for each in compared.values()
+        ),
+        device,
+    )
     if config.attentive:  # last, and by far the largest
         check_disk(
             sum(
@@ -278,6 +286,7 @@ def _evaluate(
                 for name, each in compared.items()
             )
         )
+    say_step(f"{'probes' if config.scaling.num_workers else 'features and probes'} on {device}")
     threads = config.num_threads or os.cpu_count() or 1
     images = Extraction(config=config, data=data, device=device, num_threads=threads)
     features = _features(images, weights, compared, known)

@@ -52,7 +52,8 @@ class EvaluateConfig(ProtocolConfig):
     batch_size: Annotated[int, Ge(1)] = 64
     """Images per forward pass."""
     device: str = "auto"
-    """auto, cpu, cuda, ..."""
+    """cpu, or cuda, mps and the like; auto: CUDA if it is here, else the CPU. With actors cpu, cuda
+    (a GPU each) or auto: GPUs if a node that is there now has some."""
     num_threads: Annotated[int, Ge(0)] = 0
     """Threads that decode images in this process; 0: as many as the machine has cores."""
     scaling: PoolConfig = field(default_factory=PoolConfig)

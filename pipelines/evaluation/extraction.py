@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
+import torch
 
 from beit.convert import Network
 from pipelines.config.evaluate import EvaluateConfig
@@ -74,3 +75,30 @@ class Extraction:
                     f"{first}; or raise --max_rejected to leave them out"
                 )
             yield each
+
+
+def own_device(config: EvaluateConfig) -> str:
+    """Where this process computes: on `device`; of `auto` on a CUDA device, if there is one.
+
+    With actors `device` is theirs: this process, perhaps on a head node, takes what it has.
+
+    Raises:
+        InputError: there is no such device, or actors do not compute on it.
+    """
+    device, workers = config.device, config.scaling.num_workers
+    if workers and device not in ("auto", "cpu", "cuda"):
+        raise InputError(
+            f"device = {device!r}: with scaling.num_workers = {workers} give auto, cpu or cuda; "
+            "Ray gives each actor a GPU of its own"
+        )
+    if device == "auto" or (workers and device == "cuda"):
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"device = {device!r}: torch {torch.__version__} cannot compute on it here ({reason}); "
+            "give --device auto or cpu"
+        ) from error
+    return device

@@ -7,10 +7,12 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -30,6 +32,7 @@ from pipelines.tables.class_names import comparable
 from pipelines.tables.weights_store import weights_fingerprint
 
 Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
+CGROUP = Path("/sys/fs/cgroup")
 MAX_PIXEL_SIDE = 64
 MANY_IMAGES = 20_000
 GRID_REGIONS = 4
@@ -170,7 +173,7 @@ def pixel_reader(num_images: int) -> Reader:
 
     The latter are as many numbers as a network's features: of a million images no more would fit.
     """
-    most = MAX_PIXEL_SIDE if num_images <= MANY_IMAGES else MAX_PIXEL_SIDE // 4
+    most = pixel_side(num_images)
 
     def read(pixels: Tensor) -> list[Tensor]:
         images = pixels.float() / 255
@@ -179,6 +182,11 @@ def pixel_reader(num_images: int) -> Reader:
         return [images.flatten(1)]
 
     return read
+
+
+def pixel_side(num_images: int) -> int:
+    """Most pixels a side that `pixel_reader` keeps of each of so many images."""
+    return MAX_PIXEL_SIDE if num_images <= MANY_IMAGES else MAX_PIXEL_SIDE // 4
 
 
 def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -284,11 +292,45 @@ def check_disk(size: int) -> None:
         raise InputError(_no_room(size, f"{free / 1e9:.1f} GB are free"))
 
 
+def check_memory(num_images: int, width: int, device: str) -> None:
+    """Raises InputError where there is no room to fit probes on `width` features of each image."""
+    block = 4 * num_images * width
+    # Beside the features of a block their copy on the device, and that normalised, for k-NN.
+    rooms = {"memory": (3, free_memory())}
+    if device.startswith("cuda"):
+        rooms = {"memory": (1, free_memory()), device: (3, torch.cuda.mem_get_info(device)[0])}
+    for place, (copies, free) in rooms.items():
+        if copies * block > free:
+            raise InputError(
+                f"max_images: probes on {width:,} features of {num_images:,} images need "
+                f"{copies * block / 1e9:.1f} GB of {place}, {free / 1e9:.1f} GB are free; lower "
+                "max_images, or have fewer features (pooling: mean; baselines: false)"
+            )
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take, of the machine or of its container (cgroup v2)."""
+    free = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):  # ValueError: "max", without a limit
+        limit = int((CGROUP / "memory.max").read_text())
+        used = int((CGROUP / "memory.current").read_text())
+        lines = map(str.split, (CGROUP / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(dict(lines)["inactive_file"]))  # cache gives way
+    return free
+
+
 def _no_room(size: int, why: str) -> str:
     return (
         f"{size / 1e9:.1f} GB are needed on disk, in {tempfile.gettempdir()}: {why}; set TMPDIR to "
         "a larger disk, or take less (max_images, layers; attentive: false)"
     )
+
+
+def feature_width(network: Network, pooling: str, num_images: int, *, pixels: bool) -> int:
+    """Features of an image: those of the network or, with `pixels`, of `pixel_reader` if more."""
+    side = min(network.image_size[0], pixel_side(num_images))
+    own = num_features(network.dim, pooling, network.grid_size)
+    return max(own, 3 * side * side) if pixels else own
 
 
 def num_features(dim: int, pooling: str, grid_size: tuple[int, int]) -> int:

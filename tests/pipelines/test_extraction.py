@@ -12,9 +12,17 @@ from pipelines import evaluate, storage
 from pipelines.config.evaluate import EvaluateConfig, PoolConfig
 from pipelines.config.protocol import ProtocolConfig
 from pipelines.errors import InputError
+from pipelines.evaluation import features as features_module
 from pipelines.evaluation import pool
 from pipelines.evaluation.extraction import Extraction
-from pipelines.evaluation.features import block_reader, patch_reader, pixel_reader
+from pipelines.evaluation.features import (
+    block_reader,
+    check_memory,
+    feature_width,
+    free_memory,
+    patch_reader,
+    pixel_reader,
+)
 from pipelines.evaluation.labelled_images import joined, read_labelled
 from pipelines.evaluation.pool import ComputeFeatures
 from tests.pipelines.test_evaluate import MEAN, OFF, STD, picture, small_model, write_table
@@ -101,6 +109,16 @@ def test_actors_find_what_one_process_finds(
     assert (tmp_path / "train/died").exists() == (actor is DiesOnce)
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+def test_what_an_actor_refuses_at_its_start_is_said_in_one_sentence(tmp_path, ray_cluster):
+    """It came as a traceback of Ray Data."""
+    images = extraction(tables_at(str(tmp_path)), scaling=PoolConfig(num_workers=1))
+    (tmp_path / "test/manifest.json").unlink()
+    with pytest.raises(InputError, match=r"^unit of images 0 to \d+: .*test: no finished image ta"):
+        read(images)
+
+
 def test_units_are_whole_batches_of_one_table(tmp_path):
     tables = tables_at(str(tmp_path))
     data = extraction(tables).data
@@ -138,3 +156,42 @@ def test_a_table_that_was_replaced_is_refused(tmp_path):
     [table, _] = tables_at(str(tmp_path))
     with pytest.raises(InputError, match="the table was replaced while its features"):
         pool.open_table(table, "another")
+
+
+@pytest.mark.parametrize(
+    ("device", "num_workers", "said"),
+    [("mps", 1, "auto, cpu or cuda"), ("cuda:1", 2, "auto, cpu or cuda"),
+     ("cuda:99", 0, "cannot compute on it here"), ("gpu", 0, "cannot compute on it here")],
+)  # fmt: skip
+def test_a_device_that_is_not_there_is_refused_at_once(device, num_workers, said):
+    """With actors another device than a GPU was taken for the CPU, in silence."""
+    scaling = PoolConfig(num_workers=num_workers)
+    config = EvaluateConfig(run="none", images="none", device=device, scaling=scaling)
+    with pytest.raises(InputError, match=f"^device = '{device}': .*{said}"):
+        evaluate.run(config)
+
+
+def test_what_memory_cannot_hold_is_refused_before_an_image_is_read(tmp_path, monkeypatch):
+    [table, _] = tables_at(str(tmp_path))
+    save_weights(small_model(), tmp_path / "run", extra={"pixel_mean": MEAN, "pixel_std": STD})
+    options = {"run": str(tmp_path / "run"), "images": table, "tracking": OFF}
+    monkeypatch.setattr(features_module, "free_memory", lambda: 600_000)
+    said = r"^max_images: probes on 768 features of 70 images need 0\.0 GB of memory.*baselines"
+    with pytest.raises(InputError, match=said):
+        evaluate.run(EvaluateConfig(**options))
+    check_memory(70, 714, "cpu")
+    network = small_model()
+    assert feature_width(network, "grid", 70, pixels=False) == 16 * 24
+    assert feature_width(network, "mean", 70, pixels=True) == 3 * 16 * 16
+
+
+def test_free_memory_is_that_of_the_container(tmp_path, monkeypatch):
+    whole = free_memory()
+    monkeypatch.setattr(features_module, "CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory() == pytest.approx(whole, rel=0.5)
+    for name, text in (
+        ("max", "9000\n"), ("current", "5000\n"), ("stat", "anon 1\ninactive_file 700\n")
+    ):  # fmt: skip
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert free_memory() == 4700
