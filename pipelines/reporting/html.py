@@ -9,7 +9,8 @@ from pipelines.reporting.compare import Setting, differing
 from pipelines.reporting.facts import Facts
 
 STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;color:#1c2530;max-width:1200px;margin:2rem auto}
+body{font:15px/1.45 system-ui,sans-serif;color:#1c2530;max-width:1200px;margin:2rem auto;
+padding:0 1rem}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:.25rem .8rem .25rem 0;border-bottom:1px solid #dde2e8}
@@ -52,7 +53,9 @@ def _sentence(settings: Sequence[Setting]) -> str:
     if not judged:
         return "None of these runs was evaluated; `beit evaluate --run RUN` says what they know."
     best = max(judged, key=lambda one: one.mean or 0.0)
-    text = f"Best linear probe: {best.label}, {_percent(best.mean)} %"
+    alone = len(settings) == 1
+    text = "Linear probe: " if alone else f"Best linear probe: {best.label}, "
+    text += f"{_percent(best.mean)} %"
     if best.spread is not None:
         text += f" ± {_percent(best.spread)} over {len(best.runs)} seeds"
     if best.difference is not None:
@@ -93,7 +96,9 @@ def _settings_table(settings: Sequence[Setting]) -> str:
     against = f"points against {settings[0].label} [95 %, in pairs]"
     head = ("setting", "seeds", "linear probe %, mean", "95 %", "spread over seeds", against)
     marked = any(ALONE_MARK in row[3] + row[5] for row in rows)
-    return _table(head, rows, "settings") + (f"<p>{ALONE_MARK} {ALONE}.</p>" if marked else "")
+    count = len(head) if len(settings) > 1 else -1  # alone it is against nothing
+    table = _table(head[:count], [row[:count] for row in rows], "settings")
+    return table + (f"<p>{ALONE_MARK} {ALONE}.</p>" if marked else "")
 
 
 def _marked(interval: str, of_seeds: bool) -> str:

@@ -232,6 +232,15 @@ def test_one_run_is_one_run(made, tmp_path):
     assert "<h1>1 run of beit</h1>" in output.read_text()
 
 
+def test_seeds_of_one_setting_are_compared_with_no_other(made, tmp_path):
+    config, runs, _, _ = made
+    output = tmp_path / "seeds.html"
+    report.run(ReportConfig(runs=runs[:2], output=str(output), tracking=config))
+    head, _ = Tables(output.read_text()).tables["settings"]
+    assert head == ["setting", "seeds", "linear probe %, mean", "95 %", "spread over seeds"]
+    assert "<b>Linear probe: 52.0 % ± 4.2 over 2 seeds.</b>" in output.read_text()
+
+
 def test_seeds_of_earlier_versions_and_otherwise_watched_are_of_one_setting(made):
     client = MlflowClient(made[0].uri)
 
