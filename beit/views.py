@@ -165,12 +165,12 @@ def render_all(
 def render_fast(pixels: np.ndarray, view: View, size: int) -> np.ndarray:
     """Nearly `render(pixels, view, size, "bicubic")`, for training only: never for tokens.
 
-    ``pixels`` is uint8 (height, width, 3); so is the result, with sides ``size`` (its memory is
+        ``pixels`` is uint8 (height, width, 3); so is the result, with sides ``size`` (its memory is
     channel-first, ready for a batch). Three things differ from `render`: torch's antialiased
-    bicubic filter on uint8 rounds its weights differently, saturation is computed in 16-bit
-    integers, and the grey level about which contrast turns, where the view does not say it, is
-    estimated if jitters precede it. On photographs the mean absolute difference is 0.02 grey
-    levels, and 0.05 is the bound that `tests/beit/test_views.py` holds it to.
+    bicubic filter on uint8 rounds its weights differently, factors of saturation have few bits, and
+    the grey level about which contrast turns, where the view does not say it, is estimated if
+    jitters precede it. On photographs the mean absolute difference is 0.02 grey levels, and 0.05 is
+    the bound that `tests/beit/test_views.py` holds it to.
     """
     import torch
 
@@ -179,8 +179,7 @@ def render_fast(pixels: np.ndarray, view: View, size: int) -> np.ndarray:
     pivot = view.grey_level or 0
     if not view.sees_its_box_only:
         pivot = fast_mean_grey(pixels, steps[:on_full])
-    crop = pixels[rows, columns]
-    planes = fast_jitter(crop[:, ::-1] if view.flip else crop, steps, pivot)
+    planes = fast_jitter(pixels, rows, columns, view.flip, steps, pivot)
     resized = torch.from_numpy(planes)[None]
     # Pillow 13 resizes rows before columns in just this case; the other order rounds otherwise.
     if view.height > size and view.height - size > 2 * (view.width - size):

