@@ -163,11 +163,11 @@ class ComputeFeatures:
         self.task, self.attempts = task, attempts
         self.lock = threading.Lock()
         self.device = "cuda" if task.num_gpus else "cpu"
-        self.trouble: Exception | None = None
+        self.refusal: InputError | None = None
         try:
             self._open()
-        except Exception as error:  # told by the first unit: Ray would show its own frames
-            self.trouble = error
+        except InputError as error:  # told by the first unit: Ray would show its own frames
+            self.refusal = error
 
     def _open(self) -> None:
         task = self.task
@@ -190,8 +190,8 @@ class ComputeFeatures:
 
     def compute(self, unit: FeatureUnit) -> Outcome:
         """Features of a unit as a file of safetensors, each (L, n, ...)."""
-        if self.trouble is not None:
-            return Outcome.of_error(unit.index, unit.name, self.trouble)
+        if self.refusal is not None:
+            return Outcome.of_error(unit.index, unit.name, self.refusal)
         damaged: dict[int, str] = {}
         made: dict[str, list[np.ndarray]] = {name: [] for name in self.readers}
         try:

@@ -110,7 +110,11 @@ class EncodeUnits:
 
     def __init__(self, task: TokenizeTask, attempts: ActorHandle | None) -> None:
         self.task, self.attempts = task, attempts
-        self.tokenizer = open_tokenizer(task)
+        self.refusal: InputError | None = None
+        try:
+            self.tokenizer = open_tokenizer(task)
+        except InputError as error:  # told by the first unit: Ray would show its own frames
+            self.refusal = error
         self.lock = threading.Lock()
         # None until the first unit: starting up is no waiting.
         self.free_since: float | None = None
@@ -124,6 +128,8 @@ class EncodeUnits:
         unit, note = _unit(row["unit"]), json.loads(row["note"])
         if "outcome" in note:
             return Outcome(**note["outcome"])
+        if self.refusal is not None:
+            return _trouble(unit, self.refusal)
         identity = self.task.identity
         views, size = identity.num_views, identity.image_size
         token_ids = np.frombuffer(row["token_ids"], np.uint16)

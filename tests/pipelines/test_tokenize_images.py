@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import ray.data
 
@@ -26,6 +27,7 @@ from pipelines.tokenization import report as token_report
 from pipelines.tokenization import task as token_task
 from pipelines.tokenization.gate import Gate
 from pipelines.tokenization.ledger import Ledger, plan_units
+from pipelines.units import Outcome
 from tests.chaos import world
 
 ROWS = 240
@@ -511,3 +513,17 @@ def test_without_images_the_message_says_what_to_do(tmp_path, tokenizer, ray_clu
     with pytest.raises(InputError, match="tokenizer"):
         images = world.make_images(str(tmp_path / "images"), count=6)
         tokenize_images.run(world.make_config(images, tmp_path / "no", tmp_path / "t"))
+
+
+def test_what_an_encoder_refuses_at_its_start_is_said_by_its_units(monkeypatch):
+    """Out of a constructor it came as a traceback of Ray Data."""
+
+    def refuse(_):
+        raise InputError("encoders.num_gpus = 1: no CUDA device")
+
+    monkeypatch.setattr(token_pool, "open_tokenizer", refuse)
+    unit = {"index": 0, "part": {"name": "part-00000.parquet"}, "start": 0, "stop": 4}
+    rows = pa.table({"unit": [json.dumps(unit)], "note": ["{}"], "pixels": [b""]})
+    said = token_pool.EncodeUnits(None, None)(rows)["outcome"].to_pylist()
+    with pytest.raises(InputError, match=r"^unit .*: encoders\.num_gpus = 1: no CUDA device$"):
+        Outcome.from_json(said[0]).check()
