@@ -7,8 +7,9 @@ threads and child processes), so that other work on the machine disturbs them le
 would disturb wall time. The pictures are cut out of photographs that scikit-learn and matplotlib
 bring along: 500x375 JPEGs, quality 90, 4:2:0.
 
-WebDataset and litdata are measured where installed, with upstream's transform; mosaicml-streaming
-cannot be, for it imports torchvision (see `benchmarks/upstream.py`).
+WebDataset, litdata and mosaicml-streaming are measured where installed, with upstream's transform.
+The last imports torchvision, which needs an environment with its own build of torch (see
+`benchmarks/upstream.py`): there all loaders are measured in one run.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -56,6 +58,10 @@ try:
     from litdata.streaming import Cache
 except ImportError:
     litdata = None
+try:
+    import streaming
+except ImportError:
+    streaming = None
 
 POLICY = ViewPolicy(seed=0)
 MASKING = MaskingConfig()
@@ -161,6 +167,26 @@ def lit_loader(folder: Path, files: list[bytes]) -> Callable[[], None]:
     return run
 
 
+def mosaic_loader(folder: Path, files: list[bytes]) -> Callable[[], None]:
+    """mosaicml-streaming's loader of the files, from one shard on the disk."""
+    with streaming.MDSWriter(out=str(folder), columns={"jpg": "bytes"}) as writer:
+        for data in files:
+            writer.write({"jpg": data})
+    transform = Upstream()
+
+    class Views(streaming.StreamingDataset):
+        def __getitem__(self, at: int) -> tuple[torch.Tensor, torch.Tensor]:
+            return transform(super().__getitem__(at)["jpg"])
+
+    dataset = Views(local=str(folder), shuffle=True, batch_size=BATCH)
+
+    def run() -> None:
+        for _ in streaming.StreamingDataLoader(dataset, batch_size=BATCH, num_workers=2):
+            pass
+
+    return run
+
+
 def transforms(files: list[bytes]) -> dict[str, Callable[[], None]]:
     """One pass over all files each, in this thread."""
     upstream, plain = Upstream(), Upstream(jitter=False)
@@ -249,6 +275,8 @@ def loaders(root: Path, files: list[bytes]) -> dict[str, Callable[[], None]]:
     peers = {"WebDataset, upstream transform": tar_loader} if webdataset else {}
     if litdata:
         peers["litdata, upstream transform"] = lit_loader(root / "litdata", files)
+    if streaming:
+        peers["mosaicml-streaming, upstream transform"] = mosaic_loader(root / "mosaic", files)
 
     def ours(data: TrainingTables, fast: bool = True) -> Callable[[], None]:
         def run() -> None:
@@ -347,7 +375,8 @@ def main() -> None:
         "",
         f"{len(files)} JPEGs of 500x375, quality 90, {kilobytes:.0f} kB on average; "
         f"{arguments.rounds} interleaved rounds. Python {platform.python_version()}, "
-        f"Pillow {PIL.__version__}, torch {torch.__version__}, {platform.machine()}. "
+        f"Pillow {PIL.__version__}, torch {torch.__version__}, {platform.machine()}, "
+        f"{'with' if find_spec('numba') else 'without'} numba. "
         "Written by `benchmarks/ingest.py`; CPU time counts all threads and processes.",
         "",
         "## One core: decode and transform, from memory",
