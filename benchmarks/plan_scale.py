@@ -97,7 +97,8 @@ def drive(directory, rows_per_unit):
     for start in range(0, len(todo), UNITS_PER_ROUND):
         chunk = todo[start : start + UNITS_PER_ROUND]
         texts = [
-            json.dumps(vars(tokenize_images._unit(units, images, unit, None))) for unit in chunk
+            json.dumps(vars(tokenize_images._unit(units, images, unit, None, None)))
+            for unit in chunk
         ]
     del texts
     step("hand out the other half, round by round")
