@@ -13,11 +13,13 @@ from pipelines.errors import InputError
 from pipelines.reading import ingest
 from pipelines.reading.ingest import open_training_tables
 from pipelines.tables.image_table import ImageTable
+from pipelines.training.run_dir import RunDir
 from tests.faulty_proxy import faulty_proxy
 from tests.pipelines import ingest_fixtures, pretrain_fixtures
 from tests.pipelines.pretrain_fixtures import Killed, dies_after, per_step, small_config
 from tests.pipelines.pretrain_fixtures import weight_bytes as weights_of
 from tests.pipelines.test_ingest import assert_same, make_order, stream
+from tests.pipelines.test_resume import TRAIN_LOOP, run_until
 from tests.pipelines.view_fixtures import write_views
 from tests.s3_server import bucket, s3  # noqa: F401 - fixtures
 
@@ -159,6 +161,39 @@ def test_a_run_is_that_on_exact_views_though_it_was_killed(trained, tmp_path, mo
     pretrain.run(config)
     assert per_step(str(tmp_path / "run")) == per_step(str(root / "exact"))
     assert weights_of(str(tmp_path / "run")) == weights_of(str(root / "exact"))
+
+
+def on_exact_views(config, plan, world, log):
+    """`train_loop` that renders as stored views were."""
+    real = ingest.train_batches
+    ingest.train_batches = functools.partial(real, fast=False)
+    try:
+        TRAIN_LOOP(config, plan, world, log)
+    finally:
+        ingest.train_batches = real
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_two_workers_train_as_on_exact_views_and_as_one_does(
+    trained, tmp_path, monkeypatch, ray_cluster
+):
+    """The group ends in the middle, and another one goes on."""
+    root, tables = trained
+    two = {"scaling": {"num_workers": 2}}
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "train_loop", on_exact_views)
+        pretrain.run(small_config(tables, tmp_path / "exact", **two))
+    config = from_views(trained, tmp_path / "run", images="", **two)
+    run_until(config, 8)
+    pretrain.run(config)
+    found, alone = per_step(str(tmp_path / "run")), per_step(str(root / "exact"))
+    assert [attempt.workers for attempt in RunDir(config.output).attempts()] == [2, 2]
+    assert found == per_step(str(tmp_path / "exact"))
+    assert weights_of(str(tmp_path / "run")) == weights_of(str(tmp_path / "exact"))
+    for step, (loss, samples) in alone.items():
+        assert found[step][1] == samples
+        assert found[step][0] == pytest.approx(loss, abs=5e-5)
 
 
 MAE = {
