@@ -32,6 +32,7 @@ import sklearn.datasets
 import torch
 from PIL import Image
 
+from beit import jitter
 from beit.images import decode_array, decode_image, image_digest
 from beit.views import ViewPolicy, render, render_fast, render_sizes, sample_view
 from benchmarks.upstream import Upstream, UpstreamFolder
@@ -291,15 +292,14 @@ def loaders(root: Path, files: list[bytes]) -> dict[str, Callable[[], None]]:
 
     grey = [np.full((224, 224, 3), 128, np.uint8)]
 
-    def untransformed() -> None:
-        with mock.patch.object(decoding, "render_encoded", lambda *_, **__: grey):
-            ours(data)()
-
+    uncompiled = mock.patch.object(jitter, "_compiled", lambda: None)
+    undecoded = mock.patch.object(decoding, "render_encoded", lambda *_, **__: grey)
     variants = {
         "torch DataLoader, upstream transform": torch_loader,
         "train_batches, exact": ours(data, False),
         "train_batches, fast": ours(data),
-        "train_batches, nothing decoded": untransformed,
+        "train_batches, fast without numba": uncompiled(ours(data)),
+        "train_batches, nothing decoded": undecoded(ours(data)),
     }
     variants |= {f"train_batches, {form} views": ours(stored[form]) for form in CODECS}
     return variants | peers

@@ -142,7 +142,7 @@ def train_batches(
         grid_size: Patches per column and row; needed only without token tables.
         num_threads: Decoding threads (threads executor only).
         prefetch_batches: Batches decoded ahead of the consumer.
-        fast: Patch view within 0.05 grey levels (mean) of the exact one, in two thirds of the time;
+        fast: Patch view within 0.05 grey levels (mean) of the exact one, in half of the time;
             says nothing where views are stored.
         interpolation: Filter of the exact patch view, where it is not `fast`.
         token_view: Size and filter of the tokenizer's view, to tokenize online.
