@@ -160,10 +160,12 @@ def _compute(
 ) -> tuple[int, float]:
     """Runs what is to do; returns units done and the seconds they took."""
     todo, before = ledger.todo(), ledger.rows_done
+    if not len(todo):
+        say("render: every unit is there; the table is closed")
+        return 0, 0.0
     if before:
         say(f"going on: {before:,} of {images.num_rows:,} images are done")
-    if len(todo):
-        say_step("waiting for the first unit")
+    say_step("waiting for the first unit")
     progress = Progress(images.num_rows, "render", "images", initial=ledger.rows_settled)
     begin, computed = time.monotonic(), 0
     with kept(ledger, progress, images.num_rows):

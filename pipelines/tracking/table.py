@@ -119,7 +119,7 @@ def run_name(stage: str, params: Mapping[str, object]) -> str:
         words.append(f"{params.get('masking.kind')} {params.get('masking.num_masked')}")
         words.append(_length(params))
     if stage in ("tokenize", "render") and "num_views" in params:
-        words.append(f"{params['num_views']} views")
+        words.append(f"{params['num_views']} {params.get('form', '')} views".replace("  ", " "))
     places = ["run", "weights", "source", "images"]
     places += ["tokenizer"] if stage == "tokenize" else []
     names = [short_name(str(params[place])) for place in places if params.get(place)]

@@ -356,6 +356,8 @@ def test_names_and_parameters_say_what_differs(judged):
     [
         ("tokenize", {"images": "/a/emoji/images", "tokenizer": "/a/emoji/tokenizer",
                       "num_views": 4}, "tokenize · 4 views · emoji"),
+        ("render", {"images": "/a/emoji/images", "num_views": 4, "form": "jpeg95"},
+         "render · 4 jpeg95 views · emoji"),
         ("pretrain", {"objective.kind": "mae", "masking.kind": "random", "masking.num_masked": 147,
                       "optim.steps": 9, "images": "/a/emoji/images", "output": "/a/low-lr/run"},
          "mae · low-lr · random 147 · 9 steps · emoji"),
