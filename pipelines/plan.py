@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipelines import view_evidence
 from pipelines.config.plan import PlanConfig
 from pipelines.tables import tokenizer_store
 from pipelines.tables.image_table import ImageTable
@@ -54,6 +55,23 @@ class PixelPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ViewPlan:
+    """What another number of views would take, and what is known of it."""
+
+    num_views: int
+    tokenize_hours: float
+    token_bytes: int
+    known: str
+    """What the evidence says of this number (`view_evidence`)."""
+
+    def line(self) -> str:
+        return (
+            f"{self.num_views:,}: {_hours(self.tokenize_hours)}, {_bytes(self.token_bytes)}, "
+            f"{self.known}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanResult:
     """Costs; times are wall-clock hours with all GPUs and CPUs busy."""
 
@@ -77,6 +95,8 @@ class PlanResult:
     """GPU-hours that the tokenizer would take if tokens were computed during training."""
     break_even_epochs: int
     """From so many epochs on, caching takes fewer GPU-hours than computing online."""
+    views: tuple[ViewPlan, ...]
+    """Other numbers of views; the last is a new view each epoch."""
     pixels: tuple[PixelPlan, ...]
     render_hours: float
     """To store all views once (`beit render`), on all cores."""
@@ -97,6 +117,8 @@ class PlanResult:
             f"pretrain   {_hours(self.pretrain_hours)}, {self.pretrain_gpu_hours:,.1f} {unit}",
             f"together   {cached:,.1f} {unit}; computing tokens online instead {online:,.1f}",
             f"caching pays from {self.break_even_epochs} epochs on",
+            "views, at choice (docs/evidence.md: a small network, drawings of 64 pixels):",
+            *(f"  {plan.line()}" for plan in self.views),
             "pixels in pretraining, at choice:",
             *(f"  {plan.line()}" for plan in self.pixels),
             f"views are rendered once, in {_hours(self.render_hours)} on all cores, or in "
@@ -135,9 +157,7 @@ def run(config: PlanConfig) -> PlanResult:
     else:
         assumptions.append(f"{encode_rate:,.0f} views/s a GPU: stated, not measured")
         num_patches = num_patches or NUM_PATCHES
-    decode_rate = config.decode_rate or 1000 / (
-        DECODE_MILLISECONDS + RENDER_MILLISECONDS * config.num_views
-    )
+    decode_rate = config.decode_rate or 1000 / _milliseconds(config.num_views)
     assumptions += [
         f"{decode_rate:,.0f} images/s a core for decoding and rendering all "
         f"{config.num_views} views: stated, not measured here",
@@ -149,10 +169,22 @@ def run(config: PlanConfig) -> PlanResult:
         "pixels: JPEGs of 500 x 375 and views of 224 pixels, as measured for "
         "benchmarks/results/ingest.md, not here",
     ]
-    views = num_images * config.num_views
-    encode_seconds = views / (encode_rate * config.num_gpus)
+    encode_seconds = num_images * config.num_views / (encode_rate * config.num_gpus)
     decode_seconds = num_images / (decode_rate * config.num_cpus)
     tokenize_hours = max(encode_seconds, decode_seconds) / 3600
+    view_bytes = num_images * num_patches * BYTES_PER_TOKEN
+
+    def other(num_views: int) -> ViewPlan:
+        encoding = encode_seconds * num_views / config.num_views
+        decoding = decode_seconds * _milliseconds(num_views) / _milliseconds(config.num_views)
+        return ViewPlan(
+            num_views=num_views,
+            tokenize_hours=max(encoding, decoding) / 3600,
+            token_bytes=view_bytes * num_views,
+            known=view_evidence.known_of(config.epochs, num_views),
+        )
+
+    counts = {1, config.num_views, math.ceil(config.epochs / 10), config.epochs}
     gpu_second = 1 / (3600 * encode_rate)
     pretrain_gpu_hours = num_images * config.epochs / config.train_rate / 3600
     return PlanResult(
@@ -165,13 +197,14 @@ def run(config: PlanConfig) -> PlanResult:
         tokenize_gpu_hours=tokenize_hours * config.num_gpus,
         limited_by="encoding" if encode_seconds >= decode_seconds else "decoding",
         image_bytes=image_bytes,
-        token_bytes=views * num_patches * BYTES_PER_TOKEN,
+        token_bytes=view_bytes * config.num_views,
         pretrain_hours=pretrain_gpu_hours / config.num_gpus,
         pretrain_gpu_hours=pretrain_gpu_hours,
         online_gpu_hours=num_images * config.epochs * gpu_second,
         break_even_epochs=break_even(
             tokenize_hours * config.num_gpus, online_gpu_hours_per_epoch=num_images * gpu_second
         ),
+        views=tuple(other(count) for count in sorted(counts)),
         pixels=tuple(_pixels(config, num_images, image_bytes)),
         render_hours=decode_seconds / 3600,
         render_break_even_epochs=1
@@ -180,6 +213,11 @@ def run(config: PlanConfig) -> PlanResult:
         ),
         assumptions=tuple(assumptions),
     )
+
+
+def _milliseconds(num_views: int) -> float:
+    """CPU time of an image, of which so many views are rendered."""
+    return DECODE_MILLISECONDS + RENDER_MILLISECONDS * num_views
 
 
 def _pixels(config: PlanConfig, num_images: int, image_bytes: int) -> Iterator[PixelPlan]:

@@ -81,7 +81,7 @@ def _row(setting: Cell, reference: Cell, results: Results) -> str:
     found = _of(setting, results)
     if not found:
         return "open | | | | | |"
-    paired = _against(setting, reference, results)
+    paired = against(setting, reference, results)
     knn = np.mean([cell["scores"]["pretrained"]["knn"] for cell in found.values()])
     loss = np.mean([cell["held_out_loss"] for cell in found.values()])
     seconds = np.median([cell["training_seconds"] for cell in found.values()])
@@ -116,11 +116,11 @@ def rule(results: Results) -> str:
     for experiment in experiments()[:2]:
         reference = experiment.settings[0]
         fit = []
-        whole = [s for s in experiment.settings if set(_of(s, results)) == set(SEEDS)]
+        whole = [setting for setting in experiment.settings if is_whole(setting, results)]
         if not set(experiment.settings[:3]) <= set(whole):  # V = E, E/10 and 1
             return "**The rule for V is open**: cells of the first two experiments are missing.\n"
         for setting in whole:
-            paired = _against(setting, reference, results)
+            paired = against(setting, reference, results)
             if paired is None or paired.low > MARGIN:
                 fit.append(setting.views)
         enough.append((reference.views, min(fit)))
@@ -168,6 +168,11 @@ def origins(results: Results) -> str:
     return "\n".join([*head, *lines, ""])
 
 
+def is_whole(setting: Cell, results: Results) -> bool:
+    """Whether all seeds of a setting are there."""
+    return set(_of(setting, results)) == set(SEEDS)
+
+
 def _of(setting: Cell, results: Results) -> dict[int, Any]:
     """Results of a setting, by seed."""
     named = {seed: dataclasses.replace(setting, seed=seed).name for seed in SEEDS}
@@ -178,7 +183,7 @@ def _hits(found: dict[int, Any]) -> np.ndarray:
     return np.array([[int(hit) for hit in cell["hits"]] for cell in found.values()])
 
 
-def _against(setting: Cell, reference: Cell, results: Results) -> Estimate | None:
+def against(setting: Cell, reference: Cell, results: Results) -> Estimate | None:
     """Paired difference over the seeds that both have; None for the reference itself."""
     mine, theirs = _of(setting, results), _of(reference, results)
     seeds = [seed for seed in mine if seed in theirs]

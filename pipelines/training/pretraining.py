@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipelines import storage
+from pipelines import storage, view_evidence
 from pipelines.config.pretrain import PretrainConfig
 from pipelines.errors import InputError
 from pipelines.reading.ingest import TrainingTables
@@ -95,6 +95,13 @@ def plan_run(config: PretrainConfig) -> tuple[TrainingTables, PretrainPlan]:
         say_step(
             f"model.layer_scale_init = {config.model.layer_scale_init}: MAE has no layer scale, so "
             "beit export will write this encoder without its decoder; null is MAE's own"
+        )
+    epochs, views = plan.total_steps / plan.steps_per_epoch, len(tables.views)
+    if views and view_evidence.is_outside(epochs, views):
+        say_step(
+            f"{views} views in {epochs:.0f} epochs, {view_evidence.known_of(epochs, views)} "
+            "(docs/evidence.md). More views: beit tokenize --first_view "
+            f"{tables.views.max() + 1}, then name both tables in --tokens"
         )
     return tables, plan
 

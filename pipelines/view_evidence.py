@@ -1,0 +1,57 @@
+"""How many stored views are enough, as far as it was measured: docs/evidence.md.
+
+The mask is drawn anew each time an image is seen, so that a view that comes again is not the same
+task. How often it may come without a loss is known from one small network on drawings of 64 pixels.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """One count of views, against a view of its own for each epoch."""
+
+    epochs: int
+    views: int
+    points: float
+    """By which the linear probe was better."""
+    low: float
+    """Of the 95 % interval, as is `high`."""
+    high: float
+
+    @property
+    def epochs_a_view(self) -> float:
+        """How often a view was seen."""
+        return self.epochs / self.views
+
+    def told(self) -> str:
+        """What was found."""
+        return f"{self.points:+.1f} points [{self.low:+.1f}, {self.high:+.1f}]"
+
+
+TRIED = (
+    Tried(epochs=40, views=4, points=0.6, low=-0.8, high=2.0),
+    Tried(epochs=40, views=1, points=1.1, low=-0.2, high=2.4),
+)
+"""From benchmarks/results/evidence.json, by which a test goes; few epochs a view first."""
+
+
+def known_of(epochs: float, views: int) -> str:
+    """What the evidence says of so many views in a run of so many epochs."""
+    if views >= epochs:
+        return "a new view each epoch"
+    nearest = next((t for t in TRIED if t.epochs_a_view * views >= epochs), None)
+    each = f"each seen in {epochs / views:.0f} epochs"
+    if nearest is None:
+        return f"{each}: outside of the evidence, which goes to {most_epochs_a_view():.0f}"
+    return f"{each}: up to {nearest.epochs_a_view:.0f} gave {nearest.told()}"
+
+
+def most_epochs_a_view() -> float:
+    """The most that were tried."""
+    return TRIED[-1].epochs_a_view
+
+
+def is_outside(epochs: float, views: int) -> bool:
+    """Whether a view is seen in more epochs than was ever tried."""
+    return epochs > views * most_epochs_a_view()
