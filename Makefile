@@ -29,11 +29,11 @@ $(BIN)/.uv:
 	@touch $@
 
 $(BIN)/.run: $(BIN)/.uv pyproject.toml constraints.txt
-	UV_FIND_LINKS="$(LINKS)" $(BIN)/uv pip install -q --python $(BIN)/python $(TORCH_BACKEND) -c constraints.txt -e ".[jpeg,sample]"
+	UV_FIND_LINKS="$(LINKS)" $(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python $(TORCH_BACKEND) -c constraints.txt -e ".[jpeg,sample]"
 	@touch $@
 
 $(BIN)/.dev: $(BIN)/.uv pyproject.toml constraints.txt
-	UV_FIND_LINKS="$(LINKS)" $(BIN)/uv pip install -q --python $(BIN)/python $(TORCH_BACKEND) -c constraints.txt -e ".[dev]"
+	UV_FIND_LINKS="$(LINKS)" $(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python $(TORCH_BACKEND) -c constraints.txt -e ".[dev]"
 	$(BIN)/uv pip install -q --no-deps --target .venv/peers $(PEERS)
 	@touch $@ $(BIN)/.run
 
