@@ -98,10 +98,11 @@ def fast_jitter(
 
 @functools.cache
 def _compiled() -> Callable[..., None] | None:
-    """`compiled_jitter.jitter_box`, or None without numba or a place for what it compiles."""
+    """`compiled_jitter.jitter_box`, or None where numba is missing or cannot load or compile it."""
     try:
         from beit.compiled_jitter import jitter_box
-    except (ImportError, RuntimeError):
+    except Exception:
+        # No numba, or a cache that is full, damaged or not ours: the bits are the same without.
         return None
     function: Callable[..., None] = jitter_box
     return function

@@ -25,7 +25,7 @@ from pipelines.config.evaluate import EvaluateConfig
 from pipelines.config.prepare import PrepareConfig
 from pipelines.config.pretrain import PretrainConfig
 from pipelines.config.report import ReportConfig
-from pipelines.config.tokenize_images import TokenizeConfig
+from pipelines.config.tokenize_images import TokenizeConfig, refuse_idle_views
 from pipelines.config.train_tokenizer import TrainTokenizerConfig
 from pipelines.errors import InputError
 
@@ -39,10 +39,10 @@ class PipelineConfig:
     """The stages of the chain; their inputs and outputs are places below `output`."""
 
     output: str
-    """Directory or URI that gets images/, tokenizer/, tokens/ and run/."""
+    """Directory or URI that gets images/, tokenizer/, tokens/ and run/, and views/ if asked for."""
     store_views: bool = False
     """Pixels of the views are stored beside their tokens, in views/ (`tokenize.view_form`), and
-    trained on."""
+    trained on by trainings of `pretrain`'s `image_size` that predict tokens."""
     prepare: PrepareConfig
     """Images to an image table."""
     train_tokenizer: TrainTokenizerConfig
@@ -66,6 +66,13 @@ class PipelineConfig:
                 f"evaluate.output = {self.evaluate.output!r}: each training of `arms` has its own "
                 "evaluation below its run; leave it out"
             )
+        if self.tokenize.store_views:
+            raise InputError(
+                f"tokenize.store_views = {self.tokenize.store_views!r}: a chain stores views in "
+                "views/; give --store_views true instead"
+            )
+        if not self.store_views:
+            refuse_idle_views(self.tokenize, "tokenize.")
 
 
 def stages(config: PipelineConfig) -> Iterator[tuple[str, str, Any]]:

@@ -7,7 +7,7 @@ and the table is the same, byte for byte, as that of an undisturbed run.
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -16,8 +16,8 @@ import numpy as np
 
 from beit.tokenizers import ImageTokenizer
 from pipelines import lease, render, storage, tracking, unit_tables
-from pipelines.config.checks import flatten
-from pipelines.config.tokenize_images import TokenizeConfig, stored_views
+from pipelines.config.checks import flatten, require
+from pipelines.config.tokenize_images import TokenizeConfig, refuse_idle_views, stored_views
 from pipelines.errors import InputError
 from pipelines.progress import Progress
 from pipelines.rendering.alongside import Alongside, alongside
@@ -51,8 +51,8 @@ def run(config: TokenizeConfig, *, start_ray: Callable[[], None] = ray_is_there)
     for name in ("images", "tokenizer", "output"):
         if not getattr(config, name):
             raise InputError(f"{name} is empty: give a URI with --{name}")
-    if config.view_form != "lossless" and not config.store_views:
-        raise InputError(f"view_form = {config.view_form!r}: give --store_views, or leave it out")
+    if not config.store_views:
+        refuse_idle_views(config)
     images = ImageParts.open(config.images)
     images.check_parts()
     tokenizer = token_task.load_tokenizer(config)
@@ -67,22 +67,36 @@ def run(config: TokenizeConfig, *, start_ray: Callable[[], None] = ray_is_there)
     result = _make_tokens(config, images, tokenizer, units, stored, start_ray)
     if stored is None:
         return result
-    # What the pass left, and the manifest.
-    return replace(result, views=render.run(stored.config, start_ray=start_ray))
+    with _named_as_here():  # What the pass left, and the manifest.
+        return replace(result, views=render.run(stored.config, start_ray=start_ray))
 
 
 def _stored_views(config: TokenizeConfig, images: ImageParts) -> RenderPlan | None:
     """The view table that is made in the same pass.
 
     Raises:
-        InputError: it was made, or begun, with other options.
+        InputError: it was made, or begun, with other options, or is where the tokens go.
     """
     wanted = stored_views(config)
     if wanted is None:
         return None
     plan = RenderPlan.of(wanted, images)
-    plan.take_up()
+    apart = plan.task.output.rstrip("/") != storage.absolute(config.output).rstrip("/")
+    require(apart, "store_views", config.store_views, "give another URI than --output")
+    with _named_as_here():
+        plan.take_up()
     return plan
+
+
+@contextmanager
+def _named_as_here() -> Iterator[None]:
+    """Refusals of `render`, whose fields have other names, say which of `tokenize` they mean."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(
+            f"store_views (view_form, view_size, view_rows_per_unit): {error}"
+        ) from error
 
 
 def _make_tokens(

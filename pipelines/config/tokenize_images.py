@@ -102,8 +102,14 @@ class TokenizeConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        apart = not self.store_views or self.store_views != self.output
-        require(apart, "store_views", self.store_views, "give another URI than --output")
+
+
+def refuse_idle_views(config: TokenizeConfig, prefix: str = "") -> None:
+    """Raises InputError for what is said of stored views where none are asked for."""
+    for name in ("view_form", "view_size", "view_rows_per_unit"):
+        value = getattr(config, name)
+        kept = value == getattr(TokenizeConfig, name)
+        require(kept, prefix + name, value, "give --store_views, or leave it out")
 
 
 def stored_views(config: TokenizeConfig) -> RenderConfig | None:

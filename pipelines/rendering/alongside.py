@@ -50,7 +50,7 @@ class Alongside:
 
 @contextmanager
 def alongside(plan: RenderPlan | None, token_units: Units) -> Iterator[Alongside | None]:
-    """Inside, this driver alone writes the view table of `plan`, if that is not finished.
+    """Inside, this driver alone writes the view table of `plan`, if there are files to be made.
 
     Raises:
         StageFailed: another one does, whose heart beats, and `lease.when_held` is `stop`.
@@ -61,13 +61,15 @@ def alongside(plan: RenderPlan | None, token_units: Units) -> Iterator[Alongside
         return
     with lease.held(plan.task.output, plan.config.lease, stage="tokenize") as holder:
         ledger, _ = plan.take_up(holder.fence)
-        if ledger.finished:  # by who had the lease before
-            yield None
-            return
-        ledger.claim(plan.wanted)
-        # Files without a receipt are read and judged by `render`.
-        unverified = ledger.load()
-        try:
-            yield Alongside(ledger, np.setdiff1d(ledger.todo(), unverified), token_units)
-        finally:
-            ledger.save()
+        if not ledger.finished:  # by who had the lease before
+            ledger.claim(plan.wanted)
+            # Files without a receipt are read and judged by `render`.
+            unverified = ledger.load()
+            todo = np.setdiff1d(ledger.todo(), unverified)
+            if len(todo):
+                try:
+                    yield Alongside(ledger, todo, token_units)
+                finally:
+                    ledger.save()
+                return
+    yield None  # The lease is free: others may close the table.

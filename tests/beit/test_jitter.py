@@ -2,6 +2,8 @@
 
 import importlib.util
 import math
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -85,3 +87,30 @@ def test_every_colour_that_two_channels_can_make(form, monkeypatch):
         np.testing.assert_array_equal(fast_jitter(pixels, whole, whole, False, steps, 99), expected)
     monkeypatch.setattr(jitter, "_BLOCK_BYTES", 7 * 12 * 256)
     np.testing.assert_array_equal(fast_jitter(colours, whole, whole, False, steps, 99), expected)
+
+
+def test_a_damaged_cache_is_done_without(tmp_path):
+    if not importlib.util.find_spec("numba"):
+        pytest.skip("needs the fast extra")
+    code = """
+import numpy as np
+from beit import jitter
+
+box, steps = (slice(1, 4), slice(0, 3)), [("contrast", 0.7), ("saturation", 1.3)]
+pixels = np.arange(0, 240, 5, np.uint8).reshape(4, 4, 3)
+planes = jitter.fast_jitter(pixels, *box, True, steps, 99)
+print(jitter._compiled() is not None, planes.tolist())
+"""
+
+    def said():
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)},
+            text=True, stdout=subprocess.PIPE, check=True,
+        )  # fmt: skip
+        return done.stdout.partition(" ")
+
+    compiled, _, expected = said()
+    assert compiled == "True"
+    (index,) = tmp_path.rglob("*.nbi")
+    index.write_bytes(index.read_bytes()[:20])
+    assert said() == ("False", " ", expected)

@@ -9,6 +9,7 @@ import pytest
 from jobs import cli, pipeline
 from jobs.command import parse
 from jobs.headline import DEMO_STEPS
+from pipelines.errors import InputError
 from pipelines.preparation.sample_images import list_images, read_image
 from pipelines.tables.image_table import ImageTable
 from pipelines.tables.token_table import TokenTable
@@ -69,10 +70,28 @@ def test_a_chain_trains_on_the_views_that_it_stores() -> None:
     assert (stored.store_views, stored.view_form, stored.view_size) == ("here/views", "jpeg95", 64)
     trained = ("pretrain", "pretrain mae", "pretrain large")
     assert [chain[stage].views for stage in trained] == [["here/views"], [], []]
-    without = {
-        stage: each for stage, _, each in pipeline.stages(replace(config, store_views=False))
-    }
+    config = replace(
+        config, store_views=False, tokenize=replace(config.tokenize, view_form="lossless")
+    )
+    without = {stage: each for stage, _, each in pipeline.stages(config)}
     assert (without["tokenize"].store_views, without["pretrain"].views) == ("", [])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tokenize.view_form", "jpeg95"], r"tokenize.view_form = 'jpeg95': give --store_views"),
+        (["--tokenize.view_size", "64"], r"tokenize.view_size = 64: give --store_views"),
+        (["--tokenize.store_views", "there"], r"tokenize.store_views = 'there': .*in views/; give"),
+        (["--store_views", "true", "--tokenize.store_views", "there"], r"tokenize.store_views = "),
+    ],
+)
+def test_views_that_a_chain_would_not_store_are_refused_at_once(
+    flags: list[str], message: str
+) -> None:
+    flags = ["--config", str(CONFIGS / "quickstart.yaml"), "--output", "here", *flags]
+    with pytest.raises(InputError, match=message):
+        parse(pipeline.PipelineConfig, flags, stage="pipeline")
 
 
 @pytest.mark.ray

@@ -251,11 +251,14 @@ def test_what_is_done_needs_no_nodes(table):
     assert not is_done("tokenize", dataclasses.replace(config, output=str(table / "other")))
 
 
-def test_views_beside_tokens_are_a_place_to_write_and_must_be_done(table):
+def test_views_beside_tokens_are_a_place_to_write_and_must_be_done(table, tmp_path):
     flags = ["--images", "/i", "--tokenizer", "/t", "--output", str(table), "--store_views"]
     config = parse_stage("tokenize", [*flags, "/views"])
     assert not is_done("tokenize", config)
-    assert is_done("tokenize", dataclasses.replace(config, store_views=f"{table}/"))
+    views = tmp_path / "views"
+    views.mkdir()
+    (views / "manifest.json").write_text("{}")
+    assert is_done("tokenize", dataclasses.replace(config, store_views=str(views)))
     (place,) = [each for each in needs_of("tokenize", config).places if each.uri == "/views"]
     assert (place.field, place.written) == ("store_views", True)
 

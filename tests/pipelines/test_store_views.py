@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pipelines import render, storage, tokenize_images, unit_tables
+from pipelines import lease, render, storage, tokenize_images, unit_tables
+from pipelines.config.lease import LeaseConfig
 from pipelines.errors import InputError, StageFailed
 from pipelines.reading import pixels
 from pipelines.rendering import plan as render_plan
-from pipelines.rendering.alongside import Alongside
+from pipelines.rendering.alongside import Alongside, alongside
 from pipelines.tables.image_table import ImageTable
 from pipelines.tokenization import ledger as token_ledger
 from pipelines.tokenization import task as token_task
@@ -228,15 +229,32 @@ def test_what_does_not_fit_is_refused_before_anything_is_done(
         ({"view_rows_per_unit": 256}, "rows_per_unit: 16 != 256"),
         ({"first_view": 1}, r"views: \[0, 2\] != \[1, 3\]"),
     ):
-        with pytest.raises(InputError, match=message):
+        named = r"^store_views \(view_form, view_size, view_rows_per_unit\): .*"
+        with pytest.raises(InputError, match=named + message):
             tokenize_images.run(dataclasses.replace(config, **changes))
-    assert not (tmp_path / "tokens").exists()
-    with pytest.raises(InputError, match=r"store_views = '.*/tokens': give another URI than"):
-        config_of(images, tokenizer, tmp_path, store_views=str(tmp_path / "tokens"))
-    with pytest.raises(InputError, match="view_form = 'jpeg95': give --store_views"):
-        tokenize_images.run(
-            config_of(images, tokenizer, tmp_path, store_views="", view_form="jpeg95")
-        )
+    for spelling in (f"{tmp_path}/tokens", f"{tmp_path}/tokens/", f"file://{tmp_path}/./tokens"):
+        with pytest.raises(InputError, match=r"store_views = '.*': give another URI than --output"):
+            tokenize_images.run(config_of(images, tokenizer, tmp_path, store_views=spelling))
+    for idle in ({"view_form": "jpeg95"}, {"view_size": 32}, {"view_rows_per_unit": 16}):
+        ((name, value),) = idle.items()
+        alone = world.make_config(images, tokenizer, tmp_path / "tokens", **idle)
+        with pytest.raises(InputError, match=f"{name} = {value!r}: give --store_views"):
+            tokenize_images.run(alone)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_lease_is_free_where_no_file_is_to_be_made(images, apart, tmp_path):
+    """All files are there, their manifest is not: another `render` may write it meanwhile."""
+    shutil.copytree(apart / "views", tmp_path / "views")
+    (tmp_path / "views/manifest.json").unlink()
+    stop = LeaseConfig(when_held="stop")
+    plan = render_plan.RenderPlan.of(
+        views_config(images, tmp_path / "views"), ImageTable.open(images)
+    )
+    with alongside(plan, plan.units) as views:
+        assert views is None
+        with lease.held(plan.task.output, stop, stage="render"):
+            pass
 
 
 def test_a_dry_run_says_both_and_writes_nothing(here, images, tokenizer, tmp_path, capsys):
