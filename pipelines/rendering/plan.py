@@ -81,7 +81,9 @@ def plan_task(config: RenderConfig, images: ImageParts) -> RenderTask:
         output=storage.absolute(config.output),
         identity=identity,
         num_cpus=config.task_cpus,
-        rows_per_unit=max(config.rows_per_unit, ROW_GROUP_ROWS),
+        rows_per_unit=min(
+            max(config.rows_per_unit, ROW_GROUP_ROWS), max(part.rows for part in images.parts)
+        ),
     )
 
 

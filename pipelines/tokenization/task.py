@@ -191,8 +191,9 @@ def _check_room(task: TokenizeTask, encoders: ActorsConfig) -> None:
         return
     most = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
     if task.decode_memory > most:
+        or_of_views = ", view_rows_per_unit" if task.views else ""
         raise InputError(
             f"rows_per_unit: a unit of {task.rows_per_unit} rows in {task.identity.num_views} "
             f"views needs {task.decode_memory / 1e9:.1f} GB to decode, the largest node has "
-            f"{most / 1e9:.1f} GB; lower rows_per_unit or num_views"
+            f"{most / 1e9:.1f} GB; lower rows_per_unit{or_of_views} or num_views"
         )

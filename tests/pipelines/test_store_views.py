@@ -9,6 +9,7 @@ import pytest
 
 from pipelines import lease, render, storage, tokenize_images, unit_tables
 from pipelines.config.lease import LeaseConfig
+from pipelines.config.tokenize_images import stored_views
 from pipelines.errors import InputError, StageFailed
 from pipelines.reading import pixels
 from pipelines.rendering import plan as render_plan
@@ -241,6 +242,22 @@ def test_what_does_not_fit_is_refused_before_anything_is_done(
         with pytest.raises(InputError, match=f"{name} = {value!r}: give --store_views"):
             tokenize_images.run(alone)
     assert not list(tmp_path.iterdir())
+
+
+def test_tasks_that_hold_views_ask_for_their_memory(here, images, tokenizer, tmp_path, monkeypatch):
+    """Of no more rows than a file can have, however many are asked for."""
+    config = config_of(images, tokenizer, tmp_path, view_rows_per_unit=10_000)
+    table, model = ImageTable.open(images), token_task.load_tokenizer(config)
+    views = render_plan.plan_task(stored_views(config), table)
+    alone = token_task.plan_task(config, table, model)
+    task = token_task.plan_task(config, table, model, views=views)
+    most = max(part.rows for part in table.parts)
+    assert task.decode_memory == alone.decode_memory + 3 * most * 2 * 3 * 32**2
+    node = {"Alive": True, "Resources": {"memory": alone.decode_memory}}
+    monkeypatch.setattr(token_task.ray, "nodes", lambda: [node])
+    token_task.plan_task(config, table, model)
+    with pytest.raises(InputError, match=r"lower rows_per_unit, view_rows_per_unit or num_views"):
+        token_task.plan_task(config, table, model, views=views)
 
 
 def test_the_lease_is_free_where_no_file_is_to_be_made(images, apart, tmp_path):

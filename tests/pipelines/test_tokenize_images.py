@@ -516,7 +516,7 @@ def test_without_images_the_message_says_what_to_do(tmp_path, tokenizer, ray_clu
 
 
 def test_what_an_encoder_refuses_at_its_start_is_said_by_its_units(monkeypatch):
-    """Out of a constructor it came as a traceback of Ray Data."""
+    """Raised in a constructor, it would reach the user as a traceback of Ray Data."""
 
     def refuse(_):
         raise InputError("encoders.num_gpus = 1: no CUDA device")
