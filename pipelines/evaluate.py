@@ -89,7 +89,6 @@ def run(config: EvaluateConfig, *, start_ray: Callable[[], None] = ray_is_there)
     for name in ("run", "images"):
         if not getattr(config, name):
             raise InputError(f"{name} = '': give its directory or URI")
-    own_device(config)  # or it is refused at once
     weights = _weights(config.run)
     output = config.output or storage.join(storage.absolute(config.run), "evaluation")
     layers = check_layers(config, weights.model.depth, "this network")
@@ -110,6 +109,7 @@ def run(config: EvaluateConfig, *, start_ray: Callable[[], None] = ray_is_there)
     if (report := _found(config, report_uri, identity)) is not None:
         lease.clear(output, config.lease, stage="evaluate")
         return result_of(report, output, already_done=True)
+    own_device(config)  # or it is refused before anything is waited for
     if config.scaling.num_workers:
         start_ray()
     with lease.held(output, config.lease, stage="evaluate") as holder:

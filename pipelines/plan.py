@@ -96,7 +96,7 @@ class PlanResult:
     break_even_epochs: int
     """From so many epochs on, caching takes fewer GPU-hours than computing online."""
     views: tuple[ViewPlan, ...]
-    """Other numbers of views; the last is a new view each epoch."""
+    """What was asked for beside other numbers of views, up to a new one each epoch."""
     pixels: tuple[PixelPlan, ...]
     render_hours: float
     """To store all views once (`beit render`), on all cores."""
@@ -117,7 +117,7 @@ class PlanResult:
             f"pretrain   {_hours(self.pretrain_hours)}, {self.pretrain_gpu_hours:,.1f} {unit}",
             f"together   {cached:,.1f} {unit}; computing tokens online instead {online:,.1f}",
             f"caching pays from {self.break_even_epochs} epochs on",
-            "views, at choice (docs/evidence.md: a small network, drawings of 64 pixels):",
+            "views, at choice (docs/evidence.md: a small network, 40 epochs of drawings):",
             *(f"  {plan.line()}" for plan in self.views),
             "pixels in pretraining, at choice:",
             *(f"  {plan.line()}" for plan in self.pixels),
@@ -166,6 +166,8 @@ def run(config: PlanConfig) -> PlanResult:
         "start-up, no interruption",
         f"{BYTES_PER_TOKEN} bytes a token, {num_patches} tokens a view; zstd saves 18 % of "
         "that for a vocabulary of 8192 used evenly, more for a smaller one",
+        f"other numbers of views: decoding as {DECODE_MILLISECONDS:g} ms an image and "
+        f"{RENDER_MILLISECONDS:g} ms a view",
         "pixels: JPEGs of 500 x 375 and views of 224 pixels, as measured for "
         "benchmarks/results/ingest.md, not here",
     ]

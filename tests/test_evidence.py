@@ -73,12 +73,32 @@ def test_the_rule_takes_the_fewest_views_that_cost_less_than_a_point(tmp_path: P
         found |= results_of(experiment, hits)
     document.write(tmp_path / "evidence.md", found)
     page = (tmp_path / "evidence.md").read_text()
-    assert "4 of 40, 4 of 120" in page
+    assert "4 of 40, 4 of 120; as a share of E at both lengths 0.1." in page
     assert "-3.0 [" in page
     plot = (tmp_path / "pictures" / "evidence-views.svg").read_text()
     assert plot.count("<svg") == 1
     document.write(tmp_path / "evidence.md", found)
     assert (tmp_path / "pictures" / "evidence-views.svg").read_text() == plot
+
+
+def test_fewer_views_than_some_that_lose_are_not_enough(monkeypatch):
+    monkeypatch.setattr(statistics, "DRAWS", 500)
+
+    def hits(cell):
+        return ("000000" if cell.views == 12 else "101010") + "10" * 47
+
+    found = {}
+    for experiment in cells.experiments()[:2]:
+        found |= results_of(experiment, hits)
+    assert "1 of 40, 40 of 120" in document.rule(found)
+
+
+def test_tokens_of_two_tokenizers_are_not_compared():
+    [reference, other, *_] = cells.experiments()[0].settings
+    one = {reference.name: result(reference, "01", tokenizer_fingerprint="a")}
+    two = {other.name: result(other, "01", tokenizer_fingerprint="b")}
+    with pytest.raises(ValueError, match="two tokenizers"):
+        document.against(other, reference, one | two)
 
 
 def test_rows_of_other_images_are_not_compared(tmp_path: Path):

@@ -86,9 +86,9 @@ def experiments() -> list[Experiment]:
         ),
         of_views(
             "views-few-images",
-            "Stored views, 500 images, 1,000 steps (E = 256)",
+            "Stored views, 512 images, 1,000 steps (E = 250)",
             (256, 12, 1),
-            dataclasses.replace(beit, images=500),
+            dataclasses.replace(beit, images=512),
         ),
         Experiment(
             name="noise",

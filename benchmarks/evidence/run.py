@@ -97,6 +97,7 @@ def measured(cell: Cell, work: Path) -> dict[str, Any]:
         },
         "rows": evaluation["identity"]["groups"],
         "hits": hits["linear"],
+        "tokenizer_fingerprint": _fingerprint(Places(work, cell)),
         "held_out_loss": looks[-1]["figures"]["held_out/loss"],
         "images_seen": report["steps"] * BATCH,
         "training_seconds": round(report["goodput"]["seconds"]["compute"]),
@@ -105,6 +106,13 @@ def measured(cell: Cell, work: Path) -> dict[str, Any]:
         f"torch {torch.__version__}",
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _fingerprint(at: Places) -> str:
+    """Of the tokenizer, which each machine trains a little differently; empty without one."""
+    if not at.cell.tokenizer:
+        return ""
+    return str(json.loads((at.tokenizer / "manifest.json").read_text())["fingerprint"])
 
 
 def tracking(work: Path) -> list[str]:

@@ -95,7 +95,7 @@ def own_device(config: EvaluateConfig) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(
             f"device = {device!r}: torch {torch.__version__} cannot compute on it here ({reason}); "

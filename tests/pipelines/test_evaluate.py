@@ -543,6 +543,7 @@ def test_other_options_are_another_evaluation(shapes, trained_run, tmp_path):
     }  # fmt: skip
     evaluate.run(EvaluateConfig(**options))
     assert evaluate.run(EvaluateConfig(**options, batch_size=7)).already_done
+    assert evaluate.run(EvaluateConfig(**options, device="cuda:99")).already_done, "not computed"
     assert not evaluate.run(EvaluateConfig(**options, pooling="grid")).already_done
     assert not evaluate.run(EvaluateConfig(**options, pooling="grid", force=True)).already_done
 

@@ -14,7 +14,7 @@ from pipelines.config.protocol import ProtocolConfig
 from pipelines.errors import InputError
 from pipelines.evaluation import features as features_module
 from pipelines.evaluation import pool
-from pipelines.evaluation.extraction import Extraction
+from pipelines.evaluation.extraction import Extraction, own_device
 from pipelines.evaluation.features import (
     block_reader,
     check_memory,
@@ -161,14 +161,15 @@ def test_a_table_that_was_replaced_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("device", "num_workers", "said"),
     [("mps", 1, "auto, cpu or cuda"), ("cuda:1", 2, "auto, cpu or cuda"),
-     ("cuda:99", 0, "cannot compute on it here"), ("gpu", 0, "cannot compute on it here")],
+     ("cuda:99", 0, "cannot compute on it here"), ("gpu", 0, "cannot compute on it here"),
+     ("hpu", 0, "cannot compute on it here")],
 )  # fmt: skip
-def test_a_device_that_is_not_there_is_refused_at_once(device, num_workers, said):
+def test_a_device_that_is_not_there_is_refused(device, num_workers, said):
     """With actors another device than a GPU was taken for the CPU, in silence."""
     scaling = PoolConfig(num_workers=num_workers)
     config = EvaluateConfig(run="none", images="none", device=device, scaling=scaling)
     with pytest.raises(InputError, match=f"^device = '{device}': .*{said}"):
-        evaluate.run(config)
+        own_device(config)
 
 
 def test_what_memory_cannot_hold_is_refused_before_an_image_is_read(tmp_path, monkeypatch):

@@ -3,11 +3,12 @@
 import pytest
 
 from benchmarks.evidence import document
-from benchmarks.evidence.cells import BATCH, experiments
+from benchmarks.evidence.cells import experiments
 from benchmarks.evidence.run import RESULTS, read
 from pipelines import plan, pretrain, view_evidence
 from pipelines.config.plan import PlanConfig
 from tests.pipelines.pretrain_fixtures import make_tables, small_config
+from tests.pipelines.test_pretrain_objectives import config_for
 
 
 def test_what_was_tried_are_the_first_experiments_with_all_seeds():
@@ -26,17 +27,23 @@ def test_what_was_tried_are_the_first_experiments_with_all_seeds():
                         high=round(paired.high, 1),
                     )
                 )
-    assert tuple(sorted(found, key=lambda tried: tried.epochs_a_view)) == view_evidence.TRIED
-    assert BATCH == 128
+    assert tuple(sorted(found, key=lambda t: (t.epochs_a_view, t.epochs))) == view_evidence.TRIED
+    assert view_evidence.MARGIN == document.MARGIN
 
 
-def test_it_is_outside_beyond_the_most_that_was_tried():
-    most = view_evidence.most_epochs_a_view()
-    assert not view_evidence.is_outside(8 * most, 8)
-    assert view_evidence.is_outside(8 * most + 1, 8)
-    assert "outside of the evidence" in view_evidence.known_of(most + 1, 1)
-    nearest = view_evidence.TRIED[0]
-    assert nearest.told() in view_evidence.known_of(nearest.epochs_a_view, 1)
+def test_it_is_outside_beyond_what_was_tried():
+    most, longest = view_evidence.MOST_EPOCHS_A_VIEW, view_evidence.MOST_EPOCHS
+    assert (most, longest) == (40, 40)
+    assert not view_evidence.is_outside(40, 1)
+    assert view_evidence.is_outside(40.4, 1), "more often than was tried"
+    assert view_evidence.is_outside(300, 8), "a longer run, each view seen no more often"
+    assert not view_evidence.is_outside(300, 300)
+    told = view_evidence.known_of(40.4, 1)
+    assert told.startswith("each seen in 40.4 epochs: outside of the evidence, which goes to 40 ")
+    assert view_evidence.known_of(5, 4) == (
+        "each seen in 1.25 epochs: 10, of 40 in all, cost nothing that showed "
+        f"({view_evidence.TRIED[0].told()})"
+    )
     assert view_evidence.known_of(5, 5) == "a new view each epoch"
 
 
@@ -52,14 +59,13 @@ def test_a_plan_prices_other_numbers_of_views():
     assert "outside of the evidence" in by_number[1].line()
 
 
-def test_a_run_outside_of_the_evidence_says_so(tmp_path, capsys):
-    tables = make_tables(tmp_path)
-    views = 2
-    for epochs, is_said in ((views * view_evidence.most_epochs_a_view(), False), (1000, True)):
-        config = small_config(
-            tables, tmp_path / "run", optim={"epochs": int(epochs), "steps": None}
-        )
-        pretrain.plan_run(config)
-        told = capsys.readouterr().err
-        assert ("outside of the evidence" in told) is is_said
-        assert ("--first_view 2" in told) is is_said
+@pytest.mark.parametrize(("epochs", "is_said"), [(40, False), (100, True)])
+def test_a_run_outside_of_the_evidence_says_so(tmp_path, capsys, epochs, is_said):
+    images, tokens = make_tables(tmp_path)
+    optim = {"epochs": epochs, "steps": None}
+    pretrain.plan_run(small_config((images, tokens), tmp_path / "run", optim=optim))
+    told = capsys.readouterr().err
+    assert ("outside of the evidence" in told) is is_said
+    assert ("beit tokenize --first_view 2" in told) is is_said
+    pretrain.plan_run(config_for("mae", (images, tokens), tmp_path / "mae", optim=optim))
+    assert "evidence" not in capsys.readouterr().err, "it was found with tokens"
