@@ -22,8 +22,8 @@ BYTES_PER_TOKEN = 2
 NUM_PATCHES = 196
 # CPU time of a 500 x 375 JPEG, once and for each view: the figures of docs/tokenize.md, about.
 DECODE_MILLISECONDS, RENDER_MILLISECONDS = 2.0, 4.0
-# CPU time from a table to a batch, of an image of that size or of a stored view of 224 pixels, and
-# kilobytes of such a view (benchmarks/results/ingest.md, docs/views.md).
+# CPU time from a table to a batch, of an image of that size or of a stored view of 224 pixels, on
+# the same cores and without numba, and kilobytes of such a view (docs/views.md).
 LOADER_MILLISECONDS = {"images": 2.45, "lossless": 0.56, "jpeg95": 0.78, "jpeg90": 0.56}
 VIEW_KILOBYTES = {"lossless": 98, "jpeg95": 24, "jpeg90": 13}
 # What rendering them takes in the pass of `tokenize`, as a share of what it takes apart: the image
@@ -168,8 +168,8 @@ def run(config: PlanConfig) -> PlanResult:
         "that for a vocabulary of 8192 used evenly, more for a smaller one",
         f"other numbers of views: decoding as {DECODE_MILLISECONDS:g} ms an image and "
         f"{RENDER_MILLISECONDS:g} ms a view",
-        "pixels: JPEGs of 500 x 375 and views of 224 pixels, as measured for "
-        "benchmarks/results/ingest.md, not here",
+        "pixels: JPEGs of 500 x 375 and views of 224 pixels, as measured on the cores of "
+        "docs/tokenize.md, not here; of a faster core: benchmarks/results/ingest.md",
     ]
     encode_seconds = num_images * config.num_views / (encode_rate * config.num_gpus)
     decode_seconds = num_images / (decode_rate * config.num_cpus)
