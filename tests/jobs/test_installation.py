@@ -42,7 +42,6 @@ NOT_INSTALLED = {
 # What no line here imports, and who does.
 USED_BY = {
     "boto3": "MLflow, for artifacts on S3",
-    "psutil": "MLflow, for the load of the machine",
     "docstring-parser": "jsonargparse, for the meaning of the flags in --help",
     "onnx": "torch.onnx",
     "psycopg": "SQLAlchemy, for MLflow's store in PostgreSQL",
