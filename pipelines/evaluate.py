@@ -320,7 +320,8 @@ def _evaluate(
             )
             scores[name]["attentive"] = asdict(judged)
     gains = {}
-    for name in hits.keys() - {PRETRAINED}:
+    baselines = hits.keys() - {PRETRAINED}
+    for name in baselines:
         difference = hits[PRETRAINED]["linear"].astype(float) - hits[name]["linear"]
         low, high = accuracy_interval(difference, groups, seed=config.seed)
         gains[name] = [float(difference.mean()), low, high]
@@ -348,12 +349,16 @@ def _evaluate(
         "layers": layers,
         # Image by image, so that two evaluations of the same images can be compared in pairs.
         "hits": {
-            **{
-                kind: "".join(map(str, each.astype(int))) for kind, each in hits[PRETRAINED].items()
-            },
+            **_marks(hits[PRETRAINED]),
+            "baselines": {name: _marks(hits[name]) for name in sorted(baselines)},
             "groups": np.unique(groups, return_inverse=True)[1].tolist(),
         },
     }, shown
+
+
+def _marks(hits: dict[str, np.ndarray]) -> dict[str, str]:
+    """A 1 or 0 for each image, by probe."""
+    return {kind: "".join(map(str, each.astype(int))) for kind, each in hits.items()}
 
 
 def _same(found: dict[str, Any] | None, wanted: dict[str, Any], config: EvaluateConfig) -> bool:

@@ -101,6 +101,25 @@ def test_tokens_of_two_tokenizers_are_not_compared():
         document.against(other, reference, one | two)
 
 
+def test_every_row_is_paired_with_raw_pixels_of_its_own_images(monkeypatch):
+    monkeypatch.setattr(statistics, "DRAWS", 500)
+    longer = cells.Cell(steps=3000)
+    pixels = {"baseline_hits": {"pixels": "1000" * 25}}
+    found = {}
+    for seed in cells.SEEDS:
+        base = cells.of_baselines("emoji", seed)
+        found[base.name] = result(base, "1100" * 25, **pixels)
+        one = dataclasses.replace(longer, seed=seed)
+        found[one.name] = result(one, "1110" * 25)
+    gain = document.over_baseline(longer, "pixels", found)
+    assert gain.mean == pytest.approx(50)
+    assert gain.low < 50 < gain.high < 100
+    assert document.over_baseline(cells.Cell(data="fashion"), "pixels", found) is None
+    found[longer.name]["rows"] = "others"
+    with pytest.raises(ValueError, match="other images"):
+        document.over_baseline(longer, "pixels", found)
+
+
 def test_rows_of_other_images_are_not_compared(tmp_path: Path):
     experiment = cells.experiments()[0]
     found = results_of(experiment, lambda _: "10")

@@ -63,6 +63,11 @@ class Experiment:
                 yield dataclasses.replace(setting, seed=seed)
 
 
+def of_baselines(data: str, seed: int) -> Cell:
+    """The cell that is probed beside random initialisation and raw pixels, for all of its data."""
+    return Cell(data=data, seed=seed)
+
+
 MAE = Cell(objective="mae", tokenizer="", views=0, mask="random", masked=48)
 
 

@@ -8,7 +8,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.evidence.cells import SEEDS, Cell, Experiment, experiments
+from benchmarks.evidence.cells import SEEDS, Cell, Experiment, experiments, of_baselines
 from benchmarks.evidence.statistics import Estimate, accuracy, difference
 
 Results = dict[str, Any]
@@ -69,9 +69,9 @@ def section(experiment: Experiment, results: Results) -> str:
 def table(experiment: Experiment, results: Results) -> str:
     """A row for each setting; one without any result says so."""
     lines = [
-        f"| {' | '.join(experiment.axis)} | seeds | linear probe | against the first row | k-NN "
-        "| held-out loss | images seen | training |",
-        "| --- " * (len(experiment.axis) + 7) + "|",
+        f"| {' | '.join(experiment.axis)} | seeds | linear probe | against the first row "
+        "| against raw pixels | k-NN | held-out loss | images seen | training |",
+        "| --- " * (len(experiment.axis) + 8) + "|",
     ]
     for setting in experiment.settings:
         axis = " | ".join(str(getattr(setting, name)) or "pixels" for name in experiment.axis)
@@ -82,32 +82,31 @@ def table(experiment: Experiment, results: Results) -> str:
 def _row(setting: Cell, reference: Cell, results: Results) -> str:
     found = _of(setting, results)
     if not found:
-        return "open | | | | | |"
+        return "open | | | | | | |"
     paired = against(setting, reference, results)
+    gain = over_baseline(setting, "pixels", results)
     knn = np.mean([cell["scores"]["pretrained"]["knn"] for cell in found.values()])
     loss = np.mean([cell["held_out_loss"] for cell in found.values()])
     seconds = np.median([cell["training_seconds"] for cell in found.values()])
     count = str(len(found)) if len(found) == len(SEEDS) else f"{len(found)} of {len(SEEDS)}"
     images = next(iter(found.values()))["images_seen"]
     return (
-        f"{count} | {_percent(accuracy(_hits(found)))} | {_points(paired) if paired else ''} | "
+        f"{count} | {_percent(accuracy(_hits(found)))} | {_points(paired)} | {_points(gain)} | "
         f"{100 * knn:.1f} % | {loss:.3f} | {images:,} | {seconds:.0f} s"
     )
 
 
 def _baselines(experiment: Experiment, results: Results) -> list[str]:
-    """Random initialisation and raw pixels, where cells measured them."""
+    """Random initialisation and raw pixels of the same images, where they were measured."""
     lines = []
-    found = [of_seed for s in experiment.settings for of_seed in _of(s, results).items()]
+    found = _of(of_baselines(experiment.settings[0].data, 0), results)
     for name, title in (("random_init", "random initialisation"), ("pixels", "raw pixels")):
-        values = {seed: cell["scores"][name] for seed, cell in found if name in cell["scores"]}
-        if values:
-            linear, knn = (
-                100 * np.mean([v[probe] for v in values.values()]) for probe in ("linear", "knn")
-            )
+        values = [cell["scores"][name] for cell in found.values() if name in cell["scores"]]
+        if values and any(_of(setting, results) for setting in experiment.settings):
+            linear, knn = (100 * np.mean([v[probe] for v in values]) for probe in ("linear", "knn"))
             blank = " | " * (len(experiment.axis) - 1)
             lines.append(
-                f"| {title}{blank} | {len(values)} | {linear:.1f} % | | {knn:.1f} % | | | |"
+                f"| {title}{blank} | {len(values)} | {linear:.1f} % | | | {knn:.1f} % | | | |"
             )
     return lines
 
@@ -202,9 +201,25 @@ def against(setting: Cell, reference: Cell, results: Results) -> Estimate | None
     return difference(*pair)
 
 
+def over_baseline(setting: Cell, name: str, results: Results) -> Estimate | None:
+    """Paired difference to `random_init` or `pixels`, over the seeds that have them."""
+    mine = _of(setting, results)
+    beside = {
+        seed: cell
+        for seed, cell in _of(of_baselines(setting.data, 0), results).items()
+        if seed in mine and name in cell.get("baseline_hits", {})
+    }
+    if not beside:
+        return None
+    if any(mine[seed]["rows"] != cell["rows"] for seed, cell in beside.items()):
+        raise ValueError(f"{setting.name} was probed on other images than its baselines")
+    baseline = [[int(hit) for hit in cell["baseline_hits"][name]] for cell in beside.values()]
+    return difference(_hits({seed: mine[seed] for seed in beside}), np.array(baseline))
+
+
 def _percent(value: Estimate) -> str:
     return f"{value.mean:.1f} % [{value.low:.1f}, {value.high:.1f}]"
 
 
-def _points(value: Estimate) -> str:
-    return f"{value.mean:+.1f} [{value.low:+.1f}, {value.high:+.1f}]"
+def _points(value: Estimate | None) -> str:
+    return "" if value is None else f"{value.mean:+.1f} [{value.low:+.1f}, {value.high:+.1f}]"

@@ -41,11 +41,12 @@ def main() -> None:
     parser.add_argument("--document", type=Path, default=DOCUMENT)
     parser.add_argument("--experiment", default="", help="only this one")
     parser.add_argument("--seed", type=int, nargs="*", default=SEEDS, help="only cells of these")
+    parser.add_argument("--only", default="", help="cells whose name has this in it")
     parser.add_argument("--most", type=int, default=sys.maxsize, help="cells run before it ends")
     options = parser.parse_args()
     run(
         options.work.absolute(), options.results, options.document,
-        options.experiment, options.seed, options.most,
+        options.experiment, options.seed, options.only, options.most,
     )  # fmt: skip
 
 
@@ -55,13 +56,14 @@ def run(
     page: Path,
     experiment: str = "",
     seeds: Sequence[int] = SEEDS,
+    only: str = "",
     most: int = sys.maxsize,
 ) -> None:
     """Runs at most so many missing cells; after each, results and page are written anew."""
     found = read(results)
     chosen = [e for e in experiments() if experiment in ("", e.name)]
     cells = dict.fromkeys(cell for e in chosen for cell in e.cells() if cell.seed in seeds)
-    missing = [cell for cell in cells if cell.name not in found]
+    missing = [cell for cell in cells if only in cell.name and cell.name not in found]
     for cell in missing[:most]:
         add(results, cell, measured(cell, work))
         publish(page, results)
@@ -97,6 +99,7 @@ def measured(cell: Cell, work: Path) -> dict[str, Any]:
         },
         "rows": evaluation["identity"]["groups"],
         "hits": hits["linear"],
+        "baseline_hits": {name: kept["linear"] for name, kept in hits.get("baselines", {}).items()},
         "tokenizer_fingerprint": _fingerprint(Places(work, cell)),
         "held_out_loss": looks[-1]["figures"]["held_out/loss"],
         "images_seen": report["steps"] * BATCH,

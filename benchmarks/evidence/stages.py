@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.evidence import data
-from benchmarks.evidence.cells import VIEW_EDGES, Cell
+from benchmarks.evidence.cells import VIEW_EDGES, Cell, of_baselines
 
 HERE = Path(__file__).parent
 POLICY = [
@@ -97,7 +97,7 @@ def commands(cell: Cell, work: Path) -> Iterator[tuple[str, list[str]]]:
     yield "pretrain", _pretrain(at, tables)
     yield "evaluate", [
         f"--run={at.run}", f"--images={at.table('probe')}", "--pooling=grid", "--attentive=false",
-        f"--baselines={str(cell == Cell(seed=cell.seed)).lower()}",
+        f"--baselines={str(cell == of_baselines(cell.data, cell.seed)).lower()}",
     ]  # fmt: skip
 
 
