@@ -1,9 +1,10 @@
-"""Attention for training on a CPU, where torch has no fused kernel for a bias that learns.
+"""Attention for training on a CPU, where torch's own is slow with a bias that learns, and in bf16.
 
-`scaled_dot_product_attention` then takes a reference path with five more passes over the logits,
-and separates q, k and v by one copy each. Written out with its gradient, the same computation
-takes three quarters of the time, which shows at small widths; under autocast to bf16, where the
-reference path also widens the logits, two thirds.
+With such a bias `scaled_dot_product_attention` takes a reference path with five more passes over
+the logits, and separates q, k and v by one copy each. Written out with its gradient, the same
+computation takes three quarters of the time, which shows at small widths; under autocast to bf16,
+where the reference path also widens the logits, two thirds. Without a bias torch has a fused kernel
+whose gradient in bf16 takes two to nine times as long (benchmarks/results/attention.md).
 """
 
 from typing import Any
@@ -13,17 +14,16 @@ from torch import Tensor
 
 
 def wanted(qkv: Tensor, bias: Tensor | None) -> bool:
-    """Whether `attention` is the faster one here: eager training on a CPU with a bias."""
+    """Whether `attention` is the faster one here: eager training on a CPU, a bias or bf16."""
     return (
-        bias is not None
-        and bias.requires_grad
+        ((bias is not None and bias.requires_grad) or qkv.dtype == torch.bfloat16)
         and qkv.device.type == "cpu"
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
     )
 
 
-def attention(qkv: Tensor, bias: Tensor, num_heads: int) -> Tensor:
+def attention(qkv: Tensor, bias: Tensor | None, num_heads: int) -> Tensor:
     """softmax(q k^T / sqrt(d) + bias) v: (B, T, 3 * D) and (1, heads, T, T) to (B, T, D).
 
     Products in the precision of qkv. Under autocast logits and the bias are float32, as on a GPU.
@@ -34,7 +34,7 @@ def attention(qkv: Tensor, bias: Tensor, num_heads: int) -> Tensor:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, bias: Tensor, num_heads: int) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor | None, num_heads: int) -> Tensor:
         B, T, _ = qkv.shape
         # (B, T, 3 * D) -> (3, B * heads, T, D / heads)
         parts = (
@@ -42,18 +42,20 @@ class _Attention(torch.autograd.Function):
         )
         q, k, v = parts.unbind(0)
         scale = q.shape[-1] ** -0.5
+        wide = torch.promote_types(q.dtype, torch.float32) if bias is None else bias.dtype
         with torch.autocast("cpu", enabled=False):
-            wide_q, wide_k = q.to(bias.dtype), k.to(bias.dtype).transpose(1, 2)
+            wide_q, wide_k = q.to(wide), k.to(wide).transpose(1, 2)
             logits = torch.baddbmm(wide_q.new_empty(1, 1, 1), wide_q, wide_k, beta=0, alpha=scale)
-            logits.view(B, num_heads, T, T).add_(bias)
+            if bias is not None:
+                logits.view(B, num_heads, T, T).add_(bias)
             weights = logits.softmax(dim=-1).to(v.dtype)
         ctx.save_for_backward(parts, weights)
-        ctx.num_heads, ctx.bias_type = num_heads, bias.dtype
+        ctx.num_heads, ctx.bias_type = num_heads, None if bias is None else bias.dtype
         # (B * heads, T, D / heads) -> (B, T, D)
         return torch.bmm(weights, v).view(B, num_heads, T, -1).transpose(1, 2).reshape(B, T, -1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         parts, weights = ctx.saved_tensors
         heads = ctx.num_heads
         q, k, v = parts.unbind(0)
@@ -65,7 +67,9 @@ class _Attention(torch.autograd.Function):
         torch.bmm(weights.transpose(1, 2), grad, out=d_parts[2])
         d_weights = torch.bmm(grad, v.transpose(1, 2))
         d_logits = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-        d_bias = d_logits.view(B, heads, T, T).sum(dim=0, keepdim=True, dtype=ctx.bias_type)
+        d_bias = None
+        if ctx.bias_type is not None:
+            d_bias = d_logits.view(B, heads, T, T).sum(dim=0, keepdim=True, dtype=ctx.bias_type)
         empty = q.new_empty(1, 1, 1)
         torch.baddbmm(empty, d_logits, k, beta=0, alpha=scale, out=d_parts[0])
         torch.baddbmm(empty, d_logits.transpose(1, 2), q, beta=0, alpha=scale, out=d_parts[1])

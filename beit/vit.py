@@ -88,7 +88,7 @@ class Attention(nn.Module):
         if self.relative_position_bias_table is not None:
             own = look_up_bias(self.relative_position_bias_table, self.relative_position_index)
             bias = own if bias is None else bias + own
-        if bias is not None and cpu_attention.wanted(qkv, bias):
+        if cpu_attention.wanted(qkv, bias):
             out = cpu_attention.attention(qkv, bias, self.num_heads)
         else:
             # (B, T, 3*D) -> 3 x (B, heads, T, D/heads)

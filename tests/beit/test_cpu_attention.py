@@ -13,8 +13,9 @@ def reference(qkv, bias, num_heads):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).reshape(B, T, -1)
 
 
+@pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("shape", [(2, 5, 3, 4), (1, 197, 2, 8), (3, 1, 1, 2)])
-def test_values_and_gradients_equal_those_of_torch(shape):
+def test_values_and_gradients_equal_those_of_torch(shape, biased):
     batch, tokens, heads, width = shape
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(batch, tokens, 3 * heads * width, generator=generator, dtype=torch.float64)
@@ -22,11 +23,11 @@ def test_values_and_gradients_equal_those_of_torch(shape):
     grad = torch.randn(batch, tokens, heads * width, generator=generator, dtype=torch.float64)
     results = []
     for function in (cpu_attention.attention, reference):
-        inputs = [qkv.clone().requires_grad_(), bias.clone().requires_grad_()]
+        inputs = [qkv.clone().requires_grad_(), bias.clone().requires_grad_() if biased else None]
         out = function(*inputs, heads)
         # A gradient that is not contiguous, as a following transpose makes it.
         out.backward(grad.transpose(0, 1).contiguous().transpose(0, 1))
-        results.append((out.detach(), inputs[0].grad, inputs[1].grad))
+        results.append((out.detach(), *(each.grad for each in inputs if each is not None)))
     torch.testing.assert_close(results[0], results[1], atol=1e-12, rtol=1e-10)
 
 
@@ -37,10 +38,11 @@ def test_gradients_agree_with_finite_differences():
     assert torch.autograd.gradcheck(lambda a, b: cpu_attention.attention(a, b, 2), (qkv, bias))
 
 
-def test_autocast_rounds_as_often_as_that_of_torch():
+@pytest.mark.parametrize("biased", [True, False])
+def test_autocast_rounds_as_often_as_that_of_torch(biased):
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(4, 65, 96, generator=generator)
-    bias = torch.randn(1, 2, 65, 65, generator=generator)
+    bias = torch.randn(1, 2, 65, 65, generator=generator) if biased else None
     grad = torch.randn(4, 65, 32, generator=generator)
     exact, *rounded = (
         _results(function, qkv.to(dtype), bias, grad.to(dtype))
@@ -57,12 +59,12 @@ def test_autocast_rounds_as_often_as_that_of_torch():
 
 
 def _results(function, qkv, bias, grad):
-    inputs = [qkv.clone().requires_grad_(), bias.clone().requires_grad_()]
+    inputs = [each.clone().requires_grad_() for each in (qkv, bias) if each is not None]
     with torch.autocast("cpu", torch.bfloat16, enabled=qkv.dtype == torch.bfloat16):
-        out = function(*inputs, 2)
+        out = function(inputs[0], *(inputs[1:] or [None]), 2)
     out.backward(grad)
-    assert inputs[1].grad.dtype == torch.float32
-    return out.detach(), inputs[0].grad, inputs[1].grad
+    assert all(each.grad.dtype == torch.float32 for each in inputs[1:])
+    return out.detach(), *(each.grad for each in inputs)
 
 
 def test_it_is_for_eager_training_alone():
@@ -73,5 +75,7 @@ def test_it_is_for_eager_training_alone():
     assert not cpu_attention.wanted(qkv, bias.detach())
     with torch.no_grad():
         assert not cpu_attention.wanted(qkv, bias)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert cpu_attention.wanted(qkv.bfloat16(), bias)
+    for each in (bias, None):
+        assert cpu_attention.wanted(qkv.bfloat16(), each)
+        with torch.no_grad():
+            assert not cpu_attention.wanted(qkv.bfloat16(), each)
