@@ -36,7 +36,10 @@ RECORD = "chain.json"
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineConfig:
-    """The stages of the chain; their inputs and outputs are places below `output`."""
+    """The stages of the chain; their inputs and outputs are places below `output`.
+
+    Tokenizer and tokens are made where a training predicts them: mae alone needs neither.
+    """
 
     output: str
     """Directory or URI that gets images/, tokenizer/, tokens/ and run/, and views/ if asked for."""
@@ -83,24 +86,30 @@ def stages(config: PipelineConfig) -> Iterator[tuple[str, str, Any]]:
     at = {name: storage.join(config.output, name) for name in names}
     replace, size = dataclasses.replace, config.pretrain.model.image_size
     yield "prepare", "prepare", replace(config.prepare, output=at["images"])
-    yield (
-        "train-tokenizer",
-        "train_tokenizer",
-        replace(config.train_tokenizer, images=at["images"], output=at["tokenizer"]),
-    )
-    yield (
-        "tokenize",
-        "tokenize_images",
-        replace(
-            config.tokenize,
-            images=at["images"],
-            tokenizer=at["tokenizer"],
-            output=at["tokens"],
-            **({"store_views": at["views"], "view_size": size} if config.store_views else {}),
-        ),
-    )
+    if any(_predicts_tokens(training) for training in trainings(config).values()):
+        yield (
+            "train-tokenizer",
+            "train_tokenizer",
+            replace(config.train_tokenizer, images=at["images"], output=at["tokenizer"]),
+        )
+        yield (
+            "tokenize",
+            "tokenize_images",
+            replace(
+                config.tokenize,
+                images=at["images"],
+                tokenizer=at["tokenizer"],
+                output=at["tokens"],
+                **({"store_views": at["views"], "view_size": size} if config.store_views else {}),
+            ),
+        )
+    elif config.store_views:
+        raise InputError(
+            "store_views = True: views are stored beside tokens, and no training of this chain "
+            "predicts tokens (objective.kind = mae); leave it out"
+        )
     for name, training in trainings(config).items():
-        predicts_tokens = training.objective.kind != "mae"
+        predicts_tokens = _predicts_tokens(training)
         # MAE has views of its own, and so has another size.
         stored = config.store_views and predicts_tokens and training.model.image_size == size
         yield (
@@ -144,6 +153,10 @@ def trainings(config: PipelineConfig) -> dict[str, PretrainConfig]:
         for name, changes in config.arms.items()
     }
     return {"": config.pretrain, **others}
+
+
+def _predicts_tokens(training: PretrainConfig) -> bool:
+    return training.objective.kind != "mae"
 
 
 def run_of(config: PipelineConfig, name: str) -> str:

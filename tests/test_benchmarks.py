@@ -52,6 +52,8 @@ def test_what_needs_no_cluster_imports_none():
     subprocess.run([sys.executable, "-c", code], cwd=gpu.ROOT, check=True)
 
 
+@pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("way", [attention.sdpa, cpu_attention.attention])
-def test_ways_of_attention_compute_the_same(way):
-    assert attention.error_of(way, 2, torch.float32, torch.device("cpu")) < 1e-5
+def test_ways_of_attention_compute_the_same(way, biased):
+    size = attention.Size(images=2, heads=2, biased=biased)
+    assert attention.error_of(way, size, torch.device("cpu")) < 1e-5

@@ -60,6 +60,17 @@ def test_the_recipes_of_the_chain_parse(name: str) -> None:
     assert (chain["pretrain"].optim.steps == DEMO_STEPS) == (name == "demo")
 
 
+def test_a_chain_of_mae_alone_makes_no_tokens() -> None:
+    flags = ["--config", str(CONFIGS / "quickstart.yaml"), "--output", "here"]
+    flags += [f"--pretrain.{name}={json.dumps(value)}" for name, value in MAE.items()]
+    config = parse(pipeline.PipelineConfig, flags, stage="pipeline")
+    chain = {stage: stage_config for stage, _, stage_config in pipeline.stages(config)}
+    assert list(chain) == ["prepare", "pretrain", "evaluate"]
+    assert chain["pretrain"].tokens == []
+    with pytest.raises(InputError, match=r"store_views = True: .*predicts tokens.*leave it out"):
+        list(pipeline.stages(replace(config, store_views=True)))
+
+
 def test_a_chain_trains_on_the_views_that_it_stores() -> None:
     flags = ["--config", str(CONFIGS / "quickstart.yaml"), "--output", "here"]
     arms = {"mae": MAE, "large": {"model": {"image_size": 128}}}
