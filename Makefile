@@ -37,6 +37,10 @@ $(BIN)/.dev: $(BIN)/.uv pyproject.toml constraints.txt
 	$(BIN)/uv pip install -q --no-deps --target .venv/peers $(PEERS)
 	@touch $@ $(BIN)/.run
 
+$(BIN)/.evidence: $(BIN)/.dev
+	UV_FIND_LINKS="$(LINKS)" $(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python $(TORCH_BACKEND) -c constraints.txt -e ".[dev,efficientnet]"
+	@touch $@
+
 run: $(BIN)/.run  ## images to a reviewed run in six minutes on two cores (IMAGES=folder for your own)
 	$(BIN)/beit quickstart --config jobs/configs/quickstart.yaml $(if $(IMAGES),--prepare.source "$(IMAGES)" --output "work/$(notdir $(abspath $(IMAGES)))") $(ARGS)
 
@@ -46,7 +50,7 @@ demo: $(BIN)/.run  ## the same chain, long enough that the features beat raw pix
 compare: $(BIN)/.run  ## BEiT, BEiT v2 and MAE on the sample for about the same time, and one table (half an hour)
 	$(BIN)/beit pipeline --config jobs/configs/compare.yaml $(ARGS)
 
-evidence: $(BIN)/.dev  ## the experiments of docs/evidence.md that are still open (ARGS="--experiment views --most 3")
+evidence: $(BIN)/.evidence  ## the experiments of docs/evidence.md that are still open (ARGS="--experiment views --most 3")
 	$(BIN)/python -m benchmarks.evidence.run $(ARGS)
 
 ui: $(BIN)/.run  ## the MLflow pages of everything run here

