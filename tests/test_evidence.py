@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.evidence import cells, data, document, run, statistics
+from benchmarks.evidence import cells, data, document, findings, run, statistics
 from benchmarks.front_page import marks, part
 
 
 def result(setting, hits, **other):
     return {
         **dataclasses.asdict(setting), "rows": "r", "hits": hits, "held_out_loss": 4.5,
-        "images_seen": 1280, "training_seconds": 7, "commit": "c",
+        "images_seen": 1280, "flops_per_image": 1e9, "training_seconds": 7, "commit": "c",
         "machine": "m", "date": "2026-01-01",
         "scores": {"pretrained": {"linear": 0.5, "knn": 0.4}}, **other,
     }  # fmt: skip
@@ -56,10 +56,14 @@ def test_a_paired_difference_is_narrower_than_the_two_intervals():
 def test_what_was_not_run_is_open(tmp_path: Path):
     document.write(tmp_path / "evidence.md", {})
     page = (tmp_path / "evidence.md").read_text()
-    settings = sum(len(experiment.settings) for experiment in cells.experiments())
-    assert page.count("| open |") == settings
+    assert page.count("| open |") == len(cells.experiments())
     assert "rule for V is open" in page
-    assert not (tmp_path / "pictures").exists()
+    assert not list((tmp_path / "pictures").iterdir())
+    first, second, *_ = cells.experiments()[0].settings
+    document.write(tmp_path / "evidence.md", {first.name: result(first, "1100")})
+    page = (tmp_path / "evidence.md").read_text()
+    assert f"| {first.views} | 1 of 3 | 50.0 % [" in page
+    assert f"| {second.views} | open |" in page
 
 
 def test_the_rule_takes_the_fewest_views_that_cost_less_than_a_point(tmp_path: Path, monkeypatch):
@@ -98,7 +102,25 @@ def test_tokens_of_two_tokenizers_are_not_compared():
     one = {reference.name: result(reference, "01", tokenizer_fingerprint="a")}
     two = {other.name: result(other, "01", tokenizer_fingerprint="b")}
     with pytest.raises(ValueError, match="two tokenizers"):
-        document.against(other, reference, one | two)
+        findings.against(other, reference, one | two)
+
+
+def test_the_summary_has_what_has_all_seeds(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(statistics, "DRAWS", 500)
+    experiment = cells.experiments()[0]
+    found = {}
+    for cell in experiment.cells():
+        if (cell.views, cell.seed) != (1, 2):
+            beside = {"baseline_hits": {"pixels": "1000" * 25}} if cell.views == 4 else {}
+            found[cell.name] = result(cell, "1100" * 25, **beside)
+    told = document.summary(found, tmp_path, "pictures")
+    assert f"| {experiment.title} | views 40 | 50.0 %" in told
+    assert "| views 4 | 50.0 %" in told
+    assert "views 1 |" not in told, "one of its seeds is missing"
+    assert "+25.0 [" in told
+    assert "pictures/evidence.svg" in told
+    assert (tmp_path / "evidence.svg").read_text().count("<svg") == 1
+    assert document.front(found).replace("docs/pictures", "pictures") == told
 
 
 def test_every_row_is_paired_with_raw_pixels_of_its_own_images(monkeypatch):
@@ -111,13 +133,13 @@ def test_every_row_is_paired_with_raw_pixels_of_its_own_images(monkeypatch):
         found[base.name] = result(base, "1100" * 25, **pixels)
         one = dataclasses.replace(longer, seed=seed)
         found[one.name] = result(one, "1110" * 25)
-    gain = document.over_baseline(longer, "pixels", found)
+    gain = findings.over_baseline(longer, "pixels", found)
     assert gain.mean == pytest.approx(50)
     assert gain.low < 50 < gain.high < 100
-    assert document.over_baseline(cells.Cell(data="fashion"), "pixels", found) is None
+    assert findings.over_baseline(cells.Cell(data="fashion"), "pixels", found) is None
     found[longer.name]["rows"] = "others"
     with pytest.raises(ValueError, match="other images"):
-        document.over_baseline(longer, "pixels", found)
+        findings.over_baseline(longer, "pixels", found)
 
 
 def test_rows_of_other_images_are_not_compared(tmp_path: Path):
@@ -140,9 +162,9 @@ def test_a_killed_program_goes_on_to_the_same_page(tmp_path: Path, monkeypatch):
             dataclasses.replace(cells.MAE, images=520, steps=4),
         ),
     )  # fmt: skip
-    for module in (run, document):
+    for module in (run, document, findings):
         monkeypatch.setattr(module, "experiments", lambda: [trial])
-    for module in (cells, document):
+    for module in (cells, document, findings):
         monkeypatch.setattr(module, "SEEDS", (0,))
     pictures = {name: members[:600] for name, members in data._emoji().items()}
     monkeypatch.setattr(data, "_emoji", lambda: pictures)

@@ -1,77 +1,122 @@
-"""docs/evidence.md and its plots, from the results alone."""
+"""docs/evidence.md from the results alone, and README's part of it."""
 
-import dataclasses
 from pathlib import Path
-from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.figure import Figure
 
+from benchmarks.evidence import plots
 from benchmarks.evidence.cells import SEEDS, Cell, Experiment, experiments, of_baselines
-from benchmarks.evidence.statistics import Estimate, accuracy, difference
+from benchmarks.evidence.findings import (
+    MARGIN,
+    Results,
+    against,
+    enough,
+    hits_of,
+    is_whole,
+    of,
+    over_baseline,
+)
+from benchmarks.evidence.statistics import Estimate, accuracy
 
-Results = dict[str, Any]
-MARGIN = -1.0
-"""Points that fewer views may cost."""
 INTRODUCTION = """# Evidence
 
-What stored tokens are worth, measured with the product's own stages. How, and what was decided
-before the first result: [benchmarks/evidence/protocol.md](../benchmarks/evidence/protocol.md).
-Figures: [benchmarks/results/evidence.json](../benchmarks/results/evidence.json); this page is
-written from them by `make evidence`, which runs what is still *open* and goes on where it was
-killed.
+Two questions, put to the product's own stages: how many stored views are enough, and which targets
+are worth predicting. How, and what was decided before the first result:
+[benchmarks/evidence/protocol.md](../benchmarks/evidence/protocol.md). This page is written from
+[benchmarks/results/evidence.json](../benchmarks/results/evidence.json) by `make evidence`, which
+runs what is still *open* and goes on where it was killed.
 
-Intervals are 95 %, of a bootstrap over seeds and images both; differences are paired with the first
-row. Three seeds that are drawn with replacement vary by two thirds of what they should: where seeds
-differ more than images, intervals are too narrow.
+## How to read it
+
+- **Data**: the emoji, 64 pixels a side, of which four in five are pretrained on; in some
+  experiments 4,096 pictures of Fashion-MNIST, 32 pixels a side. Either has 64 patches.
+- **Network**: four blocks of width 128, 0.8 million parameters, 128 images a step. If nothing else
+  is said it is BEiT on tokens of a dVAE of 512 codes, 4 stored views, 26 patches hidden, 1,000
+  steps.
+- **Views**: of an image V views are stored, and shown in turn. An image is seen in E epochs: with
+  V = E each view is seen once, as where tokens are computed in the training; with V = 1 one view
+  is seen E times. The mask is a new one each time.
+- **Linear probe**: mean over three seeds, with an interval of 95 % from a bootstrap over seeds and
+  images. *Against the first row* and *against raw pixels* are differences image by image, over the
+  seeds that both have. Three seeds drawn with replacement vary by two thirds of what they should:
+  where seeds differ more than images, intervals are too narrow.
+- **Held-out loss** is of masked tokens of images that were not pretrained on, a mean without an
+  interval; it compares where targets and masks are the same.
+- **TFLOP**: forward and backward of all images, two for each multiply-add. Equal ones would take
+  equal time on a machine that is as good at all of it. The seconds are of programs that shared two
+  cores with others, and compare nothing.
+
+**What it cannot tell.** Drawings of 64 pixels and so small a network say nothing certain of
+photographs and a ViT-B: jitter of colours is off, crops are mild, a few thousand images are seen
+tens of times. Where pretraining gains a point or two over raw pixels, a loss of one would hardly
+show.
 """
+OF_FRONT = ("views", "views-long", "targets", "views-check")
+"""Experiments of the summary."""
 
 
 def write(path: Path, results: Results) -> None:
     """The page and, beside it, its plots."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sections = [INTRODUCTION]
+    pictures = path.parent / "pictures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    sections = [INTRODUCTION, f"## In short\n\n{summary(results, pictures, 'pictures')}\n"]
+    unrun = []
     for experiment in experiments():
-        sections.append(section(experiment, results))
-        if drawn := plot(experiment, results):
-            pictures = path.parent / "pictures"
-            pictures.mkdir(exist_ok=True)
-            file = pictures / f"evidence-{experiment.name}.svg"
-            with mpl.rc_context({"svg.hashsalt": experiment.name}):  # equal results, equal files
-                drawn.savefig(file, metadata={"Date": None})
-            sections.append(f"![{experiment.title}](pictures/evidence-{experiment.name}.svg)\n")
-        if experiment.name == "views-long":
-            sections.append(rule(results))
+        if not any(of(setting, results) for setting in experiment.settings):
+            unrun.append(experiment)
+            continue
+        sections.append(f"## {experiment.title}\n\n{table(experiment, results)}\n")
+        file = f"evidence-{experiment.name}.svg"
+        if plots.of_settings(experiment, results, pictures / file):
+            sections.append(f"![{experiment.title}](pictures/{file})\n")
+    if unrun:
+        sections.append(_not_run(unrun))
     sections.append(origins(results))
     path.write_text("\n".join(sections))
 
 
 def front(results: Results) -> str:
-    """README's part: the first experiment, as table and plot."""
-    experiment = experiments()[0]
-    if not any(_of(setting, results) for setting in experiment.settings):
-        return f"{experiment.title}: open, no cell of it was run yet."
-    parts = [
-        f"{experiment.title}, with 95 % intervals over seeds and images:",
-        table(experiment, results),
+    """README's part: the summary, with the plot that `write` has drawn."""
+    return summary(results, None, "docs/pictures")
+
+
+def summary(results: Results, pictures: Path | None, folder: str) -> str:
+    """One table and one plot of the settings that have all seeds, and the rule for V."""
+    rows = [
+        (experiment, setting)
+        for experiment in experiments()
+        if experiment.name in OF_FRONT
+        for setting in experiment.settings
+        if is_whole(setting, results)
     ]
-    if plot(experiment, results) is not None:
-        parts.append(f"![{experiment.title}](docs/pictures/evidence-{experiment.name}.svg)")
-    return "\n\n".join([*parts, rule(results).strip()])
-
-
-def section(experiment: Experiment, results: Results) -> str:
-    """Heading and table."""
-    return f"## {experiment.title}\n\n{table(experiment, results)}\n"
+    if not rows:
+        return f"No setting has all its seeds yet.\n\n{rule(results)}"
+    lines = [
+        "| experiment | setting | linear probe | against its first row | against raw pixels |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    told: set[str] = set()
+    for experiment, setting in rows:
+        title = "" if experiment.name in told else experiment.title
+        told.add(experiment.name)
+        lines.append(
+            f"| {title} | {plots.label(experiment, setting)} "
+            f"| {_percent(accuracy(hits_of(of(setting, results))))} "
+            f"| {_points(against(setting, experiment.settings[0], results))} "
+            f"| {_points(over_baseline(setting, 'pixels', results))} |"
+        )
+    parts = ["\n".join(lines)]
+    if plots.of_gains(rows, results, pictures / "evidence.svg" if pictures else None):
+        parts.append(f"![Points over raw pixels, with 95 % intervals]({folder}/evidence.svg)")
+    return "\n\n".join([*parts, rule(results)])
 
 
 def table(experiment: Experiment, results: Results) -> str:
     """A row for each setting; one without any result says so."""
     lines = [
         f"| {' | '.join(experiment.axis)} | seeds | linear probe | against the first row "
-        "| against raw pixels | k-NN | held-out loss | images seen | training |",
-        "| --- " * (len(experiment.axis) + 8) + "|",
+        "| against raw pixels | k-NN | held-out loss | images seen | TFLOP | seconds |",
+        "| --- " * (len(experiment.axis) + 9) + "|",
     ]
     for setting in experiment.settings:
         axis = " | ".join(str(getattr(setting, name)) or "pixels" for name in experiment.axis)
@@ -80,85 +125,57 @@ def table(experiment: Experiment, results: Results) -> str:
 
 
 def _row(setting: Cell, reference: Cell, results: Results) -> str:
-    found = _of(setting, results)
+    found = of(setting, results)
     if not found:
-        return "open | | | | | | |"
-    paired = against(setting, reference, results)
-    gain = over_baseline(setting, "pixels", results)
+        return "open | | | | | | | |"
     knn = np.mean([cell["scores"]["pretrained"]["knn"] for cell in found.values()])
     loss = np.mean([cell["held_out_loss"] for cell in found.values()])
     seconds = np.median([cell["training_seconds"] for cell in found.values()])
     count = str(len(found)) if len(found) == len(SEEDS) else f"{len(found)} of {len(SEEDS)}"
-    images = next(iter(found.values()))["images_seen"]
+    one = next(iter(found.values()))
     return (
-        f"{count} | {_percent(accuracy(_hits(found)))} | {_points(paired)} | {_points(gain)} | "
-        f"{100 * knn:.1f} % | {loss:.3f} | {images:,} | {seconds:.0f} s"
+        f"{count} | {_percent(accuracy(hits_of(found)))} "
+        f"| {_points(against(setting, reference, results))} "
+        f"| {_points(over_baseline(setting, 'pixels', results))} "
+        f"| {100 * knn:.1f} % | {loss:.3f} | {one['images_seen']:,} "
+        f"| {one['images_seen'] * one['flops_per_image'] / 1e12:.0f} | {seconds:.0f}"
     )
 
 
 def _baselines(experiment: Experiment, results: Results) -> list[str]:
     """Random initialisation and raw pixels of the same images, where they were measured."""
     lines = []
-    found = _of(of_baselines(experiment.settings[0].data, 0), results)
-    for name, title in (("random_init", "random initialisation"), ("pixels", "raw pixels")):
+    found = of(of_baselines(experiment.settings[0].data, 0), results)
+    for name, title in plots.BASELINES.items():
         values = [cell["scores"][name] for cell in found.values() if name in cell["scores"]]
-        if values and any(_of(setting, results) for setting in experiment.settings):
+        if values:
             linear, knn = (100 * np.mean([v[probe] for v in values]) for probe in ("linear", "knn"))
             blank = " | " * (len(experiment.axis) - 1)
             lines.append(
-                f"| {title}{blank} | {len(values)} | {linear:.1f} % | | | {knn:.1f} % | | | |"
+                f"| {title}{blank} | {len(values)} | {linear:.1f} % | | | {knn:.1f} % | | | | |"
             )
     return lines
 
 
+def _not_run(unrun: list[Experiment]) -> str:
+    lines = ["## Not run yet\n", "| experiment | settings | |", "| --- | --- | --- |"]
+    for experiment in unrun:
+        names = ", ".join(plots.label(experiment, setting) for setting in experiment.settings)
+        lines.append(f"| {experiment.title} | {names} | open |")
+    return "\n".join([*lines, ""])
+
+
 def rule(results: Results) -> str:
-    """How many views are enough: protocol.md's rule, once its cells are there."""
-    enough = []
-    for experiment in experiments()[:2]:
-        reference = experiment.settings[0]
-        whole = [setting for setting in experiment.settings if is_whole(setting, results)]
-        if not set(experiment.settings[:3]) <= set(whole):  # V = E, E/10 and 1
-            return "**The rule for V is open**: cells of the first two experiments are missing.\n"
-        fit = reference.views
-        for setting in sorted(whole, key=lambda setting: -setting.views):
-            paired = against(setting, reference, results)
-            if paired is not None and paired.low <= MARGIN:
-                break
-            fit = setting.views
-        enough.append((reference.views, fit))
-    told = ", ".join(f"{fit} of {most}" for most, fit in enough)
-    share = max(fit / most for most, fit in enough)
+    """How many views are enough, in words."""
+    found = enough(results)
+    if found is None:
+        return "**The rule for V is open**: cells of the first two experiments are missing."
+    told = ", ".join(f"{fit} of {most}" for most, fit in found)
+    share = max(fit / most for most, fit in found)
     return (
         f"**Rule**: the fewest views from which on no number loses, with its interval, "
-        f"{-MARGIN:.0f} point against V = E: {told}; as a share of E at both lengths {share:.3g}.\n"
+        f"{-MARGIN:.0f} point against V = E: {told}; as a share of E at both lengths {share:.3g}."
     )
-
-
-def plot(experiment: Experiment, results: Results) -> Figure | None:
-    """Each setting's probe with its interval; None before two of them have results."""
-    rows = [(s, accuracy(_hits(found))) for s in experiment.settings if (found := _of(s, results))]
-    if len(rows) < 2:
-        return None
-    rows.sort(key=lambda row: [getattr(row[0], name) for name in experiment.axis])
-    names = [" ".join(str(getattr(s, a)) or "pixels" for a in experiment.axis) for s, _ in rows]
-    figure = Figure(figsize=(7, 1.2 + 0.35 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    means = [estimate.mean for _, estimate in rows]
-    errors = [
-        [estimate.mean - estimate.low for _, estimate in rows],
-        [estimate.high - estimate.mean for _, estimate in rows],
-    ]
-    places = range(len(rows))
-    axes.errorbar(means, places, xerr=errors, fmt="o", capsize=3, color="#28527a")
-    axes.set_yticks(places, names)
-    axes.set_ylabel(", ".join(experiment.axis))
-    axes.set_xlabel("linear probe, %, with 95 % intervals")
-    axes.set_title(experiment.title)
-    least, most = axes.get_xlim()
-    if most - least < 10:  # noise must not fill the page
-        axes.set_xlim((least + most) / 2 - 5, (least + most) / 2 + 5)
-    axes.grid(axis="x", alpha=0.3)
-    return figure
 
 
 def origins(results: Results) -> str:
@@ -169,52 +186,6 @@ def origins(results: Results) -> str:
     lines = [f"| {commit} | {machine} | {day} |" for commit, machine, day in found]
     head = ["## Where the figures come from\n", "| commit | machine | day |", "| --- | --- | --- |"]
     return "\n".join([*head, *lines, ""])
-
-
-def is_whole(setting: Cell, results: Results) -> bool:
-    """Whether all seeds of a setting are there."""
-    return set(_of(setting, results)) == set(SEEDS)
-
-
-def _of(setting: Cell, results: Results) -> dict[int, Any]:
-    """Results of a setting, by seed."""
-    named = {seed: dataclasses.replace(setting, seed=seed).name for seed in SEEDS}
-    return {seed: results[name] for seed, name in named.items() if name in results}
-
-
-def _hits(found: dict[int, Any]) -> np.ndarray:
-    return np.array([[int(hit) for hit in cell["hits"]] for cell in found.values()])
-
-
-def against(setting: Cell, reference: Cell, results: Results) -> Estimate | None:
-    """Paired difference over the seeds that both have; None for the reference itself."""
-    mine, theirs = _of(setting, results), _of(reference, results)
-    seeds = [seed for seed in mine if seed in theirs]
-    if setting == reference or not seeds:
-        return None
-    if any(mine[seed]["rows"] != theirs[seed]["rows"] for seed in seeds):
-        raise ValueError(f"{setting.name} and {reference.name} were probed on other images")
-    prints = {cells[s].get("tokenizer_fingerprint") for cells in (mine, theirs) for s in seeds}
-    if setting.tokenizer == reference.tokenizer and len(prints) > 1:
-        raise ValueError(f"{setting.name} and {reference.name} predict tokens of two tokenizers")
-    pair = (_hits({seed: cells[seed] for seed in seeds}) for cells in (mine, theirs))
-    return difference(*pair)
-
-
-def over_baseline(setting: Cell, name: str, results: Results) -> Estimate | None:
-    """Paired difference to `random_init` or `pixels`, over the seeds that have them."""
-    mine = _of(setting, results)
-    beside = {
-        seed: cell
-        for seed, cell in _of(of_baselines(setting.data, 0), results).items()
-        if seed in mine and name in cell.get("baseline_hits", {})
-    }
-    if not beside:
-        return None
-    if any(mine[seed]["rows"] != cell["rows"] for seed, cell in beside.items()):
-        raise ValueError(f"{setting.name} was probed on other images than its baselines")
-    baseline = [[int(hit) for hit in cell["baseline_hits"][name]] for cell in beside.values()]
-    return difference(_hits({seed: mine[seed] for seed in beside}), np.array(baseline))
 
 
 def _percent(value: Estimate) -> str:

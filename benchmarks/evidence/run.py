@@ -103,6 +103,7 @@ def measured(cell: Cell, work: Path) -> dict[str, Any]:
         "tokenizer_fingerprint": _fingerprint(Places(work, cell)),
         "held_out_loss": looks[-1]["figures"]["held_out/loss"],
         "images_seen": report["steps"] * BATCH,
+        "flops_per_image": report["flops_per_image"],
         "training_seconds": round(report["goodput"]["seconds"]["compute"]),
         "commit": commit(),
         "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, "

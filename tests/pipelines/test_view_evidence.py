@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.evidence import document
+from benchmarks.evidence import findings
 from benchmarks.evidence.cells import experiments
 from benchmarks.evidence.run import RESULTS, read
 from pipelines import plan, pretrain, view_evidence
@@ -16,8 +16,8 @@ def test_what_was_tried_are_the_first_experiments_with_all_seeds():
     for experiment in experiments()[:2]:
         reference, *others = experiment.settings
         for setting in others:
-            if document.is_whole(setting, results) and document.is_whole(reference, results):
-                paired = document.against(setting, reference, results)
+            if findings.is_whole(setting, results) and findings.is_whole(reference, results):
+                paired = findings.against(setting, reference, results)
                 found.append(
                     view_evidence.Tried(
                         epochs=reference.views,
@@ -28,7 +28,7 @@ def test_what_was_tried_are_the_first_experiments_with_all_seeds():
                     )
                 )
     assert tuple(sorted(found, key=lambda t: (t.epochs_a_view, t.epochs))) == view_evidence.TRIED
-    assert view_evidence.MARGIN == document.MARGIN
+    assert view_evidence.MARGIN == findings.MARGIN
 
 
 def test_it_is_outside_beyond_what_was_tried():
