@@ -77,7 +77,7 @@ def test_the_rule_takes_the_fewest_views_that_cost_less_than_a_point(tmp_path: P
         found |= results_of(experiment, hits)
     document.write(tmp_path / "evidence.md", found)
     page = (tmp_path / "evidence.md").read_text()
-    assert "4 of 40, 4 of 120; as a share of E at both lengths 0.1." in page
+    assert "4 of 40 and 4 of 120; as a share of E at both lengths 0.1." in page
     assert "-3.0 [" in page
     plot = (tmp_path / "pictures" / "evidence-views.svg").read_text()
     assert plot.count("<svg") == 1
@@ -94,7 +94,18 @@ def test_fewer_views_than_some_that_lose_are_not_enough(monkeypatch):
     found = {}
     for experiment in cells.experiments()[:2]:
         found |= results_of(experiment, hits)
-    assert "1 of 40, 40 of 120" in document.rule(found)
+    assert "1 of 40 and 40 of 120" in document.rule(found)
+
+
+def test_a_rule_of_all_views_says_what_fewer_did(monkeypatch):
+    monkeypatch.setattr(statistics, "DRAWS", 500)
+    found = {}
+    for experiment in cells.experiments()[:2]:
+        most = experiment.settings[0].views
+        found |= results_of(experiment, lambda c, m=most: "10" * 50 if c.views == m else "01" * 50)
+    told = document.rule(found)
+    assert "40 of 40 and 120 of 120; as a share of E at both lengths 1." in told
+    assert "Of 120, fewer did not come within it: 12 views +0.0 [-" in told
 
 
 def test_tokens_of_two_tokenizers_are_not_compared():

@@ -170,12 +170,23 @@ def rule(results: Results) -> str:
     found = enough(results)
     if found is None:
         return "**The rule for V is open**: cells of the first two experiments are missing."
-    told = ", ".join(f"{fit} of {most}" for most, fit in found)
+    told = " and ".join(f"{fit} of {most}" for most, fit in found)
     share = max(fit / most for most, fit in found)
-    return (
+    lines = [
         f"**Rule**: the fewest views from which on no number loses, with its interval, "
-        f"{-MARGIN:.0f} point against V = E: {told}; as a share of E at both lengths {share:.3g}."
-    )
+        f"{-MARGIN:.0f} point against V = E are {told}; as a share of E at both lengths "
+        f"{share:.3g}."
+    ]
+    for experiment, (most, fit) in zip(experiments()[:2], found, strict=True):
+        reference, *others = experiment.settings
+        if fit == most:
+            fewer = [
+                f"{setting.views} views {_points(against(setting, reference, results))}"
+                for setting in others
+                if is_whole(setting, results)
+            ]
+            lines.append(f"Of {most}, fewer did not come within it: {', '.join(fewer)}.")
+    return " ".join(lines)
 
 
 def origins(results: Results) -> str:
