@@ -50,8 +50,8 @@ demo: $(BIN)/.run  ## the same chain, long enough that the features beat raw pix
 compare: $(BIN)/.run  ## BEiT, BEiT v2 and MAE on the sample for about the same time, and one table (half an hour)
 	$(BIN)/beit pipeline --config jobs/configs/compare.yaml $(ARGS)
 
-evidence: $(BIN)/.evidence  ## the experiments of docs/evidence.md that are still open (ARGS="--experiment views --most 3")
-	$(BIN)/python -m benchmarks.evidence.run $(ARGS)
+evidence: $(BIN)/.evidence  ## the experiments of docs/evidence.md that are still open (ARGS="--experiment views --most 3", DEVICE=cuda)
+	$(BIN)/python -m benchmarks.evidence.run $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
 ui: $(BIN)/.run  ## the MLflow pages of everything run here
 	@$(BIN)/beit ui --port $(PORT)

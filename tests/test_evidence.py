@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.evidence import cells, data, document, findings, run, statistics
+from benchmarks.evidence import cells, data, document, findings, run, stages, statistics
 from benchmarks.front_page import marks, part
+from jobs.cli import parse_stage
 
 
 def result(setting, hits, **other):
@@ -40,6 +41,29 @@ def test_an_interval_covers_the_truth_as_often_as_it_says():
         found = statistics.accuracy(hits, draws=500)
         covered += found.low <= 50 <= found.high
     assert 34 <= covered <= 40  # eight seeds are few: a bootstrap is a little narrow
+
+
+@pytest.mark.parametrize("device", stages.NETWORKS)
+def test_the_commands_of_every_kind_of_cell_are_such_as_the_product_takes(device, monkeypatch):
+    """A cell's last stages run hours after its first."""
+    folders = {name: Path("pictures") / name for name in ("train", "probe", "held_out")}
+    monkeypatch.setattr(data, "write", lambda *_: folders)
+    kinds = {}
+    for experiment in cells.experiments():
+        for one in experiment.settings:
+            kind = (one.data, one.objective, one.tokenizer, one.mask, one.form, one.precision)
+            kinds.setdefault(kind, one)
+    assert {kind[1] for kind in kinds} == {"beit", "beitv2", "mae"}
+    seen = {
+        (stage, *flags)
+        for one in kinds.values()
+        for stage, flags in stages.commands(one, Path("work"), device)
+        if device == "cpu" or stage in ("train-tokenizer", "pretrain")  # as far as they differ
+    }
+    for stage, *flags in seen:
+        config = parse_stage(stage, flags)
+        if stage == "pretrain":
+            assert config.scaling.use_gpu == (device == "cuda")
 
 
 def test_a_paired_difference_is_narrower_than_the_two_intervals():
@@ -202,7 +226,7 @@ def test_the_front_page_has_each_cell_as_soon_as_it_is_there(tmp_path: Path, mon
     monkeypatch.setattr(run, "README", readme)
     done = []
 
-    def measured(cell, _):
+    def measured(cell, *_):
         if done:
             raise KeyboardInterrupt
         done.append(cell)
@@ -219,7 +243,7 @@ def test_programs_that_share_results_keep_what_the_other_found(tmp_path: Path, m
     mine, others = experiment.settings[0], dataclasses.replace(experiment.settings[0], seed=2)
     results = tmp_path / "evidence.json"
 
-    def measured(cell, _):
+    def measured(cell, *_):
         run.add(results, others, result(others, "10"))  # the other one ends first
         return result(cell, "11")
 

@@ -16,6 +16,7 @@ from benchmarks.evidence.findings import (
     of,
     over_baseline,
 )
+from benchmarks.evidence.stages import NETWORKS, suffix
 from benchmarks.evidence.statistics import Estimate, accuracy
 
 INTRODUCTION = """# Evidence
@@ -23,16 +24,15 @@ INTRODUCTION = """# Evidence
 Two questions, put to the product's own stages: how many stored views are enough, and which targets
 are worth predicting. How, and what was decided before the first result:
 [benchmarks/evidence/protocol.md](../benchmarks/evidence/protocol.md). This page is written from
-[benchmarks/results/evidence.json](../benchmarks/results/evidence.json) by `make evidence`, which
-runs what is still *open* and goes on where it was killed.
+[benchmarks/results/{results}](../benchmarks/results/{results}) by
+`{command}`, which runs what is still *open* and goes on where it was killed.
 
 ## How to read it
 
 - **Data**: the emoji, 64 pixels a side, of which four in five are pretrained on; in some
   experiments 4,096 pictures of Fashion-MNIST, 32 pixels a side. Either has 64 patches.
-- **Network**: four blocks of width 128, 0.8 million parameters, 128 images a step. If nothing else
-  is said it is BEiT on tokens of a dVAE of 512 codes, 4 stored views, 26 patches hidden, 1,000
-  steps.
+- **Network**: {network}, 128 images a step. If nothing else is said
+  it is BEiT on tokens of a dVAE of 512 codes, 4 stored views, 26 patches hidden, 1,000 steps.
 - **Views**: of an image V views are stored, and shown in turn. An image is seen in E epochs: with
   V = E each view is seen once, as where tokens are computed in the training; with V = 1 one view
   is seen E times. The mask is a new one each time.
@@ -55,18 +55,24 @@ OF_FRONT = ("views", "views-long", "targets", "views-check")
 """Experiments of the summary."""
 
 
-def write(path: Path, results: Results) -> None:
+def write(path: Path, results: Results, device: str = "cpu") -> None:
     """The page and, beside it, its plots."""
     pictures = path.parent / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
-    sections = [INTRODUCTION, f"## In short\n\n{summary(results, pictures, 'pictures')}\n"]
+    introduction = INTRODUCTION.format(
+        network=NETWORKS[device].told,
+        results=f"evidence{suffix(device)}.json",
+        command="make evidence" + (f" DEVICE={device}" if suffix(device) else ""),
+    )
+    short = summary(results, pictures, "pictures", f"evidence{suffix(device)}.svg")
+    sections = [introduction, f"## In short\n\n{short}\n"]
     unrun = []
     for experiment in experiments():
         if not any(of(setting, results) for setting in experiment.settings):
             unrun.append(experiment)
             continue
         sections.append(f"## {experiment.title}\n\n{table(experiment, results)}\n")
-        file = f"evidence-{experiment.name}.svg"
+        file = f"evidence{suffix(device)}-{experiment.name}.svg"
         if plots.of_settings(experiment, results, pictures / file):
             sections.append(f"![{experiment.title}](pictures/{file})\n")
     if unrun:
@@ -80,7 +86,9 @@ def front(results: Results) -> str:
     return summary(results, None, "docs/pictures")
 
 
-def summary(results: Results, pictures: Path | None, folder: str) -> str:
+def summary(
+    results: Results, pictures: Path | None, folder: str, plot: str = "evidence.svg"
+) -> str:
     """One table and one plot of the settings that have all seeds, and the rule for V."""
     rows = [
         (experiment, setting)
@@ -106,8 +114,8 @@ def summary(results: Results, pictures: Path | None, folder: str) -> str:
             f"| {_points(over_baseline(setting, 'pixels', results))} |"
         )
     parts = ["\n".join(lines)]
-    if plots.of_gains(rows, results, pictures / "evidence.svg" if pictures else None):
-        parts.append(f"![Points over raw pixels, with 95 % intervals]({folder}/evidence.svg)")
+    if plots.of_gains(rows, results, pictures / plot if pictures else None):
+        parts.append(f"![Points over raw pixels, with 95 % intervals]({folder}/{plot})")
     return "\n\n".join([*parts, rule(results)])
 
 
@@ -181,7 +189,8 @@ def rule(results: Results) -> str:
         reference, *others = experiment.settings
         if fit == most:
             fewer = [
-                f"{setting.views} views {_points(against(setting, reference, results))}"
+                f"{setting.views} view{'s' * (setting.views > 1)} "
+                f"{_points(against(setting, reference, results))}"
                 for setting in others
                 if is_whole(setting, results)
             ]

@@ -1,10 +1,11 @@
 """Runs the cells of the evidence that have no result yet, one at a time, and writes the document.
 
-    python -m benchmarks.evidence.run [--work work/evidence] [--experiment views] [--seed 0]
+    python -m benchmarks.evidence.run [--experiment views] [--seed 0] [--most 1] [--device cuda]
 
-Killed, it goes on where it was: finished cells stand in benchmarks/results/evidence.json, the
-stages of an unfinished one resume by themselves. Several programs, each with its own seeds, may
-share results and work: where they share an artefact, one makes it and the others wait.
+Killed, it goes on where it was: finished cells stand in benchmarks/results/evidence.json (of a GPU
+in evidence-cuda.json), the stages of an unfinished one resume by themselves. Several programs, each
+with its own seeds, may share results and work: where they share an artefact, one makes it and the
+others wait.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import torch
 
 from benchmarks.evidence import document
 from benchmarks.evidence.cells import BATCH, SEEDS, Cell, experiments
-from benchmarks.evidence.stages import Places, commands
+from benchmarks.evidence.stages import NETWORKS, Places, commands, suffix
 from benchmarks.front_page import README, with_part
 from pipelines.training.run_dir import RunDir
 
@@ -36,17 +37,21 @@ DOCUMENT = ROOT / "docs" / "evidence.md"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("work/evidence"))
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--document", type=Path, default=DOCUMENT)
+    parser.add_argument("--device", choices=NETWORKS, default="cpu", help="cuda trains a ViT-S")
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--results", type=Path)
+    parser.add_argument("--document", type=Path)
     parser.add_argument("--experiment", default="", help="only this one")
     parser.add_argument("--seed", type=int, nargs="*", default=SEEDS, help="only cells of these")
     parser.add_argument("--only", default="", help="cells whose name has this in it")
     parser.add_argument("--most", type=int, default=sys.maxsize, help="cells run before it ends")
     options = parser.parse_args()
+    named = suffix(options.device)
     run(
-        options.work.absolute(), options.results, options.document,
-        options.experiment, options.seed, options.only, options.most,
+        (options.work or Path(f"work/evidence{named}")).absolute(),
+        options.results or RESULTS.with_stem(f"{RESULTS.stem}{named}"),
+        options.document or DOCUMENT.with_stem(f"{DOCUMENT.stem}{named}"),
+        options.experiment, options.seed, options.only, options.most, options.device,
     )  # fmt: skip
 
 
@@ -58,6 +63,7 @@ def run(
     seeds: Sequence[int] = SEEDS,
     only: str = "",
     most: int = sys.maxsize,
+    device: str = "cpu",
 ) -> None:
     """Runs at most so many missing cells; after each, results and page are written anew."""
     found = read(results)
@@ -65,25 +71,25 @@ def run(
     cells = dict.fromkeys(cell for e in chosen for cell in e.cells() if cell.seed in seeds)
     missing = [cell for cell in cells if only in cell.name and cell.name not in found]
     for cell in missing[:most]:
-        add(results, cell, measured(cell, work))
-        publish(page, results)
-    publish(page, results)
+        add(results, cell, measured(cell, work, device))
+        publish(page, results, device)
+    publish(page, results, device)
     print(f"{max(len(missing) - most, 0)} cells are left; {page}")
 
 
-def publish(page: Path, results: Path) -> None:
-    """Writes the page and, of the results that are published, the part of README."""
+def publish(page: Path, results: Path, device: str) -> None:
+    """Writes the page and, of the results that README has, its part."""
     with alone(results):
         found = read(results)
-        document.write(page, found)
+        document.write(page, found, device)
         if results == RESULTS:
             README.write_text(with_part(README.read_text(), "evidence", document.front(found)))
 
 
-def measured(cell: Cell, work: Path) -> dict[str, Any]:
+def measured(cell: Cell, work: Path, device: str) -> dict[str, Any]:
     """Runs a cell's stages and reads what they found."""
     print(f"\n=== {cell.name}", flush=True)
-    for stage, flags in commands(cell, work):
+    for stage, flags in commands(cell, work, device):
         command = [sys.executable, "-m", "jobs", stage, *flags, *tracking(work)]
         subprocess.run(command, check=True, cwd=ROOT)
     run = Places(work, cell).run

@@ -14,22 +14,42 @@ POLICY = [
     "--policy.saturation=0",
 ]  # fmt: skip
 SIDE = {"emoji": 64, "fashion": 32}  # 8 x 8 patches of either
-TEACHER_LAYER = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Network:
+    """What is trained on a device."""
+
+    told: str
+    recipe: str
+    late_layer: int
+    """Three quarters of its depth: what BEiT v2 aggregates after, and a teacher is read from."""
+    decoder: tuple[int, int, int]
+    """MAE's: width, blocks, heads."""
+
+
+NETWORKS = {
+    "cpu": Network(
+        told="four blocks of width 128, 0.8 million parameters",
+        recipe="pretrain.yaml", late_layer=3, decoder=(64, 1, 4),
+    ),
+    "cuda": Network(
+        told="ViT-S, twelve blocks of width 384, 21 million parameters",
+        recipe="pretrain-cuda.yaml", late_layer=9, decoder=(192, 4, 6),
+    ),
+}  # fmt: skip
 TOKENIZERS = {
     "dvae": [f"--config={HERE / 'dvae.yaml'}"],
     "kmeans": ["--model.kind=kmeans", "--model.image_size=32", "--model.patch_size=4"],
     "projection": ["--model.kind=projection", "--model.image_size=32", "--model.patch_size=4"],
     "vqkd-efficientnet": [f"--config={HERE / 'vqkd.yaml'}", "--teacher=efficientnet-lite0"],
-    "vqkd-own": [f"--config={HERE / 'vqkd.yaml'}", f"--layer={TEACHER_LAYER}"],
+    "vqkd-own": [f"--config={HERE / 'vqkd.yaml'}"],
 }
-OBJECTIVES = {
-    "beit": [],
-    "beitv2": ["--objective.early_layer=3", "--masking.exact=true"],
-    "mae": [
-        "--model.relative_positions=none", "--objective.decoder_dim=64",
-        "--objective.decoder_depth=1", "--objective.decoder_heads=4", *POLICY,
-    ],
-}  # fmt: skip
+
+
+def suffix(device: str) -> str:
+    """Of what is named by device: nothing for CPUs."""
+    return "" if device == "cpu" else f"-{device}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +58,7 @@ class Places:
 
     work: Path
     cell: Cell
+    network: Network = NETWORKS["cpu"]
 
     @property
     def pictures(self) -> Path:
@@ -71,9 +92,9 @@ class Places:
         return self.work / "runs" / self.cell.name
 
 
-def commands(cell: Cell, work: Path) -> Iterator[tuple[str, list[str]]]:
+def commands(cell: Cell, work: Path, device: str = "cpu") -> Iterator[tuple[str, list[str]]]:
     """(stage, flags) in the order they run; stages that are done say so and end."""
-    at = Places(work, cell)
+    at = Places(work, cell, NETWORKS[device])
     folders = data.write(cell.data, at.pictures, cell.images)
     yield "prepare", _prepare(folders["train"], at.images)
     for name in ("probe", "held_out"):
@@ -82,7 +103,7 @@ def commands(cell: Cell, work: Path) -> Iterator[tuple[str, list[str]]]:
     if cell.tokenizer:
         if cell.tokenizer == "vqkd-own":  # its teacher is the reference cell
             teacher = dataclasses.replace(cell, tokenizer="dvae", objective="beit", seed=0)
-            yield from commands(teacher, work)
+            yield from commands(teacher, work, device)
         yield "train-tokenizer", _tokenizer(at)
         for first, end in itertools.pairwise(VIEW_EDGES):
             if first < cell.views:
@@ -115,7 +136,7 @@ def _tokenizer(at: Places) -> list[str]:
         flags += ["--model.vocab_size=512", "--scaling.num_workers=0"]
     if kind == "vqkd-own":
         teacher = dataclasses.replace(at.cell, tokenizer="dvae", objective="beit", seed=0)
-        flags += [f"--teacher={Places(at.work, teacher).run}"]
+        flags += [f"--teacher={Places(at.work, teacher).run}", f"--layer={at.network.late_layer}"]
     return flags
 
 
@@ -127,10 +148,18 @@ def _tokens(at: Places, images: Path, output: Path, first: int, end: int) -> lis
 
 
 def _pretrain(at: Places, tables: list[str]) -> list[str]:
-    cell, side = at.cell, SIDE[at.cell.data]
+    cell, side, (width, depth, heads) = at.cell, SIDE[at.cell.data], at.network.decoder
+    of_objective = {
+        "beit": [],
+        "beitv2": [f"--objective.early_layer={at.network.late_layer}", "--masking.exact=true"],
+        "mae": [
+            "--model.relative_positions=none", f"--objective.decoder_dim={width}",
+            f"--objective.decoder_depth={depth}", f"--objective.decoder_heads={heads}", *POLICY,
+        ],
+    }  # fmt: skip
     views = [] if cell.form == "exact" else [f"--views=[{at.stored_views}]"]
     return [
-        f"--config={HERE / 'pretrain.yaml'}",
+        f"--config={HERE / at.network.recipe}",
         f"--images={at.images}", f"--output={at.run}", f"--seed={cell.seed}",
         f"--tokens=[{', '.join(tables)}]", f"--probe.images={at.table('held_out')}",
         f"--probe.tokens=[{at.held_out_tokens if tables else ''}]",
@@ -139,5 +168,5 @@ def _pretrain(at: Places, tables: list[str]) -> list[str]:
         f"--scaling.precision={cell.precision}",
         f"--masking.kind={cell.mask}", f"--masking.num_masked={cell.masked}",
         f"--optim.steps={cell.steps}", f"--optim.warmup_steps={cell.steps // 10}",
-        *OBJECTIVES[cell.objective], *views,
+        *of_objective[cell.objective], *views,
     ]  # fmt: skip
