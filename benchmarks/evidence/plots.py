@@ -33,7 +33,7 @@ def of_settings(experiment: Experiment, results: Results, path: Path) -> bool:
     if len(rows) < 2:
         return False
     rows.sort(key=lambda row: [getattr(row[0], name) for name in experiment.axis])
-    figure = Figure(figsize=(7, 1.4 + 0.35 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(7, 1.5 + 0.35 * len(rows)), layout="constrained")
     axes = figure.subplots()
     _intervals(axes, [label(experiment, setting) for setting, _ in rows], [row[1] for row in rows])
     beside = of(of_baselines(experiment.settings[0].data, 0), results)
@@ -44,7 +44,7 @@ def of_settings(experiment: Experiment, results: Results, path: Path) -> bool:
         if found:
             axes.axvline(100 * float(np.mean(found)), color=GREY, linestyle=style, label=title)
     if axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize="small", loc="best")
+        figure.legend(fontsize="small", loc="outside lower center", ncols=len(BASELINES))
     axes.set_xlabel("linear probe, %, with 95 % intervals")
     axes.set_title(experiment.title)
     least, most = axes.get_xlim()
@@ -86,6 +86,7 @@ def _intervals(axes: Axes, names: Sequence[str], found: Sequence[Estimate]) -> N
     ]
     axes.errorbar(means, range(len(found)), xerr=errors, fmt="o", capsize=3, color=BLUE)
     axes.set_yticks(range(len(found)), names)
+    axes.set_ylim(-0.6, len(found) - 0.4)
     axes.grid(axis="x", alpha=0.3)
 
 
