@@ -11,10 +11,8 @@ import functools
 import importlib
 import os
 import secrets
-import signal
 import site
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +23,7 @@ import yaml
 import jobs
 from jobs.attempt import Attempt
 from jobs.environment import hide_secrets, prepare_environment, worker_environment
+from jobs.interrupts import interrupted_as_ray_starts, terminated_as_interrupted
 from jobs.recipes import recipe_names, with_lists, with_recipes
 from jobs.submission.access import JOB, NO_CLUSTER, require_cluster, token_file, use_token
 from jobs.terminal import printable_output
@@ -204,41 +203,6 @@ def _with_sections(section: Config, kind: type, change: Callable[[Any], Any]) ->
     return dataclasses.replace(section, **parts)  # type: ignore[type-var]
 
 
-@contextlib.contextmanager
-def terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM ends a stage as Ctrl-C does: ledgers are written, and the run is KILLED in MLflow.
-
-    It is what `beit submit stop`, `kubectl delete`, `scancel` and a drained node send.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt("Asked to end (SIGTERM).")
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def _kept_sigterm() -> Iterator[None]:
-    """`ray.init` takes SIGTERM for itself and leaves by sys.exit then, as flags that do not parse
-    do: a scheduler's next attempt would be refused.
-    """
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    except SystemExit as end:
-        raise KeyboardInterrupt("Asked to end (SIGTERM).") from end
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
-
-
 def output_of(config: Any) -> str:
     """What a stage writes to; "" where it has no output of its own."""
     return run_uri(config) if isinstance(config, PretrainConfig) else getattr(config, "output", "")
@@ -327,7 +291,7 @@ def connect_to_ray() -> None:
     quiet: dict[str, Any] = {} if verbose else {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         muted = contextlib.nullcontext() if verbose else _muted_stderr()
-        with muted, contextlib.chdir(import_root()), _kept_sigterm():
+        with muted, contextlib.chdir(import_root()), interrupted_as_ray_starts():
             if address:
                 ray.init(address="auto", runtime_env=runtime_env, **quiet)
             else:

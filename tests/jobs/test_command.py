@@ -18,6 +18,7 @@ import pytest
 
 from jobs import cli, command
 from jobs.command import _start_ray, connect_to_ray, exit_code, import_root, parse
+from jobs.interrupts import terminated_as_interrupted
 from jobs.terminal import printable_output
 from pipelines import storage
 from pipelines.errors import InputError, StageFailed
@@ -191,12 +192,61 @@ def test_sigterm_ends_a_stage_as_ctrl_c_does_once_ray_has_started(
 
     ray = SimpleNamespace(is_initialized=lambda: False, init=init, cluster_resources=dict)
     monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr("atexit.register", lambda _: None)  # that would end the tests
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     before = signal.getsignal(signal.SIGTERM)
-    with command.terminated_as_interrupted(), pytest.raises(KeyboardInterrupt, match="SIGTERM"):
+    with terminated_as_interrupted(), pytest.raises(KeyboardInterrupt, match="SIGTERM"):
         connect_to_ray()
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_interrupts_the_start_of_ray_sees_no_crash(number: int) -> None:
+    """`ray.init` that is left half-way ends the process by a crash, here as in Ray 2.60."""
+    program = (
+        "import atexit, os, signal, sys\n"
+        "from types import SimpleNamespace\n"
+        "from jobs.command import connect_to_ray, exit_code\n"
+        "from jobs.interrupts import terminated_as_interrupted\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "def init(**_):\n"
+        "    atexit.register(os.abort)\n"
+        f"    signal.raise_signal({int(number)})\n"
+        "sys.modules['ray'] = SimpleNamespace(is_initialized=lambda: False, init=init)\n"
+        "with terminated_as_interrupted():\n"
+        "    code = exit_code(lambda _: connect_to_ray())\n"
+        "sys.exit(code)"
+    )
+    environment = {n: v for n, v in os.environ.items() if n != "RAY_ADDRESS"}
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr.count("interrupted.")) == (130, 1)
+    assert "Run the same command again" in ended.stderr
+
+
+def test_a_signal_that_comes_twice_at_once_is_one() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with terminated_as_interrupted():
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # while the first is answered
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with terminated_as_interrupted(signal.SIGHUP):
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_of_a_node_that_is_lost_ray_says_one_line(capsys: pytest.CaptureFixture[str]) -> None:
