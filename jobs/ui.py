@@ -1,23 +1,32 @@
 """`beit ui`: MLflow's pages of the runs in a store of this machine, opened at the table of runs."""
 
 import argparse
+import contextlib
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 
 from jobs.command import exit_code
 from jobs.environment import prepare_environment
+from jobs.interrupts import terminated_as_interrupted
+from pipelines.errors import StageFailed
+
+END_SECONDS = 10.0
 
 
 def main(argv: Sequence[str]) -> int:
-    """Serves the store until Ctrl-C; returns the exit code."""
+    """Serves the store until Ctrl-C, SIGTERM or a closed terminal; returns the exit code."""
     parser = argparse.ArgumentParser(prog="beit ui", description=__doc__)
     parser.add_argument("--uri", default="", help="sqlite:///file.db; default: mlflow.db here")
     parser.add_argument("--experiment", default="beit")
     parser.add_argument("--port", type=int, default=5000)
     arguments = parser.parse_args(argv)
-    return exit_code(lambda _: _serve(arguments.uri, arguments.experiment, arguments.port))
+    with terminated_as_interrupted(signal.SIGHUP):
+        return exit_code(lambda _: _serve(arguments.uri, arguments.experiment, arguments.port))
 
 
 def _serve(uri: str, experiment: str, port: int) -> None:
@@ -31,10 +40,46 @@ def _serve(uri: str, experiment: str, port: int) -> None:
     client = store.connect(tracking_uri)
     number = store.experiment_id(client, TrackingConfig(experiment=experiment), tracking_uri)
     save_views(client, number)
-    address = f"http://127.0.0.1:{port}"
-    print(f"Open {view_link(address, number)} (Ctrl-C ends the server)", file=sys.stderr)
     command = [
         sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking_uri,
         "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
     ]  # fmt: skip
-    subprocess.run(command, env=dict(os.environ), check=True)
+    serve(command, port, f"Open {view_link(f'http://127.0.0.1:{port}', number)}")
+
+
+def serve(command: Sequence[str], port: int, invitation: str) -> None:
+    """Runs a server until it or this process is ended, and ends all of its processes then.
+
+    Raises:
+        StageFailed: the server ended by itself.
+    """
+    print(f"starting MLflow's server on port {port}", file=sys.stderr, flush=True)
+    server = subprocess.Popen(command, start_new_session=True)
+    try:
+        while server.poll() is None and not _answers(port):
+            time.sleep(0.2)
+        if server.poll() is None:  # below what the server says of itself, with its own address
+            print(f"{invitation} (Ctrl-C ends the server)", file=sys.stderr, flush=True)
+        if code := server.wait():
+            raise StageFailed(f"MLflow's server ended with code {code}; what it said stands above")
+    finally:
+        _end(server)
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(0.5)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _end(server: subprocess.Popen) -> None:
+    """Ends the server's group: it leaves its children behind where it is ended alone."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGTERM)
+        deadline = time.monotonic() + END_SECONDS
+        while time.monotonic() < deadline:
+            server.poll()
+            os.killpg(server.pid, 0)  # until nobody is left
+            time.sleep(0.1)
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
