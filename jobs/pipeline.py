@@ -221,6 +221,8 @@ def run(config: PipelineConfig, *, start_ray: Callable[[], None]) -> PipelineRes
         results[stage] = result
         done.append((stage, entry.seconds, entry.said))
         print(f"      {entry.said}  ({entry.seconds:.0f} s)", flush=True)
+        if module == "prepare":
+            _refuse_too_few(chain, result.num_rows)
     return PipelineResult(
         output=config.output,
         seconds=time.monotonic() - start,
@@ -228,6 +230,24 @@ def run(config: PipelineConfig, *, start_ray: Callable[[], None]) -> PipelineRes
         verdict=_verdict(config, results),
         look=_where_to_look(config),
     )
+
+
+def _refuse_too_few(chain: list[tuple[str, str, Any]], num_images: int) -> None:
+    """Raises InputError if a training has larger batches than there are images, before any runs."""
+    larger: dict[str, int] = {}
+    for stage, module, config in chain:
+        trains = module == "pretrain" or (module == "train_tokenizer" and config.model.trained)
+        if trains and config.data.global_batch_size > num_images:
+            arm = stage.removeprefix("pretrain").strip()
+            section = f"arms.{arm}" if module == "pretrain" and arm else module
+            larger[f"{section}.data.global_batch_size"] = config.data.global_batch_size
+    if larger:
+        fields = ", ".join(f"{name} = {value}" for name, value in larger.items())
+        raise InputError(
+            f"{fields}: more than the {num_images} images of {chain[0][2].output}. Give at least "
+            f"{max(larger.values())} images (and another output), or smaller batches, multiples of "
+            "data.num_shards"
+        )
 
 
 def _where_to_look(config: PipelineConfig) -> str:

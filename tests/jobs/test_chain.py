@@ -3,13 +3,14 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from jobs import cli, pipeline
 from jobs.command import parse
 from jobs.headline import DEMO_STEPS
-from pipelines.errors import InputError
+from pipelines.errors import InputError, StageFailed
 from pipelines.preparation.sample_images import list_images, read_image
 from pipelines.tables.image_table import ImageTable
 from pipelines.tables.token_table import TokenTable
@@ -107,6 +108,30 @@ def test_views_that_a_chain_would_not_store_are_refused_at_once(
     flags = ["--config", str(CONFIGS / "quickstart.yaml"), "--output", "here", *flags]
     with pytest.raises(InputError, match=message):
         parse(pipeline.PipelineConfig, flags, stage="pipeline")
+
+
+@pytest.mark.parametrize(("num_images", "few"), [(100, True), (127, True), (128, False)])
+def test_too_few_images_are_refused_before_the_first_training(
+    num_images: int, few: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--config", str(CONFIGS / "quickstart.yaml"), "--output", str(tmp_path / "out")]
+    arms = {"mae": {**MAE, "data": {"global_batch_size": 256}}} if few else {}
+    config = parse(
+        pipeline.PipelineConfig, [*flags, "--arms", json.dumps(arms)], stage="quickstart"
+    )
+    table = SimpleNamespace(num_rows=num_images, summary=lambda: "images")
+    monkeypatch.setattr("pipelines.prepare.run", lambda *_, **__: table)
+
+    def train(*_: object, **__: object) -> None:
+        raise StageFailed("a tokenizer is trained")
+
+    monkeypatch.setattr("pipelines.train_tokenizer.run", train)
+    said = (
+        rf"^pretrain.data.global_batch_size = 128, arms.mae.data.global_batch_size = 256: more "
+        rf"than the {num_images} images of .*images. Give at least 256 images"
+    )
+    with pytest.raises(InputError if few else StageFailed, match=said if few else "is trained"):
+        pipeline.run(config, start_ray=lambda: None)
 
 
 @pytest.mark.ray
