@@ -18,7 +18,7 @@ from pipelines.preparation.samples import UNCLEAR
 from pipelines.preparation.source_plan import MEGABYTE, SourcePlan
 from pipelines.progress import Progress
 from pipelines.records import read_record, write_record
-from pipelines.tables.image_table import REJECTED, ImageTable
+from pipelines.tables.image_table import IGNORED, REJECTED, ImageTable
 from pipelines.tracking.datasets import short_name
 
 NUM_EXAMPLES = 10
@@ -73,15 +73,17 @@ class PrepareResult:
     def summary(self) -> str:
         """One line with the numbers a user wants."""
         parts = f"{self.num_parts} part{'' if self.num_parts == 1 else 's'}"
-        rejected = sum(self.rejected.values())
-        why = f" ({reasons(self.rejected)})" if rejected else ""
+        rejected = f"{sum(self.rejected.values())} rejected{self._why(self.rejected, REJECTED)}"
         ignored = sum(self.ignored.values())
-        beside = f"{ignored} ignored ({reasons(self.ignored)}), " if ignored else ""
+        beside = f"{ignored} ignored{self._why(self.ignored, IGNORED)}, " if ignored else ""
         return (
-            f"{self.uri}: {self.num_rows} images in {parts}, {rejected} rejected{why}, {beside}"
+            f"{self.uri}: {self.num_rows} images in {parts}, {rejected}, {beside}"
             f"{self.classes()}, fingerprint {self.fingerprint}"
             + (f"; {self.against}" if self.against else "")
         )
+
+    def _why(self, counts: Mapping[str, int], listed: str) -> str:
+        return f" ({reasons(counts)}: {storage.join(self.uri, listed)})" if counts else ""
 
     def classes(self) -> str:
         """`3 classes: cat 812, dog 790, owl 4 (by first folder)`: the most frequent first."""

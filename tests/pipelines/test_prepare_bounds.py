@@ -127,4 +127,8 @@ def test_classes_are_told_with_what_made_them(source_format, options, names, cou
     assert result.summary() == f"out: 1700 images in 1 part, 0 rejected, {told}, fingerprint f"
     manifest["ignored"] = {"hidden": 2, "not_an_image": 3}
     said = PrepareResult.of("out", manifest, already_done=False).summary()
-    assert "0 rejected, 5 ignored (3 not_an_image, 2 hidden), " in said
+    listed = "5 ignored (3 not_an_image, 2 hidden: out/ignored.parquet), "
+    assert f"0 rejected, {listed}" in said
+    manifest["rejected"] = {"truncated": 1}
+    said = PrepareResult.of("out", manifest, already_done=False).summary()
+    assert f"1 rejected (1 truncated: out/rejected.parquet), {listed}" in said
