@@ -1,10 +1,10 @@
 """Attention for training on a CPU, where torch's own is slow with a bias that learns, and in bf16.
 
 With such a bias `scaled_dot_product_attention` takes a reference path with five more passes over
-the logits, and separates q, k and v by one copy each. Written out with its gradient, the same
-computation takes three quarters of the time, which shows at small widths; under autocast to bf16,
-where the reference path also widens the logits, two thirds. Without a bias torch has a fused kernel
-whose gradient in bf16 takes two to nine times as long (benchmarks/results/attention.md).
+the logits, separates q, k and v by one copy each, and under autocast to bf16 widens the logits.
+Without one it has a fused kernel whose gradient is slow in bf16. Written out with its gradient the
+same takes less time (benchmarks/results/attention.md: 0.84 of it with a bias, 0.44 to 0.11 in bf16
+without one) and more memory: the weights of all pairs are kept, in the type of q, k and v.
 """
 
 from typing import Any

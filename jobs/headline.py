@@ -39,7 +39,7 @@ def _features(trained: PretrainResult, judged: Result) -> Iterator[tuple[str, st
         yield "", f"{_words(low, high)} {TITLES[name]}: {points}, image by image"
     gains = any(low > 0 for _, low, _ in judged.gains.values())
     if judged.gains and not gains and trained.steps < DEMO_STEPS:
-        yield "", "so short a training shows in the tokens first; `make demo` trains longer"
+        yield "", "so short a training shows in its own task first; `make demo` trains longer"
 
 
 def _words(low: float, high: float) -> str:

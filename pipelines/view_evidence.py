@@ -53,14 +53,15 @@ def known_of(epochs: float, views: int) -> str:
             f"{each}: outside of the evidence, which goes to {MOST_EPOCHS_A_VIEW:g} epochs a view, "
             f"{MOST_EPOCHS} in all"
         )
-    tried = f"{nearest.epochs_a_view:g}, of {nearest.epochs} in all"
-    if nearest.low > MARGIN:
-        return f"{each}: {tried}, cost nothing that showed ({nearest.told()})"
-    return f"{each}: {tried}: a loss of {-MARGIN:g} point is not excluded ({nearest.told()})"
+    cost = "no loss showed" if nearest.low > MARGIN else f"a loss of {-MARGIN:g} point may be"
+    return (
+        f"{each}; in a run of {nearest.epochs} epochs, {nearest.epochs_a_view:g} a view, {cost} "
+        f"({nearest.told()})"
+    )
 
 
-def is_outside(epochs: float, views: int) -> bool:
-    """Whether it is not known that so many views cost less than `MARGIN`."""
+def is_uncertain(epochs: float, views: int) -> bool:
+    """Whether so many views may, for all that was tried, cost `MARGIN` or more."""
     nearest = _nearest(epochs, views)
     return views < epochs and (nearest is None or nearest.low <= MARGIN)
 

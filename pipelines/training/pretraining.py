@@ -97,7 +97,7 @@ def plan_run(config: PretrainConfig) -> tuple[TrainingTables, PretrainPlan]:
             "beit export will write this encoder without its decoder; null is MAE's own"
         )
     epochs, views = plan.total_steps / plan.steps_per_epoch, len(tables.views)
-    if tables.tokens and view_evidence.is_outside(epochs, views):
+    if tables.tokens and view_evidence.is_uncertain(epochs, views):
         say_step(
             f"views: {views} for {epochs:.3g} epochs, {view_evidence.known_of(epochs, views)} "
             f"(docs/evidence.md). More: beit tokenize --first_view {tables.views.max() + 1}, then "

@@ -223,7 +223,9 @@ def test_the_table_is_shown_where_the_report_cannot_be_made(tmp_path, monkeypatc
         raise InputError("no answer from MLflow")
 
     monkeypatch.setattr("pipelines.report.run", no_answer)
-    for module in ("prepare", "train_tokenizer", "tokenize_images"):
+    prepared = SimpleNamespace(num_rows=1000)
+    monkeypatch.setattr("pipelines.prepare.run", lambda config, start_ray: prepared)
+    for module in ("train_tokenizer", "tokenize_images"):
         monkeypatch.setattr(f"pipelines.{module}.run", lambda config, start_ray: "done")
     arms = {"run": ("beit", 50), "run-mae": ("mae", 53)}
     made = {name: arm(tmp_path, *one) for name, one in arms.items()}

@@ -377,6 +377,10 @@ def test_the_stage_reports_files_and_tracks(shapes, trained_run, tmp_path, mlflo
     assert gain == pytest.approx(linear["pretrained"] - linear["pixels"])
     assert low <= gain <= high
     assert f"linear probe {100 * linear['pretrained']:.1f} %" in result.summary()
+    hits = storage.read_json(str(tmp_path / "out/hits.json"))
+    for name, kept in {"pretrained": hits, **hits["baselines"]}.items():
+        assert kept["linear"].count("1") / 135 == pytest.approx(linear[name])
+    assert hits["baselines"].keys() == linear.keys() - {"pretrained"}
 
     report = storage.read_json(str(tmp_path / "out/evaluation.json"))
     confusion = np.array(report["confusion"])
