@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
 from pydoc import locate
@@ -134,7 +135,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name == "quickstart":
         name, rest = "pipeline", rest if "--config" in rest else ["--config", "quickstart", *rest]
     if name not in STAGES:
-        print(f"error: unknown stage {name!r}\n\n{_usage()}", file=sys.stderr)
+        near = get_close_matches(name, [*STAGES, *OTHERS], n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        print(f"error: unknown stage {name!r}{meant}\n\n{_usage()}", file=sys.stderr)
         return 2
     stage = STAGES[name]
     flags = stage_flags(name, rest)

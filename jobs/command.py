@@ -7,6 +7,7 @@
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import functools
 import importlib
 import os
@@ -16,7 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 
@@ -81,7 +82,12 @@ def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
 def _typed(
     config_class: type[Config], arguments: list[str], *, stage: str, recipes: Sequence[str]
 ) -> Config:
-    from jsonargparse import auto_cli, set_parsing_settings
+    from jsonargparse import DefaultHelpFormatter, auto_cli, set_parsing_settings
+
+    class Help(DefaultHelpFormatter):
+        def format_help(self) -> str:  # `--print_config \b[=flags]` is for terminals alone
+            shown: str = super().format_help()
+            return shown.replace(" \b", "")
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     try:
@@ -91,6 +97,7 @@ def _typed(
             args=arguments,
             prog=f"beit {stage}",
             allow_abbrev=False,
+            formatter_class=Help,
             exit_on_error=False,
         )
     except ValueError as error:
@@ -98,8 +105,25 @@ def _typed(
     except argparse.ArgumentError as error:
         named = "".join(f" (recipe {name})" for name in recipes)
         said = " ".join(str(error).split())
-        raise InputError(f"{said}{named}; `beit {stage} --help` lists all fields") from error
+        meant = _meant(config_class, said)
+        raise InputError(f"{said}{named}{meant}; `beit {stage} --help` lists all fields") from error
     return config
+
+
+def _meant(config_class: type, said: str) -> str:
+    """The flags that are nearest to those that an error says are not known."""
+    _, _, unknown = said.partition("unrecognized arguments: ")
+    flags = [flag.partition("=")[0] for flag in unknown.split() if flag.startswith("--")]
+    known = [f"--{name}" for name in _field_names(config_class)]
+    near = [match for flag in flags for match in difflib.get_close_matches(flag, known, n=1)]
+    return f"; did you mean {', '.join(near)}?" if near else ""
+
+
+def _field_names(config_class: type) -> Iterator[str]:
+    for name, hint in get_type_hints(config_class).items():
+        yield name
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            yield from (f"{name}.{below}" for below in _field_names(hint))
 
 
 def stage_main(

@@ -249,6 +249,31 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.parametrize(
+    ("command_line", "meant"),
+    [
+        ("pretrain --optim.step 10", ": --optim.step 10; did you mean --optim.steps?"),
+        ("pipeline --pretrain.optim.stepz=10", "; did you mean --pretrain.optim.steps?"),
+        ("pretrian --output here", "unknown stage 'pretrian'; did you mean pretrain?"),
+        ("qwxyz", "unknown stage 'qwxyz'\n"),
+        ("pretrain --qwxyz 1", "unrecognized arguments: --qwxyz 1; `beit pretrain --help`"),
+    ],
+)  # fmt: skip
+def test_what_was_meant_is_named(
+    command_line: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(command_line.split()) == 2
+    assert meant in capsys.readouterr().err
+
+
+def test_help_has_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["prepare", "--help"])
+    shown = capsys.readouterr().out
+    assert "--print_config[=flags]" in shown
+    assert "x08" not in shown
+
+
 def test_of_a_node_that_is_lost_ray_says_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     said = "(raylet) Raylet is terminated. Possible reasons include: (1) SIGKILL."
     with printable_output():
