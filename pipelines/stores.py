@@ -22,7 +22,7 @@ from fsspec.asyn import sync
 from pyarrow import fs as pafs
 
 from pipelines.errors import InputError, StoreError, printable
-from pipelines.steps import say_step
+from pipelines.steps import said_if_slow
 
 # With the tries of s3fs around them a store may be away for about a minute. One that takes
 # connections and says nothing is waited for much longer.
@@ -203,27 +203,6 @@ def code_of(error: BaseException | None) -> str:
 
 
 @contextlib.contextmanager
-def _said_if_slow(place: str) -> Iterator[None]:
-    """Says what is waited for, as often as `SLOW_SECONDS` pass.
-
-    Drivers give up on a store that says nothing, and never on one that sends a byte a second.
-    """
-    ended = threading.Event()
-
-    def watch() -> None:
-        seconds = 0.0
-        while not ended.wait(SLOW_SECONDS):
-            seconds += SLOW_SECONDS
-            say_step(f"still waiting for {printable(place)} after {seconds:.0f} s")
-
-    threading.Thread(target=watch, name="slow store", daemon=True).start()
-    try:
-        yield
-    finally:
-        ended.set()
-
-
-@contextlib.contextmanager
 def told(uri: str) -> Iterator[None]:
     """Failures of a store as OSErrors that name the URI and have a number.
 
@@ -235,7 +214,8 @@ def told(uri: str) -> Iterator[None]:
     """
     place = uri.partition("?")[0]
     try:
-        with _said_if_slow(place):
+        # Drivers give up on a store that says nothing, and never on one that sends a byte a second.
+        with said_if_slow(printable(place), SLOW_SECONDS):
             yield
     except (InputError, FileExistsError):
         raise

@@ -12,7 +12,7 @@ became of it, an *attempt* a piece of work that began; one that never ended took
 import json
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -25,10 +25,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines import storage
 from pipelines.errors import InputError, StageFailed
+from pipelines.steps import said_if_slow
 
 WORK = "_work"
 # Units given to Ray Data at once: it keeps an object in the driver's memory for each.
 UNITS_PER_ROUND = 16384
+# Seconds between two signs of life before the first outcome of a round.
+WAITING_EVERY = 10.0
 KEPT = "Finished units are kept; when this is mended, the same command goes on from here."
 """What people are told of a stage that failed, unless the stage has other words."""
 
@@ -115,9 +118,11 @@ def outcomes(mapped: ray.data.Dataset, advice: str = KEPT) -> Iterator[Outcome]:
     Raises:
         InputError, StageFailed: a worker says that the job cannot go on.
     """
-    with _quiet_ray_data():
+    with _quiet_ray_data(), ExitStack() as waiting:
+        waiting.enter_context(said_if_slow("the first unit", WAITING_EVERY))
         batches = mapped.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
         for batch in batches:
+            waiting.close()
             for text, made in zip(batch["outcome"].to_pylist(), batch["made"], strict=True):
                 outcome = Outcome.from_json(text).check(advice)
                 yield replace(outcome, made=made.as_py())

@@ -1,7 +1,11 @@
 """Messages and attempts of the runner of units; rounds are tested through the stages."""
 
+import time
+from types import SimpleNamespace
+
 import pytest
 
+from pipelines import steps, units
 from pipelines.errors import InputError, StageFailed
 from pipelines.units import Attempts, Outcome, attempt, outcome_table
 
@@ -41,3 +45,25 @@ def test_an_outcome_arrives_as_it_was_sent() -> None:
     outcome = Outcome(unit=3, facts={"size": 9, "seconds": {"read": 0.5}})
     sent = outcome_table([outcome]).column("outcome")[0].as_py()
     assert Outcome.from_json(sent).check() == outcome
+
+
+def test_who_waits_for_the_first_unit_is_told(monkeypatch) -> None:
+    said: list[str] = []
+
+    def batches(**_: object):
+        deadline = time.monotonic() + 60
+        while len(said) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        yield outcome_table([Outcome(unit=0)])
+        time.sleep(0.2)
+        before = len(said)
+        time.sleep(0.3)
+        assert len(said) == before  # none once units come
+        yield outcome_table([Outcome(unit=1)])
+
+    monkeypatch.setattr(steps, "say_step", said.append)
+    monkeypatch.setattr(units, "WAITING_EVERY", 0.1)
+    found = list(units.outcomes(SimpleNamespace(iter_batches=batches)))
+    assert [outcome.unit for outcome in found] == [0, 1]
+    assert said[0].startswith("still waiting for the first unit after ")
