@@ -165,7 +165,8 @@ def _finished(config: PrepareConfig, output: str) -> PrepareResult:
     source = table.manifest["source"]["uri"]
     check_identity(config, output, {"source": source, **table.manifest["options"]})
     result = PrepareResult.of(output, table.manifest, already_done=True)
-    print(f"prepare: already done: {result.summary()}", file=sys.stderr)
+    done = f"prepare: already done, {result.num_rows:,} images; nothing to do"
+    print(done, file=sys.stderr)
     return result
 
 

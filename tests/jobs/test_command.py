@@ -392,6 +392,20 @@ def test_what_needs_no_ray_is_refused_before_ray_starts(
     assert not (tmp_path / "out").exists()
 
 
+def test_images_that_are_there_are_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(DATA / "images", images)
+    record = json.loads((images / "manifest.json").read_text())
+    monkeypatch.setattr(command, "prepare_environment", lambda: None)
+    flags = ["prepare", "--config", str(DATA / "recipes/prepare.yaml"), "--output", str(images)]
+    assert cli.main([*flags, "--source", record["source"]["uri"]]) == 0
+    said = capsys.readouterr()
+    assert "prepare: already done, 40 images; nothing to do" in said.err
+    assert (said.out + said.err).count(record["fingerprint"]) == 1
+
+
 def test_tokens_that_are_there_are_said_or_refused_before_ray_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
