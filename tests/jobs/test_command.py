@@ -231,13 +231,17 @@ def test_who_interrupts_the_start_of_ray_sees_no_crash(number: int) -> None:
 
 
 def test_a_signal_that_comes_twice_at_once_is_one() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with terminated_as_interrupted():
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)  # while the first is answered
-        signal.raise_signal(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGINT) == before
+    # Tests that a shell runs in the background are started with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with terminated_as_interrupted():
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # while the first is answered
+            signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
