@@ -44,7 +44,7 @@ $(BIN)/.evidence: $(BIN)/.dev
 run: $(BIN)/.run  ## images to a reviewed run in six minutes on two cores (IMAGES=folder for your own)
 	$(BIN)/beit quickstart --config jobs/configs/quickstart.yaml $(if $(IMAGES),--prepare.source "$(IMAGES)" --output "work/$(notdir $(abspath $(IMAGES)))") $(ARGS)
 
-demo: $(BIN)/.run  ## MAE on the sample, long enough that its features beat raw pixels (a quarter of an hour)
+demo: $(BIN)/.run  ## MAE on the sample, long enough that its features beat raw pixels (eight minutes on two cores)
 	$(BIN)/beit quickstart --config jobs/configs/demo.yaml $(ARGS)
 
 compare: $(BIN)/.run  ## BEiT, BEiT v2 and MAE on the sample for about the same time, and one table (half an hour)
