@@ -2,13 +2,14 @@
 
 import argparse
 import contextlib
-import os
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+
+import psutil
 
 from jobs.command import exit_code
 from jobs.environment import prepare_environment
@@ -54,7 +55,7 @@ def serve(command: Sequence[str], port: int, invitation: str) -> None:
         StageFailed: the server ended by itself.
     """
     print(f"starting MLflow's server on port {port}", file=sys.stderr, flush=True)
-    server = subprocess.Popen(command, start_new_session=True)
+    server = subprocess.Popen(command)  # of this group: who kills the group ends it, too
     try:
         while server.poll() is None and not _answers(port):
             time.sleep(0.2)
@@ -73,13 +74,14 @@ def _answers(port: int) -> bool:
 
 
 def _end(server: subprocess.Popen) -> None:
-    """Ends the server's group: it leaves its children behind where it is ended alone."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(server.pid, signal.SIGTERM)
-        deadline = time.monotonic() + END_SECONDS
-        while time.monotonic() < deadline:
-            server.poll()
-            os.killpg(server.pid, 0)  # until nobody is left
-            time.sleep(0.1)
-        os.killpg(server.pid, signal.SIGKILL)
+    """Ends the server and its children: ended alone, it leaves them behind."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(server.pid)
+        family = [parent, *parent.children(recursive=True)]
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        for process in psutil.wait_procs(family, timeout=END_SECONDS)[1]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
     server.wait()

@@ -1,5 +1,6 @@
 """`beit ui`: the server's processes end with the command, and its address is the last word."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -21,9 +22,8 @@ subprocess.run(child)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_the_server_ends_with_the_command(number: int, tmp_path: Path) -> None:
-    port = free_port()
+def served(log: Path, port: int) -> subprocess.Popen:
+    """`beit ui` of such a server, when it has said where to look."""
     program = (
         "import signal, sys\n"
         "from jobs import ui\n"
@@ -33,19 +33,38 @@ def test_the_server_ends_with_the_command(number: int, tmp_path: Path) -> None:
         f"ui._serve = lambda *_: ui.serve(server, {port}, 'Open the table')\n"
         "sys.exit(ui.main([]))"
     )
-    log = tmp_path / "log"
     with log.open("w") as said:
-        command = subprocess.Popen([sys.executable, "-c", program], stdout=said, stderr=said)
+        command = subprocess.Popen(
+            [sys.executable, "-c", program], stdout=said, stderr=said, start_new_session=True
+        )
     deadline = time.monotonic() + 120
     while "Open the table" not in log.read_text():
         assert command.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.1)
     assert answers(port)
+    return command
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_server_ends_with_the_command(number: int, tmp_path: Path) -> None:
+    port, log = free_port(), tmp_path / "log"
+    command = served(log, port)
     assert log.read_text().index("its own line") < log.read_text().index("Open the table")
     command.send_signal(number)
     assert command.wait(timeout=60) == 130
     assert not answers(port)
+
+
+def test_who_kills_the_group_ends_the_server(tmp_path: Path) -> None:
+    port = free_port()
+    command = served(tmp_path / "log", port)
+    os.killpg(command.pid, signal.SIGKILL)
+    command.wait()
+    deadline = time.monotonic() + 30
+    while answers(port):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_server_that_does_not_start_is_a_failure() -> None:
