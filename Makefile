@@ -47,7 +47,7 @@ run: $(BIN)/.run  ## images to a reviewed run in six minutes on two cores (IMAGE
 demo: $(BIN)/.run  ## MAE on the sample, long enough that its features beat raw pixels (eight minutes on two cores)
 	$(BIN)/beit quickstart --config jobs/configs/demo.yaml $(ARGS)
 
-compare: $(BIN)/.run  ## BEiT, BEiT v2 and MAE on the sample for about the same time, and one table (half an hour)
+compare: $(BIN)/.run  ## BEiT, BEiT v2 and MAE on the sample for about the same time, and one table (14 minutes on two cores)
 	$(BIN)/beit pipeline --config jobs/configs/compare.yaml $(ARGS)
 
 evidence: $(BIN)/.evidence  ## the experiments of docs/evidence.md that are still open (ARGS="--experiment views --most 3", DEVICE=cuda)
