@@ -50,7 +50,7 @@ class _Attention(torch.autograd.Function):
                 logits.view(B, num_heads, T, T).add_(bias)
             weights = logits.softmax(dim=-1).to(v.dtype)
         ctx.save_for_backward(parts, weights)
-        ctx.num_heads, ctx.bias_type = num_heads, None if bias is None else bias.dtype
+        ctx.num_heads, ctx.wide = num_heads, wide
         # (B * heads, T, D / heads) -> (B, T, D)
         return torch.bmm(weights, v).view(B, num_heads, T, -1).transpose(1, 2).reshape(B, T, -1)
 
@@ -68,8 +68,8 @@ class _Attention(torch.autograd.Function):
         d_weights = torch.bmm(grad, v.transpose(1, 2))
         d_logits = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
         d_bias = None
-        if ctx.bias_type is not None:
-            d_bias = d_logits.view(B, heads, T, T).sum(dim=0, keepdim=True, dtype=ctx.bias_type)
+        if ctx.needs_input_grad[1]:
+            d_bias = d_logits.view(B, heads, T, T).sum(dim=0, keepdim=True, dtype=ctx.wide)
         empty = q.new_empty(1, 1, 1)
         torch.baddbmm(empty, d_logits, k, beta=0, alpha=scale, out=d_parts[0])
         torch.baddbmm(empty, d_logits.transpose(1, 2), q, beta=0, alpha=scale, out=d_parts[1])
