@@ -328,6 +328,7 @@ def _evaluate(
     head = None
     if logits is not None:
         right = head_hits(weights, data, logits[0])[tested]
+        hits[PRETRAINED][HEAD] = right
         head = [float(right.mean()), *accuracy_interval(right, groups, seed=config.seed)]
     counts = np.bincount(data.labels[splits[0].known])
     block = scores[PRETRAINED]["linear"]["layers"][0]

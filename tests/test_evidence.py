@@ -46,12 +46,15 @@ def test_an_interval_covers_the_truth_as_often_as_it_says():
 @pytest.mark.parametrize("device", stages.NETWORKS)
 def test_the_commands_of_every_kind_of_cell_are_such_as_the_product_takes(device, monkeypatch):
     """A cell's last stages run hours after its first."""
-    folders = {name: Path("pictures") / name for name in ("train", "probe", "held_out")}
+    names = ("train", "probe", "held_out", *data.HALVES)
+    folders = {name: Path("pictures") / name for name in names}
     monkeypatch.setattr(data, "write", lambda *_: folders)
     kinds = {}
     for experiment in cells.experiments():
         for one in experiment.settings:
-            kind = (one.data, one.objective, one.tokenizer, one.mask, one.form, one.precision)
+            kind = (
+                one.data, one.objective, one.tokenizer, one.mask, one.form, one.precision, one.start
+            )  # fmt: skip
             kinds.setdefault(kind, one)
     assert {kind[1] for kind in kinds} == {"beit", "beitv2", "mae"}
     seen = {
@@ -186,6 +189,32 @@ def test_rows_of_other_images_are_not_compared(tmp_path: Path):
         document.write(tmp_path / "evidence.md", found)
 
 
+def test_the_halves_that_are_tuned_and_tested_share_no_drawing():
+    found = data._emoji()
+    names = [{path for path, _ in found[half]} for half in data.HALVES]
+    assert not names[0] & names[1]
+    assert names[0] | names[1] == {path for path, _ in found["probe"]}
+    assert abs(len(names[0]) - len(names[1])) <= 1
+    classes = [{path.partition("/")[0] for path in half} for half in names]
+    assert classes[0] == classes[1]
+
+
+def test_the_table_of_what_was_tuned_compares_with_random_weights(monkeypatch):
+    monkeypatch.setattr(statistics, "DRAWS", 500)
+    [experiment] = [e for e in cells.experiments() if e.name == "finetune"]
+
+    def hits(cell):
+        return "1100" * 25 if cell.start == "random" else "1110" * 25
+
+    found = results_of(experiment, hits)
+    rows = document.table(experiment, found).splitlines()
+    assert rows[0].startswith("| start | objective | tokenizer | seeds | test accuracy |")
+    assert rows[2].startswith("| random | beit | dvae | 3 | 50.0 % [")
+    assert "| pretrained | mae | pixels | 3 | 75.0 % [" in rows[-1]
+    assert "| +25.0 [" in rows[-1]
+    assert len({row.count("|") for row in rows}) == 1
+
+
 @pytest.mark.long
 def test_a_killed_program_goes_on_to_the_same_page(tmp_path: Path, monkeypatch):
     small = cells.Cell(images=520, steps=4, views=1, tokenizer="kmeans")
@@ -197,24 +226,30 @@ def test_a_killed_program_goes_on_to_the_same_page(tmp_path: Path, monkeypatch):
             dataclasses.replace(cells.MAE, images=520, steps=4),
         ),
     )  # fmt: skip
+    tuned = cells.Experiment(
+        name="tuned", title="Tuned", axis=("start",),
+        settings=(dataclasses.replace(small, tuned=1, start="random"),),
+    )  # fmt: skip
     for module in (run, document, findings):
-        monkeypatch.setattr(module, "experiments", lambda: [trial])
+        monkeypatch.setattr(module, "experiments", lambda: [trial, tuned])
     for module in (cells, document, findings):
         monkeypatch.setattr(module, "SEEDS", (0,))
-    pictures = {name: members[:600] for name, members in data._emoji().items()}
+    pictures = {name: members[::2] for name, members in data._emoji().items()}
     monkeypatch.setattr(data, "_emoji", lambda: pictures)
     results, page = tmp_path / "results.json", tmp_path / "evidence.md"
     run.run(tmp_path / "work", results, page, most=1)
     assert "open" in page.read_text()
     run.run(tmp_path / "work", results, page)
     first = json.loads(results.read_text())
-    assert len(first["cells"]) == 3
+    assert len(first["cells"]) == 4
+    tested = sum(len(pictures[half]) for half in data.HALVES)
+    assert len(first["cells"][tuned.settings[0].name]["hits"]) == tested
     results.unlink()
     run.run(tmp_path / "work", results, page)  # every stage says that it is done
     again = json.loads(results.read_text())
     for name, cell in first["cells"].items():
         assert again["cells"][name]["hits"] == cell["hits"]
-        assert again["cells"][name]["scores"] == cell["scores"]
+        assert again["cells"][name].get("scores") == cell.get("scores")
     assert "open" not in page.read_text().split("# Where")[0].split("\n\n", 3)[-1]
 
 

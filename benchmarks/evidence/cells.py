@@ -7,6 +7,7 @@ from dataclasses import dataclass
 BATCH = 128
 PATCHES = 64
 SEEDS = (0, 1, 2)
+TUNED_BATCH, TUNED_EPOCHS = 64, 40
 # Token tables hold the views between two of these, so that V views are the tables below V.
 VIEW_EDGES = (0, 1, 4, 12, 13, 40, 120, 256)
 
@@ -32,6 +33,15 @@ class Cell:
     """Of the pixels: `exact` ones are rendered at each step, others are stored views."""
     precision: str = "bf16"
     """Of the products in a training step."""
+    tuned: int = 0
+    """Epochs of fine-tuning, whose test is what is measured; 0: features are probed."""
+    start: str = "pretrained"
+    """What fine-tuning begins with; `random`: an untrained network of the same sizes."""
+
+    @property
+    def pretraining(self) -> "Cell":
+        """The cell whose network is fine-tuned."""
+        return dataclasses.replace(self, tuned=0, start="pretrained")
 
     @property
     def name(self) -> str:
@@ -39,10 +49,11 @@ class Cell:
         tokens = f"{self.tokenizer}-v{self.views}" if self.tokenizer else "pixels"
         data = self.data + (str(self.images) if self.images else "")
         form = "" if self.form == "exact" else f"-{self.form}"
+        tuned = f"-tuned{self.tuned}-{self.start}" if self.tuned else ""
         precision = "" if self.precision == "bf16" else f"-{self.precision}"
         return (
             f"{data}-{self.objective}-{tokens}{form}-{self.mask}{self.masked}-{self.steps}"
-            f"{precision}-s{self.seed}"
+            f"{precision}{tuned}-s{self.seed}"
         )
 
 
@@ -79,6 +90,14 @@ def experiments() -> list[Experiment]:
         settings = tuple(dataclasses.replace(setting, views=count) for count in counts)
         return Experiment(name=name, title=title, axis=("views",), settings=settings)
 
+    targets = (
+        beit,
+        *(
+            dataclasses.replace(beit, tokenizer=kind)
+            for kind in ("kmeans", "projection", "vqkd-efficientnet", "vqkd-own")
+        ),
+        MAE,
+    )
     random75 = dataclasses.replace(beit, mask="random", masked=48)
     float32 = dataclasses.replace(beit, precision="float32")
     return [
@@ -120,13 +139,16 @@ def experiments() -> list[Experiment]:
             name="targets",
             title="What is predicted",
             axis=("objective", "tokenizer"),
-            settings=(
-                beit,
-                *(
-                    dataclasses.replace(beit, tokenizer=kind)
-                    for kind in ("kmeans", "projection", "vqkd-efficientnet", "vqkd-own")
-                ),
-                MAE,
+            settings=targets,
+        ),
+        Experiment(
+            name="finetune",
+            title="What is predicted, then fine-tuned",
+            axis=("start", "objective", "tokenizer"),
+            settings=tuple(
+                dataclasses.replace(setting, tuned=TUNED_EPOCHS, start=start)
+                for start, settings in (("random", (beit, MAE)), ("pretrained", targets))
+                for setting in settings
             ),
         ),
         Experiment(

@@ -12,6 +12,8 @@ from pipelines.preparation.sample_images import UNLABELLED, group_of, list_image
 from pipelines.tables.image_table import split_position
 
 HELD_OUT = 0.2
+HALVES = ("half0", "half1")
+"""Of the probe's images, by group: fine-tuned on one, tested on the other."""
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 FASHION_IMAGES = {"train": 4096, "probe": 4000}
 # The base emoji of a file's name, and each Fashion-MNIST picture by itself.
@@ -19,7 +21,9 @@ GROUP_PATTERN = r"([^/]+?)(?:__[^/]*)?\.png$"
 
 
 def write(data: str, work: Path, images: int = 0) -> dict[str, Path]:
-    """Folders `train`, `probe` and `held_out` of a data set, CLASS/GROUP__NAME.png; written once.
+    """Folders of a data set, CLASS/GROUP__NAME.png: `train`, `probe`, `held_out`, HALVES (emoji).
+
+    Written once.
 
     Args:
         data: `emoji` or `fashion`.
@@ -55,7 +59,9 @@ def _emoji() -> dict[str, list[tuple[str, bytes]]]:
             probe.append(picture)
     # Any first n are spread over the categories.
     train.sort(key=lambda item: split_position(item[0]))
-    return {"train": train, "probe": probe, "held_out": held_out}
+    dealt = sorted(probe, key=lambda item: split_position(item[0]))
+    halves = {half: dealt[i :: len(HALVES)] for i, half in enumerate(HALVES)}
+    return {"train": train, "probe": probe, "held_out": held_out, **halves}
 
 
 def _fashion() -> dict[str, list[tuple[str, bytes]]]:

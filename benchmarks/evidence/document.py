@@ -41,6 +41,8 @@ are worth predicting. How, and what was decided before the first result:
   images. *Against the first row* and *against raw pixels* are differences image by image, over the
   seeds that both have. Seeds are drawn with replacement: the variance of three is two thirds of
   what it should be, that of one is none, so intervals are too narrow where seeds differ.
+- **Fine-tuned**: all weights are trained on half of the probe's images and tested on the other,
+  and the reverse; `random` begins with an untrained network.
 - **Held-out loss** is of masked tokens of images that were not pretrained on, a mean without an
   interval; it compares where targets and masks are the same.
 - **TFLOP**: forward and backward of all images, two for each multiply-add. Equal ones would take
@@ -55,6 +57,12 @@ decoder, a new view each epoch.
 """
 OF_FRONT = ("views", "views-long", "targets", "views-check")
 """Experiments of the summary."""
+PROBED = (
+    "seeds", "linear probe", "against the first row", "against raw pixels", "k-NN",
+    "held-out loss", "images seen", "TFLOP", "seconds",
+)  # fmt: skip
+TUNED = ("seeds", "test accuracy", "against the first row", "images seen", "TFLOP", "seconds")
+"""Columns of what was probed, and of what was fine-tuned."""
 
 
 def write(path: Path, results: Results, device: str = "cpu") -> None:
@@ -123,48 +131,63 @@ def summary(
 
 def table(experiment: Experiment, results: Results) -> str:
     """A row for each setting; one without any result says so."""
-    lines = [
-        f"| {' | '.join(experiment.axis)} | seeds | linear probe | against the first row "
-        "| against raw pixels | k-NN | held-out loss | images seen | TFLOP | seconds |",
-        "| --- " * (len(experiment.axis) + 9) + "|",
-    ]
+    titles = TUNED if experiment.settings[0].tuned else PROBED
+    rows = []
     for setting in experiment.settings:
-        axis = " | ".join(str(getattr(setting, name)) or "pixels" for name in experiment.axis)
-        lines.append(f"| {axis} | {_row(setting, experiment.settings[0], results)} |")
-    return "\n".join([*lines, *_baselines(experiment, results)])
+        axis = {name: str(getattr(setting, name)) or "pixels" for name in experiment.axis}
+        found = of(setting, results)
+        rows.append(axis | (_row(setting, experiment, results) if found else {"seeds": "open"}))
+    if titles == PROBED:
+        rows += _baselines(experiment, results)
+    columns = (*experiment.axis, *titles)
+    lines = [
+        f"| {' | '.join(columns)} |",
+        "| --- " * len(columns) + "|",
+        *(f"| {' | '.join(row.get(column, '') for column in columns)} |" for row in rows),
+    ]
+    return "\n".join(lines)
 
 
-def _row(setting: Cell, reference: Cell, results: Results) -> str:
+def _row(setting: Cell, experiment: Experiment, results: Results) -> dict[str, str]:
+    """What stands in the columns of a setting that has results."""
     found = of(setting, results)
-    if not found:
-        return "open | | | | | | | |"
+    one = next(iter(found.values()))
+    seconds = np.median([cell["training_seconds"] for cell in found.values()])
+    row = {
+        "seeds": str(len(found)) + (f" of {len(SEEDS)}" if len(found) < len(SEEDS) else ""),
+        "against the first row": _points(against(setting, experiment.settings[0], results)),
+        "images seen": f"{one['images_seen']:,}",
+        "TFLOP": f"{one['images_seen'] * one['flops_per_image'] / 1e12:.0f}",
+        "seconds": f"{seconds:.0f}",
+    }
+    accurate = _percent(accuracy(hits_of(found)))
+    if setting.tuned:
+        return row | {"test accuracy": accurate}
     knn = np.mean([cell["scores"]["pretrained"]["knn"] for cell in found.values()])
     loss = np.mean([cell["held_out_loss"] for cell in found.values()])
-    seconds = np.median([cell["training_seconds"] for cell in found.values()])
-    count = str(len(found)) if len(found) == len(SEEDS) else f"{len(found)} of {len(SEEDS)}"
-    one = next(iter(found.values()))
-    return (
-        f"{count} | {_percent(accuracy(hits_of(found)))} "
-        f"| {_points(against(setting, reference, results))} "
-        f"| {_points(over_baseline(setting, 'pixels', results))} "
-        f"| {100 * knn:.1f} % | {loss:.3f} | {one['images_seen']:,} "
-        f"| {one['images_seen'] * one['flops_per_image'] / 1e12:.0f} | {seconds:.0f}"
-    )
+    return row | {
+        "linear probe": accurate,
+        "against raw pixels": _points(over_baseline(setting, "pixels", results)),
+        "k-NN": f"{100 * knn:.1f} %",
+        "held-out loss": f"{loss:.3f}",
+    }
 
 
-def _baselines(experiment: Experiment, results: Results) -> list[str]:
+def _baselines(experiment: Experiment, results: Results) -> list[dict[str, str]]:
     """Random initialisation and raw pixels of the same images, where they were measured."""
-    lines = []
+    rows = []
     found = of(of_baselines(experiment.settings[0].data, 0), results)
     for name, title in plots.BASELINES.items():
         values = [cell["scores"][name] for cell in found.values() if name in cell["scores"]]
         if values:
             linear, knn = (100 * np.mean([v[probe] for v in values]) for probe in ("linear", "knn"))
-            blank = " | " * (len(experiment.axis) - 1)
-            lines.append(
-                f"| {title}{blank} | {len(values)} | {linear:.1f} % | | | {knn:.1f} % | | | | |"
-            )
-    return lines
+            rows.append(
+                {
+                    experiment.axis[0]: title, "seeds": str(len(values)),
+                    "linear probe": f"{linear:.1f} %", "k-NN": f"{knn:.1f} %",
+                }
+            )  # fmt: skip
+    return rows
 
 
 def _not_run(unrun: list[Experiment]) -> str:

@@ -36,7 +36,8 @@ def of_settings(experiment: Experiment, results: Results, path: Path) -> bool:
     figure = Figure(figsize=(7, 1.5 + 0.35 * len(rows)), layout="constrained")
     axes = figure.subplots()
     _intervals(axes, [label(experiment, setting) for setting, _ in rows], [row[1] for row in rows])
-    beside = of(of_baselines(experiment.settings[0].data, 0), results)
+    tuned = experiment.settings[0].tuned
+    beside = {} if tuned else of(of_baselines(experiment.settings[0].data, 0), results)
     for (name, title), style in zip(BASELINES.items(), (":", "--"), strict=True):
         found = [
             cell["scores"][name]["linear"] for cell in beside.values() if name in cell["scores"]
@@ -45,7 +46,8 @@ def of_settings(experiment: Experiment, results: Results, path: Path) -> bool:
             axes.axvline(100 * float(np.mean(found)), color=GREY, linestyle=style, label=title)
     if axes.get_legend_handles_labels()[1]:
         figure.legend(fontsize="small", loc="outside lower center", ncols=len(BASELINES))
-    axes.set_xlabel("linear probe, %, with 95 % intervals")
+    measured = "test accuracy" if tuned else "linear probe"
+    axes.set_xlabel(f"{measured}, %, with 95 % intervals")
     axes.set_title(experiment.title)
     least, most = axes.get_xlim()
     if most - least < 10:  # noise must not fill the page

@@ -25,7 +25,8 @@ from typing import Any
 import torch
 
 from benchmarks.evidence import document
-from benchmarks.evidence.cells import BATCH, SEEDS, Cell, experiments
+from benchmarks.evidence.cells import BATCH, SEEDS, TUNED_BATCH, Cell, experiments
+from benchmarks.evidence.data import HALVES
 from benchmarks.evidence.stages import NETWORKS, Places, commands, suffix
 from benchmarks.front_page import README, with_part
 from pipelines.training.run_dir import RunDir
@@ -92,13 +93,23 @@ def measured(cell: Cell, work: Path, device: str) -> dict[str, Any]:
     for stage, flags in commands(cell, work, device):
         command = [sys.executable, "-m", "jobs", stage, *flags, *tracking(work)]
         subprocess.run(command, check=True, cwd=ROOT)
-    run = Places(work, cell).run
-    report = json.loads((run / "report.json").read_text())
-    evaluation = json.loads((run / "evaluation" / "evaluation.json").read_text())
-    hits = json.loads((run / "evaluation" / "hits.json").read_text())
-    looks = [event for event in RunDir(str(run)).events() if event["event"] == "probe"]
+    at = Places(work, cell)
     return {
         **dataclasses.asdict(cell),
+        **(_tuned(at) if cell.tuned else _probed(at.run)),
+        "tokenizer_fingerprint": _fingerprint(at),
+        "commit": commit(),
+        "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, "
+        f"torch {torch.__version__}",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _probed(run: Path) -> dict[str, Any]:
+    """What the probe of a pretrained network found."""
+    report, evaluation, hits = _reports(run)
+    looks = [event for event in RunDir(str(run)).events() if event["event"] == "probe"]
+    return {
         "scores": {
             name: {probe: round(score["accuracy"], 5) for probe, score in probes.items()}
             for name, probes in evaluation["scores"].items()
@@ -106,16 +117,30 @@ def measured(cell: Cell, work: Path, device: str) -> dict[str, Any]:
         "rows": evaluation["identity"]["groups"],
         "hits": hits["linear"],
         "baseline_hits": {name: kept["linear"] for name, kept in hits.get("baselines", {}).items()},
-        "tokenizer_fingerprint": _fingerprint(Places(work, cell)),
         "held_out_loss": looks[-1]["figures"]["held_out/loss"],
         "images_seen": report["steps"] * BATCH,
         "flops_per_image": report["flops_per_image"],
         "training_seconds": round(report["goodput"]["seconds"]["compute"]),
-        "commit": commit(),
-        "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, "
-        f"torch {torch.__version__}",
-        "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _tuned(at: Places) -> dict[str, Any]:
+    """What the tests of both fine-tuned networks found: each image is in one."""
+    found = [_reports(at.tuned(half)) for half in HALVES]
+    return {
+        "rows": "+".join(evaluation["identity"]["groups"] for _, evaluation, _ in found),
+        "hits": "".join(hits["head"] for *_, hits in found),
+        "images_seen": TUNED_BATCH * sum(report["steps"] for report, *_ in found),
+        "flops_per_image": found[0][0]["flops_per_image"],
+        "training_seconds": round(sum(r["goodput"]["seconds"]["compute"] for r, *_ in found)),
+    }
+
+
+def _reports(run: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Of the training, of its evaluation, and image by image."""
+    files = ("report.json", "evaluation/evaluation.json", "evaluation/hits.json")
+    report, evaluation, hits = (json.loads((run / file).read_text()) for file in files)
+    return report, evaluation, hits
 
 
 def _fingerprint(at: Places) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.evidence import data
-from benchmarks.evidence.cells import VIEW_EDGES, Cell, of_baselines
+from benchmarks.evidence.cells import TUNED_BATCH, VIEW_EDGES, Cell, of_baselines
 
 HERE = Path(__file__).parent
 POLICY = [
@@ -69,7 +69,7 @@ class Places:
         return self.work / self.cell.data / f"images{self.cell.images or ''}"
 
     def table(self, name: str) -> Path:
-        """`probe` or `held_out`."""
+        """`probe`, `held_out`, or one of HALVES."""
         return self.work / self.cell.data / name
 
     @property
@@ -91,10 +91,17 @@ class Places:
     def run(self) -> Path:
         return self.work / "runs" / self.cell.name
 
+    def tuned(self, half: str) -> Path:
+        return self.work / "tuned" / f"{self.cell.name}-{half}"
+
 
 def commands(cell: Cell, work: Path, device: str = "cpu") -> Iterator[tuple[str, list[str]]]:
     """(stage, flags) in the order they run; stages that are done say so and end."""
     at = Places(work, cell, NETWORKS[device])
+    if cell.tuned:
+        yield from commands(cell.pretraining, work, device)
+        yield from _tuning(at)
+        return
     folders = data.write(cell.data, at.pictures, cell.images)
     yield "prepare", _prepare(folders["train"], at.images)
     for name in ("probe", "held_out"):
@@ -120,6 +127,27 @@ def commands(cell: Cell, work: Path, device: str = "cpu") -> Iterator[tuple[str,
         f"--run={at.run}", f"--images={at.table('probe')}", "--pooling=grid", "--attentive=false",
         f"--baselines={str(cell == of_baselines(cell.data, cell.seed)).lower()}",
     ]  # fmt: skip
+
+
+def _tuning(at: Places) -> Iterator[tuple[str, list[str]]]:
+    """Fine-tuned on each half of the probe's images, and tested on the other."""
+    folders = data.write(at.cell.data, at.pictures)
+    for half in data.HALVES:
+        yield "prepare", _prepare(folders[half], at.table(half))
+    for half, other in itertools.permutations(data.HALVES):
+        yield "finetune", [
+            f"--config={HERE / 'finetune.yaml'}",
+            f"--run={Places(at.work, at.cell.pretraining).run}",
+            f"--images={at.table(half)}", f"--output={at.tuned(half)}", f"--seed={at.cell.seed}",
+            f"--model.encoder={at.cell.start}", f"--optim.epochs={at.cell.tuned}",
+            f"--data.global_batch_size={TUNED_BATCH}",
+            # Lower layers of an untrained network have as much to learn.
+            f"--optim.layer_decay={1 if at.cell.start == 'random' else 0.75}",
+        ]  # fmt: skip
+        yield "evaluate", [
+            f"--run={at.tuned(half)}", f"--images={at.table(other)}",
+            "--attentive=false", "--baselines=false",
+        ]  # fmt: skip
 
 
 def _prepare(folder: Path, images: Path) -> list[str]:

@@ -39,6 +39,8 @@ class ModelConfig:
     """Stochastic depth of the last block; grows linearly from 0 at the first."""
     head: Literal["auto", "fresh"] = "auto"
     """fresh: always a new head; auto: the one there goes on if it is of the same classes."""
+    encoder: Literal["pretrained", "random"] = "pretrained"
+    """random: weights of the same sizes, drawn from `seed`: what the labels alone reach."""
     num_heads: Annotated[int | None, Ge(1)] = None
     """Attention heads of a unilm file without bias tables whose heads are not 64 wide."""
 

@@ -146,8 +146,8 @@ def _why_fresh(config: FinetuneConfig, source: Stored, class_names: tuple[str, .
     network, model = source.network, config.model
     if not isinstance(network, BeitClassifier) or not network.num_classes:
         return "the weights have none"
-    if model.head == "fresh":
-        return "model.head = fresh"
+    if model.head == "fresh" or model.encoder == "random":
+        return f"model.head = {model.head}, model.encoder = {model.encoder}"
     if network.pooling != model.pooling:
         return f"the weights' own was trained on pooling {network.pooling}, not {model.pooling}"
     if not source.class_names:
@@ -179,7 +179,8 @@ def pixel_statistics(
 def built(
     config: FinetuneConfig, source: Stored, *, num_classes: int, keep_head: bool
 ) -> BeitClassifier:
-    """The network to train, on the CPU: its encoder of `source`, the rest from the seed alone."""
+    """The network to train, on the CPU: its encoder of `source`, the rest from the seed
+    alone; all of it from the seed for `model.encoder random`."""
     network = classifier_from_pretraining(
         source.network,
         num_classes=num_classes,
@@ -188,6 +189,8 @@ def built(
         keep_head=keep_head,
         generator=torch.Generator().manual_seed(config.seed),
     )
+    if config.model.encoder == "random":
+        network.init_weights(torch.Generator().manual_seed(config.seed))
     network.activation_checkpointing = config.scaling.activation_checkpointing
     return network
 

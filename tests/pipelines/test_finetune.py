@@ -1,6 +1,7 @@
 """Fine-tuning on small tables: it learns, tests, resumes and refuses as pretraining does."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -389,6 +390,8 @@ def test_the_classifier_is_exported_evaluated_and_served(finished, inputs, tmp_p
     accuracy, low, high = found.head
     assert low <= accuracy <= high
     assert f"own head {100 * accuracy:.1f} %" in found.summary()
+    marks = json.loads((Path(found.output) / "hits.json").read_text())["head"]
+    assert np.mean([mark == "1" for mark in marks]) == pytest.approx(accuracy)
 
     served = FeatureModel()
     served.load_context(types.SimpleNamespace(artifacts={"weights": finished.weights_uri}))

@@ -67,6 +67,28 @@ def test_it_goes_on_through_a_transformers_folder(images, tmp_path):
         assert plan_run(settings(tmp_path / folder, images, tmp_path))[2].why_fresh == why
 
 
+def test_a_random_encoder_has_nothing_of_the_weights_but_their_sizes(images, tmp_path):
+    source = classifier()
+    extra = {"pixel_mean": MEAN, "pixel_std": STD, "class_names": NAMES}
+    save_weights(source, tmp_path / "source", extra=extra)
+
+    def begun(seed):
+        config = settings(
+            tmp_path / "source", images, tmp_path, model={"encoder": "random"}, seed=seed
+        )
+        plan = plan_run(config)[2]
+        assert plan.why_fresh == "model.head = auto, model.encoder = random"
+        return build_classifier(config, plan).state_dict()
+
+    one, again, other = begun(0), begun(0), begun(1)
+    given = source.state_dict()
+    for name in ("patch_embed.proj.weight", "blocks.1.mlp.fc1.weight", "head.weight"):
+        assert torch.equal(one[name], again[name])
+        assert not torch.equal(one[name], other[name])
+        assert one[name].shape == given[name].shape
+        assert not torch.equal(one[name], given[name])
+
+
 def test_what_became_of_it_is_an_event(images, tmp_path):
     run = write_encoder(tmp_path / "encoder")
     config = settings(run, images, tmp_path, optim={"steps": 2, "warmup_steps": 1})
