@@ -29,16 +29,18 @@ $(BIN)/.uv:
 	@touch $@
 
 $(BIN)/.run: $(BIN)/.uv pyproject.toml constraints.txt
-	UV_FIND_LINKS="$(LINKS)" $(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python $(TORCH_BACKEND) -c constraints.txt -e ".[jpeg,sample]"
+	@echo "Installing in .venv, which takes minutes the first time: PyTorch, Ray, MLflow and what they need"
+	UV_FIND_LINKS="$(LINKS)" $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python $(TORCH_BACKEND) -c constraints.txt -e ".[jpeg,sample]"
 	@touch $@
 
 $(BIN)/.dev: $(BIN)/.uv pyproject.toml constraints.txt
-	UV_FIND_LINKS="$(LINKS)" $(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python $(TORCH_BACKEND) -c constraints.txt -e ".[dev]"
+	@echo "Installing in .venv what tests need, too; this takes minutes the first time"
+	UV_FIND_LINKS="$(LINKS)" $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python $(TORCH_BACKEND) -c constraints.txt -e ".[dev]"
 	$(BIN)/uv pip install -q --no-deps --target .venv/peers $(PEERS)
 	@touch $@ $(BIN)/.run
 
 $(BIN)/.evidence: $(BIN)/.dev
-	UV_FIND_LINKS="$(LINKS)" $(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python $(TORCH_BACKEND) -c constraints.txt -e ".[dev,efficientnet]"
+	UV_FIND_LINKS="$(LINKS)" $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python $(TORCH_BACKEND) -c constraints.txt -e ".[dev,efficientnet]"
 	@touch $@
 
 run: $(BIN)/.run  ## images to a reviewed run in six minutes on two cores (IMAGES=folder for your own)

@@ -20,7 +20,7 @@ END_SECONDS = 10.0
 
 
 def main(argv: Sequence[str]) -> int:
-    """Serves the store until Ctrl-C, SIGTERM or a closed terminal; returns the exit code."""
+    """Serves the store until Ctrl-C, SIGTERM or a closed terminal, each with exit code 0."""
     parser = argparse.ArgumentParser(prog="beit ui", description=__doc__)
     parser.add_argument("--uri", default="", help="sqlite:///file.db; default: mlflow.db here")
     parser.add_argument("--experiment", default="beit")
@@ -63,8 +63,11 @@ def serve(command: Sequence[str], port: int, invitation: str) -> None:
             print(f"{invitation} (Ctrl-C ends the server)", file=sys.stderr, flush=True)
         if code := server.wait():
             raise StageFailed(f"MLflow's server ended with code {code}; what it said stands above")
+    except KeyboardInterrupt:
+        pass  # the way to end it
     finally:
         _end(server)
+    print("the server has ended", file=sys.stderr, flush=True)
 
 
 def _answers(port: int) -> bool:

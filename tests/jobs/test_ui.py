@@ -52,7 +52,8 @@ def test_the_server_ends_with_the_command(number: int, tmp_path: Path) -> None:
     command = served(log, port)
     assert log.read_text().index("its own line") < log.read_text().index("Open the table")
     command.send_signal(number)
-    assert command.wait(timeout=60) == 130
+    assert command.wait(timeout=60) == 0
+    assert log.read_text().endswith("the server has ended\n")
     assert not answers(port)
 
 
