@@ -55,7 +55,7 @@ tens of times. Where pretraining gains a point or two over raw pixels, a loss of
 show. MAE differs from BEiT in more than its targets: random masks of 75 %, no relative positions, a
 decoder, a new view each epoch.
 """
-OF_FRONT = ("views", "views-long", "targets", "views-check")
+OF_FRONT = ("views", "views-long", "views-check", "targets", "finetune")
 """Experiments of the summary."""
 PROBED = (
     "seeds", "linear probe", "against the first row", "against raw pixels", "k-NN",
@@ -100,17 +100,17 @@ def summary(
     results: Results, pictures: Path | None, folder: str, plot: str = "evidence.svg"
 ) -> str:
     """One table and one plot of the settings that have all seeds, and the rule for V."""
+    named = {experiment.name: experiment for experiment in experiments()}
     rows = [
         (experiment, setting)
-        for experiment in experiments()
-        if experiment.name in OF_FRONT
+        for experiment in (named[name] for name in OF_FRONT if name in named)
         for setting in experiment.settings
         if is_whole(setting, results)
     ]
     if not rows:
         return f"No setting has all its seeds yet.\n\n{rule(results)}"
     lines = [
-        "| experiment | setting | linear probe | against its first row | against raw pixels |",
+        "| experiment | setting | accuracy | against its first row | against raw pixels |",
         "| --- | --- | --- | --- | --- |",
     ]
     told: set[str] = set()
@@ -125,7 +125,7 @@ def summary(
         )
     parts = ["\n".join(lines)]
     if plots.of_gains(rows, results, pictures / plot if pictures else None):
-        parts.append(f"![Points over raw pixels, with 95 % intervals]({folder}/{plot})")
+        parts.append(f"![What each setting gains, with 95 % intervals]({folder}/{plot})")
     return "\n\n".join([*parts, rule(results)])
 
 

@@ -44,8 +44,11 @@ def against(setting: Cell, reference: Cell, results: Results) -> Estimate | None
 
 
 def over_baseline(setting: Cell, name: str, results: Results) -> Estimate | None:
-    """Paired difference to `random_init` or `pixels`, over the seeds that have them."""
-    mine = of(setting, results)
+    """Paired difference to `random_init` or `pixels`, over the seeds that have them.
+
+    None for what was fine-tuned: its tests are of other kinds of rows.
+    """
+    mine = {} if setting.tuned else of(setting, results)
     beside = {
         seed: cell
         for seed, cell in of(of_baselines(setting.data, 0), results).items()

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.evidence.cells import Cell, Experiment, of_baselines
-from benchmarks.evidence.findings import Results, hits_of, of, over_baseline
+from benchmarks.evidence.findings import Results, against, hits_of, of, over_baseline
 from benchmarks.evidence.statistics import Estimate, accuracy
 
 BASELINES = {"random_init": "random initialisation", "pixels": "raw pixels"}
@@ -59,14 +59,18 @@ def of_settings(experiment: Experiment, results: Results, path: Path) -> bool:
 def of_gains(
     settings: Sequence[tuple[Experiment, Cell]], results: Results, path: Path | None
 ) -> bool:
-    """Points of each setting over raw pixels; False where not two of them have any.
+    """Points of each setting over raw pixels, or of what was fine-tuned over untrained networks.
 
-    Without a path nothing is drawn.
+    False where not two of them have any. Without a path nothing is drawn.
     """
     rows = [
         (f"{experiment.title}: {label(experiment, setting)}", gain)
         for experiment, setting in settings
-        if (gain := over_baseline(setting, "pixels", results))
+        if (
+            gain := against(setting, experiment.settings[0], results)
+            if setting.tuned
+            else over_baseline(setting, "pixels", results)
+        )
     ]
     if len(rows) < 2:
         return False
@@ -75,7 +79,9 @@ def of_gains(
         axes = figure.subplots()
         _intervals(axes, [name for name, _ in rows[::-1]], [gain for _, gain in rows[::-1]])
         axes.axvline(0, color=GREY, linestyle="--")
-        axes.set_xlabel("linear probe: points over raw pixels, with 95 % intervals")
+        axes.set_xlabel(
+            "points over raw pixels (fine-tuned: over an untrained network), with 95 % intervals"
+        )
         _save(figure, path)
     return True
 
