@@ -117,7 +117,7 @@ class PlanResult:
             f"pretrain   {_hours(self.pretrain_hours)}, {self.pretrain_gpu_hours:,.1f} {unit}",
             f"together   {cached:,.1f} {unit}; computing tokens online instead {online:,.1f}",
             f"caching pays from {self.break_even_epochs} epochs on",
-            "views, at choice (docs/evidence.md: a small network, 40 epochs of drawings):",
+            "views, at choice (docs/evidence.md: a small network, 40 and 120 epochs of drawings):",
             *(f"  {plan.line()}" for plan in self.views),
             "pixels in pretraining, at choice:",
             *(f"  {plan.line()}" for plan in self.pixels),

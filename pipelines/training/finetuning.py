@@ -225,7 +225,7 @@ def input_datasets(
     ]
     test = test_images(config, plan)
     if test is not None:
-        inputs.append(Dataset.of_table("test_table", test.table, "evaluation"))
+        inputs.append(Dataset.of_table("image_table", test.table, "evaluation"))
     return inputs
 
 

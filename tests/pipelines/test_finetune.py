@@ -41,7 +41,12 @@ from pipelines.tracking.served_model import FeatureModel
 from pipelines.training.checkpoint import complete_steps
 from pipelines.training.data import make_order
 from pipelines.training.distributed import World
-from pipelines.training.finetuning import build_classifier, plan_run
+from pipelines.training.finetuning import (
+    build_classifier,
+    input_datasets,
+    plan_run,
+    with_absolute_uris,
+)
 from pipelines.training.labelled import LabelledData, open_labelled
 from pipelines.training.log import TrainLog
 from pipelines.training.run_dir import RunDir
@@ -215,6 +220,16 @@ def test_bad_input_is_refused_by_name(finished, inputs, tmp_path):
     other = small_finetune(inputs, finished.run_uri, mixing={"mixup": 0.3})
     with pytest.raises(InputError, match=r"mixing\.mixup: 0\.8 != 0\.3"):
         finetune.run(other)
+
+
+def test_what_it_reads_is_of_kinds_that_stages_make(inputs, tmp_path):
+    """`beit lineage` looks for the makers by these names."""
+    config = with_absolute_uris(small_finetune(inputs, tmp_path))
+    tables, source, plan = plan_run(config)
+    read = input_datasets(config, plan, tables, source)
+    assert [(one.name, one.context) for one in read] == [
+        ("weights", ""), ("image_table", "training"), ("image_table", "evaluation"),
+    ]  # fmt: skip
 
 
 def data_of(config, rank=0, size=1):
