@@ -43,7 +43,7 @@ $(BIN)/.evidence: $(BIN)/.dev
 	UV_FIND_LINKS="$(LINKS)" $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python $(TORCH_BACKEND) -c constraints.txt -e ".[dev,efficientnet]"
 	@touch $@
 
-run: $(BIN)/.run  ## images to a reviewed run in six minutes on two cores (IMAGES=folder for your own)
+run: $(BIN)/.run  ## images to a reviewed run in three minutes on two cores (IMAGES=folder for your own)
 	$(BIN)/beit quickstart --config jobs/configs/quickstart.yaml $(if $(IMAGES),--prepare.source "$(IMAGES)" --output "work/$(notdir $(abspath $(IMAGES)))") $(ARGS)
 
 demo: $(BIN)/.run  ## MAE on the sample, long enough that its features beat raw pixels (eight minutes on two cores)

@@ -165,7 +165,7 @@ def render_all(
 def render_fast(pixels: np.ndarray, view: View, size: int) -> np.ndarray:
     """Nearly `render(pixels, view, size, "bicubic")`, for training only: never for tokens.
 
-        ``pixels`` is uint8 (height, width, 3); so is the result, with sides ``size`` (its memory is
+    ``pixels`` is uint8 (height, width, 3); so is the result, with sides ``size`` (its memory is
     channel-first, ready for a batch). Three things differ from `render`: torch's antialiased
     bicubic filter on uint8 rounds its weights differently, factors of saturation have few bits, and
     the grey level about which contrast turns, where the view does not say it, is estimated if

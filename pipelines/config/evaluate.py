@@ -35,7 +35,8 @@ class EvaluateConfig(ProtocolConfig):
     """Frozen features against labels: nearest neighbours and a linear probe."""
 
     run: str
-    """Run directory of a pretraining, or a weights directory."""
+    """Run directory of `pretrain` (not finished: its newest checkpoint) or `finetune`, or a weights
+    directory."""
     images: str
     """Labelled image table."""
     test_images: str = ""

@@ -18,8 +18,8 @@ class ExportConfig:
     """URI of the folder to write; it must be empty or absent."""
     format: Literal["hf", "timm", "unilm", "mae", "onnx", "weights"] = "hf"
     """hf: transformers, for from_pretrained, MAE with its decoder; timm: for
-    create_model("local-dir:..."); unilm, mae: the official codes' files, with all that an official
-    file holds; onnx: the encoder; weights: this project's own folder."""
+    create_model("local-dir:...", pretrained=True); unilm, mae: the official codes' files, with all
+    that an official file holds; onnx: the encoder; weights: this project's own folder."""
     encoder_only: bool = False
     """hf: a BeitModel, without head or decoder. unilm, mae: without what BEiT v2 and MAE train
     beside the encoder (aggregation head, decoder)."""

@@ -67,7 +67,7 @@ class PrepareConfig:
     0.05, or a number of items, as 5."""
 
     part_mb: Annotated[float, Gt(0), Le(1024)] = 256
-    """Megabytes of images a part holds at least; also the unit of work and of loss."""
+    """Megabytes of images in a part, about; also the unit of work and of loss."""
     row_group_mb: Annotated[float, Gt(0), Le(128)] = 12
     """Megabytes of images in a row group, the smallest piece that is read later."""
     num_tasks: Annotated[int, Ge(0)] = 0

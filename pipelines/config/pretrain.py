@@ -158,7 +158,7 @@ class DataConfig(common.DataConfig):
 class OptimConfig(common.OptimConfig):
     """AdamW and its schedule; the defaults are those of BEiT on ImageNet-1k.
 
-    Vectors, position and class tokens have no weight decay.
+    Vectors, position and class tokens have no weight decay; of mae, vectors alone have none.
     """
 
     epochs: Annotated[float, Gt(0)] = 800.0
@@ -303,7 +303,8 @@ class PretrainConfig:
     name: str = ""
     """Sub-directory of output for this run; empty: output itself."""
     tokenizer: str = ""
-    """URI of the tokenizer, for pictures of decoded tokens only; empty: none are made."""
+    """URI of the tokenizer, for pictures of decoded tokens only; empty: tokens are shown as
+    colours."""
     init: str = ""
     """URI of weights to begin with: a run, a weights folder, or published weights (see
     docs/pretrain.md); empty: from the seed."""

@@ -15,8 +15,8 @@ class TrackingConfig:
     run_name: str = ""
     """Name of the run. Empty: what tells it from others of its stage."""
     registered_model: str = ""
-    """Name under which `pretrain` registers its weights as a model. Empty: they are stored with the
-    run only."""
+    """Name under which `pretrain` and `finetune` register their weights as a model. Empty: they are
+    stored with the run only."""
     enabled: bool = True
     """False: nothing is recorded and MLflow is not imported."""
     job_id: str = ""

@@ -173,7 +173,8 @@ class DataConfig(common.DataConfig):
     """How images are read and put in order."""
 
     codebook_images: Annotated[int, Ge(1)] = 1024
-    """dvae, kmeans, projection: images whose patches start or are the codebook."""
+    """dvae, kmeans: images whose patches start or are the codebook; projection: by whose patches
+    pixels are standardised."""
 
 
 @dataclass(frozen=True, kw_only=True)
