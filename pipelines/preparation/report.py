@@ -241,7 +241,7 @@ def start_tracking(config: PrepareConfig, run_file: str, check: Callable[[], Non
         config.tracking,
         stage="prepare",
         params=params,
-        resume_run_id=earlier or None,
+        resume_run_id=earlier,
         output=storage.absolute(config.output),
     )
     if run.run_id != earlier:

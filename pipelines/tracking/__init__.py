@@ -58,7 +58,6 @@ __all__ = [
     "Dataset",
     "Run",
     "SpooledRun",
-    "disabled",
     "start_run",
 ]
 
@@ -127,11 +126,6 @@ class Run:
             return
         ended: Status = "FAILED" if isinstance(error, Exception) else "KILLED"
         self.finish(ended, f"{type(error).__name__}: {error}")
-
-
-def disabled() -> Run:
-    """A run that records nothing."""
-    return Run()
 
 
 class SpooledRun(Run):
@@ -257,7 +251,7 @@ def start_run(
     params: Mapping[str, object],
     tags: Mapping[str, str] | None = None,
     inputs: Sequence[Dataset] = (),
-    resume_run_id: str | None = None,
+    resume_run_id: str = "",
     parent_run_id: str = "",
     note: str = "",
     output: str = "",
@@ -286,7 +280,7 @@ def start_run(
         InputError: the URI cannot be used or no server answers.
     """
     if not config.enabled and not spool:
-        return disabled()
+        return Run()
     tracking_uri = tracking_store.absolute_tracking_uri(config.uri) if config.enabled else ""
     client = tracking_store.connect(tracking_uri) if config.enabled else None
     temporary = "" if spool else tempfile.mkdtemp(prefix="beit-record-")
@@ -319,7 +313,7 @@ def start_run(
         files.file("config.yaml", text.encode())
     if client is None:
         return SpooledRun(files, None)
-    run_id = opened_run(client, config, tracking_uri, files, resume_run_id or "")
+    run_id = opened_run(client, config, tracking_uri, files, resume_run_id)
     files.update(run_id=run_id)
     filler = Filler(client, run_id, files)
     run = SpooledRun(files, filler, kept_at=kept_at, system_metrics=system_metrics)

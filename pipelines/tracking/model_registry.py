@@ -46,12 +46,14 @@ def log_weights(
     Returns:
         the model's id; `models:/ID` is its URI for `mlflow.pyfunc.load_model`.
     """
+    from mlflow.entities import LoggedModelOutput
+
     outputs = client.get_run(run_id).outputs
     if outputs is not None and outputs.model_outputs:
         model = client.get_logged_model(outputs.model_outputs[0].model_id)
     else:
         model = _store(client, run_id, weights_uri)
-        _link(client, run_id, model.model_id)
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
     if registered_model_name:
         _register(client, run_id, model.model_id, model.artifact_location, registered_model_name)
     return str(model.model_id)
@@ -120,12 +122,6 @@ def _signature(weights: Path) -> "ModelSignature":
     return ModelSignature(
         inputs=Schema([images]), outputs=Schema([outputs]), params=ParamSchema([layer])
     )
-
-
-def _link(client: "MlflowClient", run_id: str, model_id: str) -> None:
-    from mlflow.entities import LoggedModelOutput
-
-    client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
 
 
 def _register(

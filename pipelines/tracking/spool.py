@@ -12,7 +12,6 @@ For a training this is the run directory. Other stages have a directory of their
 goes once MLflow has everything.
 """
 
-import contextlib
 import io
 import json
 import os
@@ -100,21 +99,9 @@ class Spool:
         """Keeps a file; `name` may contain directories."""
         storage.write_bytes(self.at("files", name), data, check=self.check)
 
-    def values(self) -> Iterator[Values]:
-        """All values of all steps, in no order."""
-        for name in LINES:
-            yield from self.values_of(name)
-        for file in self.events():
-            yield from self.values_of_event(file)
-
-    def values_of(self, name: str) -> Iterator[Values]:
-        """Those of one file of lines; lines cut off by a kill are passed over."""
-        with contextlib.suppress(FileNotFoundError):
-            yield from self._parsed(name, storage.read_bytes(self.at(name)))
-
     def values_after(self, name: str, place: Place, *, size: int) -> tuple[Iterator[Values], Place]:
         """What a file of `size` bytes has got since `place`, and how far that is; all of it where
-        its lines have been written anew.
+        its lines have been written anew. Lines cut off by a kill are passed over.
 
         A long run writes tens of megabytes, and is looked at again and again.
         """

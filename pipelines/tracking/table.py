@@ -46,7 +46,6 @@ DECIDING = {
     "prepare": ("source", "output", "max_side", "labels", "max_rejected"),
 }  # fmt: skip
 """Parameters by stage; a stage that is not here has all of its own."""
-MAX_PARAMS = 15
 SEPARATOR = " · "
 
 NAMED_BY_OUTPUT = ("pretrain", "finetune", "train-tokenizer")
@@ -145,10 +144,10 @@ def _number(value: object) -> int:
 TRAINING_VIEW = "?workflowType=machine_learning"
 
 
-def view_link(server_uri: str, experiment_id: str, key: str = PRETRAINING) -> str:
-    """Address of a saved view of an experiment."""
+def view_link(server_uri: str, experiment_id: str) -> str:
+    """Address of the saved view of an experiment's pretraining runs."""
     page = f"{address(server_uri)}/#/experiments/{experiment_id}/runs"
-    return f"{page}{TRAINING_VIEW}&viewStateShareKey={key}"
+    return f"{page}{TRAINING_VIEW}&viewStateShareKey={PRETRAINING}"
 
 
 def run_link(server_uri: str, experiment_id: str, run_id: str) -> str:

@@ -91,7 +91,7 @@ def start_tracking(
         params=flatten(to_dict(config)),
         tags={"beit.run_dir": run.uri},
         inputs=inputs,
-        resume_run_id=run.record()["mlflow_run_id"] or None,
+        resume_run_id=run.record()["mlflow_run_id"],
         spool=run.uri,
         check=run.check,
         system_metrics=False,  # those of worker 0 are recorded

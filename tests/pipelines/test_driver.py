@@ -51,7 +51,7 @@ def train(loop, run):
         Config(),
         Plan(),
         run,
-        tracking.disabled(),
+        tracking.Run(),
         stage="test",
         launched_at=LAUNCHED_AT,
     )
@@ -114,7 +114,7 @@ def test_an_earlier_end_does_not_vouch_for_a_later_start(run):
         raise KeyError
 
     with pytest.raises(KeyError):
-        driver.train(loop, Config(), Plan(), run, tracking.disabled(), stage="t", launched_at=2e9)
+        driver.train(loop, Config(), Plan(), run, tracking.Run(), stage="t", launched_at=2e9)
     assert report_of(run)["outcome"] == ""
 
 

@@ -19,13 +19,13 @@ import yaml
 from mlflow import MlflowClient
 
 from jobs.environment import ENVIRONMENT
-from pipelines import pretrain
+from pipelines import pretrain, storage
 from pipelines.config.checks import to_dict
 from pipelines.config.tracking import TrackingConfig
 from pipelines.tables.image_table import ImageTable
 from pipelines.tables.token_table import TokenTable
 from pipelines.tracking.filler import known_pictures, metric_name
-from pipelines.tracking.spool import Spool
+from pipelines.tracking.spool import Place, Spool
 from pipelines.training import data as train_data
 from pipelines.training.run_dir import RunDir
 from tests.pipelines.pretrain_fixtures import make_tables, metrics_of, small_config
@@ -218,8 +218,9 @@ def check_whole(client, run_id, uri):
     assert [one.info.run_id for one in found] == [run_id]
     assert run.info.status == "FINISHED"
     assert "beit.error" not in run.data.tags
-    spool = Spool(uri)
-    lines = list(spool.values_of("metrics.jsonl"))
+    spool, name = Spool(uri), "metrics.jsonl"
+    size = len(storage.read_bytes(spool.at(name)))
+    lines = list(spool.values_after(name, Place(), size=size)[0])
     assert [line.step for line in lines] == list(range(2, STEPS + 1, 2))
     for name in {name for line in lines for name in line.metrics}:
         of_lines = {line.step: line.metrics[name] for line in lines if name in line.metrics}

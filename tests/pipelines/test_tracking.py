@@ -36,7 +36,6 @@ from pipelines.tracking.spool import Spool
 from pipelines.tracking.store import address
 from pipelines.tracking.table import (
     DECIDING,
-    MAX_PARAMS,
     VIEWS,
     deciding,
     renamed,
@@ -416,7 +415,7 @@ def test_deciding_parameters_are_fields_of_their_stages():
         if stage == "tokenize":  # which records the identity of its tokens, too
             known |= {"precision", "image_size"}
         assert set(names) <= known, stage
-        assert len(deciding(stage, dict.fromkeys(names, 1))) <= MAX_PARAMS  # what a reader sees
+        assert len(deciding(stage, dict.fromkeys(names, 1))) <= 15  # what a reader sees
     for steps_given, used in ((None, "optim.epochs"), (9, "optim.steps")):
         params = {"optim.steps": steps_given, "optim.epochs": 800}
         assert list(deciding("pretrain", params)) == [used]
