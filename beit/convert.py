@@ -188,8 +188,7 @@ def to_timm(model: Network) -> tuple[State, dict[str, Any]]:
     an MIM head. A network without absolute positions fits `beit_base_patch16_224` and its kin.
     """
     state = per_block_tables(model)
-    pretraining = isinstance(model, BeitMIM)
-    if pretraining:
+    if isinstance(model, BeitMIM):
         state = {n: v for n, v in state.items() if not n.startswith(("mask_token", "lm_head."))}
     arguments = {
         "img_size": list(model.image_size),

@@ -1,11 +1,10 @@
 """Which patches of an image are masked: blockwise as in BEiT, or random.
 
 Pure functions of their arguments and a numpy generator; `mask_of` names the generator by image
-and epoch. Provenance: arXiv 2106.08254 algorithm 1
-as coded in microsoft/unilm at 768a3c8, `beit/masking_generator.py`, and the exact count of
-`beit2/masking_generator.py`. What differs: a target below the smallest block lowers the block,
-and no mask is ever empty (the official code then masks nothing in most images, and the loss of
-such a batch is nan).
+and epoch. Provenance: arXiv 2106.08254 algorithm 1 as coded in microsoft/unilm at 768a3c8,
+`beit/masking_generator.py`, and the exact count of `beit2/masking_generator.py`. What differs: a
+target below the smallest block lowers the block, and no mask is ever empty (the official code then
+masks nothing in most images, and the loss of such a batch is nan).
 """
 
 import math

@@ -12,7 +12,8 @@ from typing import Final
 
 import numpy as np
 
-SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
+from beit.png_texts import SIGNATURE
+
 # Samples of a pixel by colour type; first column and row of each interlaced pass, and its steps.
 _SAMPLES: Final = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 _PASSES: Final = (

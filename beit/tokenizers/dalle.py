@@ -116,9 +116,6 @@ class DalleEncoder(nn.Module):
     ) -> None:
         super().__init__()
         _check_dims(hidden_dim=hidden_dim, blocks_per_group=blocks_per_group, vocab_size=vocab_size)
-        self.hidden_dim = hidden_dim
-        self.blocks_per_group = blocks_per_group
-        self.vocab_size = vocab_size
         gain = 1 / (NUM_GROUPS * blocks_per_group) ** 2
         layers: OrderedDict[str, nn.Module] = OrderedDict(input=Conv(3, hidden_dim, 7))
         for group in range(NUM_GROUPS):
@@ -173,9 +170,6 @@ class DalleDecoder(nn.Module):
             blocks_per_group=blocks_per_group,
             vocab_size=vocab_size,
         )
-        self.hidden_dim = hidden_dim
-        self.init_dim = init_dim
-        self.blocks_per_group = blocks_per_group
         self.vocab_size = vocab_size
         gain = 1 / (NUM_GROUPS * blocks_per_group) ** 2
         layers: OrderedDict[str, nn.Module] = OrderedDict(

@@ -12,14 +12,14 @@ PIXEL_MARGIN = 0.1
 """Half of what DALL-E's `map_pixels` cuts off [0, 1]: logit-Laplace needs values inside (0, 1)."""
 
 
-def map_pixels(images: Tensor, margin: float = PIXEL_MARGIN) -> Tensor:
-    """uint8 (B,3,H,W) -> float32 in [margin, 1 - margin], as unilm: ToTensor, then map_pixels."""
-    return (1 - 2 * margin) * (images.to(torch.float32) / 255) + margin
+def map_pixels(images: Tensor) -> Tensor:
+    """uint8 (B,3,H,W) -> float32 in [0.1, 0.9], as unilm: ToTensor, then map_pixels."""
+    return (1 - 2 * PIXEL_MARGIN) * (images.to(torch.float32) / 255) + PIXEL_MARGIN
 
 
-def unmap_pixels(values: Tensor, margin: float = PIXEL_MARGIN) -> Tensor:
+def unmap_pixels(values: Tensor) -> Tensor:
     """The inverse of `map_pixels`: float (B,3,H,W) -> uint8, clamped and rounded."""
-    unit = ((values.float() - margin) / (1 - 2 * margin)).clamp(0, 1)
+    unit = ((values.float() - PIXEL_MARGIN) / (1 - 2 * PIXEL_MARGIN)).clamp(0, 1)
     return (unit * 255).round().to(torch.uint8)
 
 

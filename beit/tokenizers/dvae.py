@@ -32,9 +32,9 @@ def _zero(conv: nn.Conv2d) -> None:
 class ResidualBlock(nn.Module):
     """x + conv1x1(ReLU(conv3x3(ReLU(x)))); the last convolution starts at zero."""
 
-    def __init__(self, dim: int, kernel_size: int = 3) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2)
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
         self.proj = nn.Conv2d(dim, dim, 1)
         _zero(self.proj)
 

@@ -104,8 +104,6 @@ class VqkdTokenizer(ImageTokenizer):
 class FeatureDecoder(nn.Module):
     """Codes (B, N, code_dim) -> a teacher's features (B, N, feature_dim); in training only."""
 
-    no_weight_decay = frozenset({"pos_embed", "cls_token"})
-
     def __init__(
         self,
         *,

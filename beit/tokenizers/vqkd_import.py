@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit.tokenizers.base import ImageTokenizer
+from beit.tokenizers.torch_file import assert_finite
 from beit.tokenizers.vqkd import VqkdTokenizer, num_heads_of
 
 CODEBOOK = "quantize.embedding.weight"
@@ -49,9 +50,7 @@ def vqkd_from(tensors: Mapping[str, Tensor], *, image_size: int | None = None) -
         tokenizer.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise ValueError(f"the file does not fit a VQ-KD encoder: {error}") from error
-    for name, tensor in state.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{name} holds values that are not finite")
+    assert_finite(state)
     if not tokenizer.codebook.any():
         raise ValueError(f"{CODEBOOK} is all zeros: the file was saved before training began")
     return tokenizer.eval().requires_grad_(requires_grad=False)
