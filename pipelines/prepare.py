@@ -41,7 +41,6 @@ from pipelines.preparation.source_plan import (
     check_identity,
     make_plan,
     read_plan,
-    unit_name,
 )
 from pipelines.preparation.unit import (
     PART_NAME,
@@ -50,7 +49,6 @@ from pipelines.preparation.unit import (
     process_unit,
     read_receipt,
     receipt_uri,
-    rejected_table_columns,
 )
 from pipelines.steps import ray_is_there, say_step
 from pipelines.tables.image_files import REJECTED_SCHEMA, Part
@@ -221,7 +219,7 @@ def _run_units(
         decode_timeout=config.decode_timeout,
         part_bytes=int(config.part_mb * MEGABYTE),
         row_group_bytes=int(config.row_group_mb * MEGABYTE),
-        digits=len(unit_name(0, len(plan.listings))),
+        digits=max(5, len(str(len(plan.listings) - 1))),
     )
     progress, before = totals.progress(), totals.done
     if todo:
@@ -299,7 +297,8 @@ def _commit(config: PrepareConfig, output: str, plan: SourcePlan) -> PrepareResu
                 (ignored_file, receipt.ignored),
             ):
                 if rows:
-                    writer.write_table(pa.table(rejected_table_columns(rows), REJECTED_SCHEMA))
+                    columns = [list(column) for column in zip(*rows, strict=True)]
+                    writer.write_table(pa.table(columns, schema=REJECTED_SCHEMA))
     if not parts:
         raise StageFailed(
             f"{config.source}: no usable image among {num_items} items"

@@ -9,6 +9,7 @@ is tried again alone before it is given up. Sending costs under 1 % of decoding.
 import contextlib
 import dataclasses
 import importlib
+import io
 import json
 import select
 import struct
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from beit.images import UnusableImage, decode_array, image_digest
 from beit.png_pixels import has_damaged_pixels, lacks_rows
@@ -103,10 +106,6 @@ def _stored_size(height: int, width: int, max_side: int) -> tuple[int, int]:
 
 
 def _shrink(pixels: Any, height: int, width: int, quality: int) -> bytes:
-    import io
-
-    from PIL import Image
-
     small = Image.fromarray(pixels).resize(
         (width, height), Image.Resampling.LANCZOS, reducing_gap=3.0
     )

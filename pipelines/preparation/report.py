@@ -278,11 +278,11 @@ def _first_rejected(uri: str) -> dict[str, list[Any]]:
     return columns
 
 
-def sample_sheet(table: ImageTable, *, num_images: int = SHEET_IMAGES) -> Image.Image:
+def sample_sheet(table: ImageTable) -> Image.Image:
     """A contact sheet of images spread over the table; reads a few row groups."""
     spread = np.linspace(0, len(table.row_groups) - 1, 6).round().astype(int)
     groups = sorted(set(spread.tolist()))
-    per_group = -(-num_images // len(groups))
+    per_group = -(-SHEET_IMAGES // len(groups))
     images, labels = [], []
     for group in groups:
         rows = table.read_row_group(group, ["image", "label", "key"])
@@ -291,6 +291,6 @@ def sample_sheet(table: ImageTable, *, num_images: int = SHEET_IMAGES) -> Image.
             images.append(np.asarray(decode_image(row["image"])).transpose(2, 0, 1))
             label = row["label"]
             labels.append(row["key"] if label is None else table.class_names[label])
-    shown, names = images[:num_images], labels[:num_images]
+    shown, names = images[:SHEET_IMAGES], labels[:SHEET_IMAGES]
     title = f"{len(shown)} of {table.num_rows:,} images · {short_name(table.uri)}"
     return pictures.contact_sheet(shown, labels=names, title=title)

@@ -39,7 +39,7 @@ _CATEGORIES = frozenset(
 
 
 def list_images() -> list[tuple[str, int]]:
-    """(key, bytes, about) of every image, sorted by key.
+    """Key of every image and its bytes, about; sorted by key.
 
     Keys read `Animals & Nature/1f436.png`: category, code points.
 

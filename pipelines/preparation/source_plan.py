@@ -70,11 +70,6 @@ class SourcePlan:
         }
 
 
-def unit_name(unit: int, num_units: int) -> str:
-    """`00012`: as many digits as all units need, so that names sort like numbers."""
-    return f"{unit:0{max(5, len(str(num_units - 1)))}d}"
-
-
 def check_identity(config: PrepareConfig, output: str, recorded: dict[str, Any]) -> None:
     """Compares the options with those that an output was begun or made with, source and all.
 
@@ -152,12 +147,15 @@ def make_plan(config: PrepareConfig, output: str) -> SourcePlan:
     if parquet:
         reader = parquet.with_columns(reader)
     elif source.format in ("folder", "sample"):
-        reader = _with_folder_labels(config, reader, folders - {_unlabelled(source)})
+        if source.format == "sample":
+            folders.discard(sample_images.UNLABELLED)
+        reader = _with_folder_labels(config, reader, folders)
+    counted = parquet.num_items if parquet else counter.items
     plan = SourcePlan(
         source={"uri": redacted(source.uri), "format": source.format},
         options=identity(config),
         reader=reader,
-        num_items=_num_items(source, parquet.num_items if parquet else counter.items),
+        num_items=None if source.format == "webdataset" else counted,
         num_bytes=counter.bytes,
         listings=listings,
     )
@@ -215,14 +213,6 @@ class _Counter:
             self.items += 1
             self.bytes += 0 if entry.ignored else entry.size
             yield entry
-
-
-def _num_items(source: Source, counted: int) -> int | None:
-    return None if source.format == "webdataset" else counted
-
-
-def _unlabelled(source: Source) -> str:
-    return sample_images.UNLABELLED if source.format == "sample" else ""
 
 
 def _check_apart(source: Source, output: str) -> None:

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +45,7 @@ class PrepareTask:
     part_bytes: int
     row_group_bytes: int
     digits: int
-    """Digits of a unit's number in file names."""
+    """Digits of a unit's number in file names: as many as all need, so that names sort."""
     fence: Fence | None = None
     """Of the driver: a worker of one that was taken over from leaves no receipt."""
     rehearsal: str = REHEARSAL
@@ -84,11 +83,6 @@ class Receipt:
         parts = [part.to_dict() for part in self.parts]
         return {**vars(self), "parts": parts, "labels": labels}
 
-    @property
-    def rows(self) -> int:
-        """Images accepted."""
-        return sum(part.rows for part in self.parts)
-
     def summary(self, unit: int) -> dict[str, Any]:
         """What the driver is sent: some numbers and a few examples."""
         return {
@@ -96,7 +90,6 @@ class Receipt:
             "items": self.items,
             "source_bytes": self.source_bytes,
             "lost_bytes": self.lost_bytes,
-            "rows": self.rows,
             "rejected": dict(Counter(reason for _, reason, _ in self.rejected)),
             "ignored": dict(Counter(reason for _, reason, _ in self.ignored)),
             "examples": [list(row) for row in self.rejected[:NUM_EXAMPLES]],
@@ -178,22 +171,20 @@ def _without_killers(
             "times, most likely for lack of memory; give --num_tasks fewer, or a smaller "
             "--part_mb with another output."
         )
-    container = task.reader.format in SUFFIXES
+    if task.reader.format not in SUFFIXES:
+        return entries
     return [
         entry
-        if entry.ignored
-        or entry.reason
-        or not container
-        or survives(task.reader, entry, task.rehearsal)
+        if entry.ignored or entry.reason or _survives(task, entry)
         else dataclasses.replace(entry, reason="reader_crash")
         for entry in entries
     ]
 
 
-def survives(reader: Reader, entry: Entry, rehearsal: str = REHEARSAL) -> bool:
+def _survives(task: PrepareTask, entry: Entry) -> bool:
     """Whether a process that reads this entry lives through it; an error is no death."""
-    text = json.dumps([dataclasses.asdict(reader), dataclasses.asdict(entry)])
-    return run_child(rehearsal, text).survived
+    text = json.dumps([dataclasses.asdict(task.reader), dataclasses.asdict(entry)])
+    return run_child(task.rehearsal, text).survived
 
 
 class _Build:
@@ -277,12 +268,3 @@ def _decoder(rules: Rules, timeout: float) -> DecodeProcess:
         _DECODERS.clear()
         _DECODERS[rules, timeout] = DecodeProcess(rules, timeout=timeout)
     return _DECODERS[rules, timeout]
-
-
-def rejected_table_columns(rows: Sequence[tuple[str, str, int]]) -> dict[str, list[Any]]:
-    """Rejected items as columns."""
-    return {
-        "key": [row[0] for row in rows],
-        "reason": [row[1] for row in rows],
-        "size": [row[2] for row in rows],
-    }
