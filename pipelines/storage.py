@@ -23,6 +23,7 @@ from pipelines import disk_writes, store_writes, stores
 from pipelines.errors import DamagedFileError, InputError
 
 LOCAL = pafs.LocalFileSystem()
+FETCH_THREADS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,9 +258,7 @@ def delete_prefix(uri: str) -> None:
     store_writes.delete_below(uri)
 
 
-def fetch_dir(
-    uri: str, local_dir: str | Path, *, suffixes: tuple[str, ...] = (), num_threads: int = 8
-) -> None:
+def fetch_dir(uri: str, local_dir: str | Path, *, suffixes: tuple[str, ...] = ()) -> None:
     """Copies all files below `uri` into a local directory.
 
     Args:
@@ -283,7 +282,7 @@ def fetch_dir(
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(read_bytes(join(uri, file.path)))
 
-    with ThreadPoolExecutor(num_threads) as pool:
+    with ThreadPoolExecutor(FETCH_THREADS) as pool:
         list(pool.map(fetch, files))
 
 

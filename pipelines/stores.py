@@ -35,7 +35,6 @@ S3_CONFIG = {
 # Tries of s3fs around those of botocore: of answers that break off, and of storms of 503.
 S3_TRIES = 10
 SLOW_SECONDS = 30.0
-S3_OPTIONS = {"endpoint_override": "endpoint_url", "endpoint_url": "endpoint_url"}
 REMEDIES = {
     "NoSuchBucket": "there is no such bucket: create it, or check its name and the endpoint",
     "InvalidBucketName": "this is no name of a bucket: correct it",

@@ -28,6 +28,7 @@ KIND = "image_table"
 MANIFEST = "manifest.json"
 REJECTED = "rejected.parquet"
 IGNORED = "ignored.parquet"
+READ_THREADS = 8
 
 REMEDY = (
     "the manifest was changed after it was written: prepare the table again, or if it is a joined "
@@ -258,12 +259,10 @@ class ImageParts:
                 table = read_row_groups(self.uri, part, [group], columns)
                 yield chosen, table.take(rows[chosen] - base - starts[group])
 
-    def iter_parts(
-        self, columns: Sequence[str] | None = None, *, num_threads: int = 8
-    ) -> Iterator[pa.Table]:
-        """Every part in order, a few read ahead; for small columns."""
-        with ThreadPoolExecutor(num_threads) as pool:
-            step = 2 * num_threads
+    def iter_parts(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """These small columns of every part in order, a few read ahead."""
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            step = 2 * READ_THREADS
             for first in range(0, len(self.parts), step):
                 chunk = self.parts[first : first + step]
                 yield from pool.map(

@@ -136,14 +136,11 @@ class TokenTable(UnitTable):
             ) from error
         with parsing(path, REMEDY):
             table = cls(uri, manifest)
-            table._check_untouched()
+            if table.num_files:
+                stamp = read_stamp(table.file_uri(0), table.file_record(0)[1])
+                table.check_stamp(stamp, table.identity.to_dict())
+            table.check_fingerprint()
         return table
-
-    def _check_untouched(self) -> None:
-        if self.num_files:
-            stamp = read_stamp(self.file_uri(0), self._hash[0])
-            self.check_stamp(stamp, self.identity.to_dict())
-        self.check_fingerprint()
 
     @property
     def tokenizer_fingerprint(self) -> str:
@@ -160,11 +157,6 @@ class TokenTable(UnitTable):
     @property
     def precision(self) -> str:
         return self.identity.precision
-
-    def read_file(self, index: int) -> tuple[list[str], NDArray[np.uint16]]:
-        """Keys and token ids (rows, V, N) of one file."""
-        rows = self.file_rows(index)
-        return self._read(index, rows.start, rows.stop)[:2]
 
     def read_rows(self, start: int, stop: int) -> tuple[list[str], NDArray[np.uint16]]:
         """Keys and token ids (stop - start, V, N) of rows [start, stop) of the image table.
@@ -189,21 +181,18 @@ class TokenTable(UnitTable):
         levels = np.full(shape[:2], UNKNOWN_LEVEL)
         index = int(np.searchsorted(self._last, start, side="right"))
         while index < self.num_files and self._first[index] < stop:
-            first = max(start, int(self._first[index]))
-            last = min(stop, int(self._last[index]))
+            base = int(self._first[index])
+            first, last = max(start, base), min(stop, int(self._last[index]))
             rows = slice(first - start, last - start)
-            keys[rows], token_ids[rows], levels[rows] = self._read(index, first, last)
+            keys[rows], token_ids[rows], levels[rows] = read_rows(
+                self.file_uri(index),
+                self.identity,
+                first - base,
+                last - base,
+                content_hash=self._hash[index],
+            )
             index += 1
         return keys, token_ids, levels
-
-    def _read(
-        self, index: int, start: int, stop: int
-    ) -> tuple[list[str], NDArray[np.uint16], NDArray[np.int16]]:
-        uri = self.file_uri(index)
-        base = int(self._first[index])
-        return read_rows(
-            uri, self.identity, start - base, stop - base, content_hash=self._hash[index]
-        )
 
     def check_compatible(
         self,

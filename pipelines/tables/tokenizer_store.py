@@ -146,7 +146,7 @@ def load(uri: str, *, device: str = "cpu", precision: Precision = "float32") -> 
             tokenizer = load_tokenizer(directory, device=device, precision=precision)
         except ValueError as error:
             message = str(error).replace(str(directory), info.uri)
-            raise InputError(f"{message}; train or import the tokenizer again") from error
+            raise InputError(f"{message}; {REMEDY}") from error
     recorded = info.manifest["fingerprint"] if info.manifest else None
     if recorded not in (None, tokenizer.fingerprint()):
         raise InputError(

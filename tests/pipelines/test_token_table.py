@@ -244,7 +244,7 @@ def test_grey_levels_are_read_where_a_file_has_them(tmp_path):
     identity = make_identity()
     write_table(str(tmp_path), identity)
     table = TokenTable.open(str(tmp_path))
-    keys, ids = table.read_file(0)
+    keys, ids = table.read_rows(0, 300)
     levels = np.random.default_rng(0).integers(0, 256, (300, 2)).astype(np.uint8)
     data = encode_file(keys, ids, identity, levels)
     assert token_files.check_file(identity, data, 300) == (True, None)
