@@ -37,14 +37,16 @@ __all__ = [
     "curve",
     "forest",
     "masked_input_grid",
+    "painted_grid",
     "png",
     "reconstruction_grid",
     "token_map",
     "tokenizer_grid",
 ]
 
-
 TILE, SMALL_TILE = 128 * SCALE, 96 * SCALE
+MAX_IMAGES = 8
+"""Of a batch that are shown, one below the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +58,7 @@ class Column:
 
 
 def masked_input_grid(
-    images: Any,
-    mask: Any,
-    *,
-    patch_size: int,
-    title: str = "What the encoder sees",
-    max_images: int = 8,
+    images: Any, mask: Any, *, patch_size: int, title: str = "What the encoder sees"
 ) -> Image.Image:
     """Each image beside itself with its masked patches greyed out.
 
@@ -70,27 +67,10 @@ def masked_input_grid(
         mask: bool (B, N), True = masked.
         patch_size: pixels.
         title: heading.
-        max_images: how many of the batch are shown.
     """
-    arrays = _as_images(images)[:max_images]
-    masks = _as_grid(mask, arrays, patch_size)[:max_images]
-    share = 100 * float(masks.mean()) if len(masks) else 0.0
-    columns = [
-        Column(title="input", tiles=[_tile(array) for array in arrays]),
-        Column(
-            title="masked input",
-            tiles=[
-                _tile(_masked(array, cells)) for array, cells in zip(arrays, masks, strict=True)
-            ],
-        ),
-    ]
-    return _sheet(
-        columns,
-        title=title,
-        note=f"{share:.0f} % of the patches are masked (grey); "
-        "the model predicts their visual tokens",
-        groups=2 if len(arrays) > 3 else 1,
-    )
+    columns, masks = _inputs(images, mask, patch_size)
+    note = f"{_share(masks)} are masked (grey); the model predicts their visual tokens"
+    return _sheet(columns, title=title, note=note, groups=2 if len(masks) > 3 else 1)
 
 
 def painted_grid(
@@ -100,7 +80,6 @@ def painted_grid(
     *,
     patch_size: int,
     title: str = "Pixels: true and painted",
-    max_images: int = 8,
 ) -> Image.Image:
     """Input, masked input, and the input with masked patches as the model paints them.
 
@@ -110,19 +89,11 @@ def painted_grid(
         painted: uint8 (B, 3, H, W).
         patch_size: pixels.
         title: heading.
-        max_images: how many of the batch are shown.
     """
-    arrays = _as_images(images)[:max_images]
-    masks = _as_grid(mask, arrays, patch_size)[:max_images]
-    pairs = list(zip(arrays, masks, strict=True))
-    columns = [
-        Column(title="input", tiles=[_tile(array) for array in arrays]),
-        Column(title="masked input", tiles=[_tile(_masked(*pair)) for pair in pairs]),
-        Column(title="painted", tiles=[_tile(array) for array in _as_images(painted)[:max_images]]),
-    ]
-    share = 100 * float(masks.mean()) if len(masks) else 0.0
-    note = f"{share:.0f} % of the patches are masked (grey) and painted from the rest"
-    return _sheet(columns, title=title, note=note)
+    columns, masks = _inputs(images, mask, patch_size)
+    tiles = [_tile(array) for array in _as_images(painted)[:MAX_IMAGES]]
+    note = f"{_share(masks)} are masked (grey) and painted from the rest"
+    return _sheet([*columns, Column(title="painted", tiles=tiles)], title=title, note=note)
 
 
 def reconstruction_grid(
@@ -134,7 +105,6 @@ def reconstruction_grid(
     patch_size: int,
     accuracy: Sequence[float] | None = None,
     title: str = "Visual tokens: true and predicted",
-    max_images: int = 8,
 ) -> Image.Image:
     """Input, masked input, the true tokens decoded, and the predicted tokens decoded.
 
@@ -147,31 +117,22 @@ def reconstruction_grid(
         patch_size: pixels, of `images`.
         accuracy: share of masked tokens predicted exactly, per image.
         title: heading.
-        max_images: how many of the batch are shown.
     """
-    arrays = _as_images(images)[:max_images]
-    true = _as_images(decoded_true)[:max_images]
-    predicted = _as_images(decoded_predicted)[:max_images]
-    masks = _as_grid(mask, arrays, patch_size)[:max_images]
+    columns, masks = _inputs(images, mask, patch_size)
+    size = columns[0].tiles[0].size if len(masks) else (TILE, TILE)
+    true, predicted = (
+        [_tile(array, size=size) for array in _as_images(decoded)[:MAX_IMAGES]]
+        for decoded in (decoded_true, decoded_predicted)
+    )
     captions = None
     if accuracy is not None:
-        captions = [f"{100 * value:.0f} %" for value in list(accuracy)[:max_images]]
-    tiles = [_tile(array) for array in arrays]
-    size = tiles[0].size if tiles else (TILE, TILE)
-    columns = [
-        Column(title="input", tiles=tiles),
-        Column(
-            title="masked input",
-            tiles=[
-                _tile(_masked(array, cells)) for array, cells in zip(arrays, masks, strict=True)
-            ],
-        ),
-        Column(title="true tokens", tiles=[_tile(array, size=size) for array in true]),
+        captions = [f"{100 * value:.0f} %" for value in list(accuracy)[:MAX_IMAGES]]
+    columns += [
+        Column(title="true tokens", tiles=true),
         Column(
             title="predicted tokens",
             tiles=[
-                _with_contour(_tile(array, size=size), cells)
-                for array, cells in zip(predicted, masks, strict=True)
+                _with_contour(tile, cells) for tile, cells in zip(predicted, masks, strict=True)
             ],
         ),
     ]
@@ -188,17 +149,13 @@ def tokenizer_grid(
     *,
     title: str = "Tokenizer: pictures through the codebook",
     note: str = "decoded from token ids alone",
-    max_images: int = 16,
 ) -> Image.Image:
     """Pictures beside what their visual tokens stand for, both uint8 (B, 3, h, w)."""
-    arrays = _as_images(images)[:max_images]
+    arrays, found = (_as_images(each)[: 2 * MAX_IMAGES] for each in (images, decoded))
     size = _tile(arrays[0]).size if len(arrays) else (TILE, TILE)
     columns = [
         Column(title="input", tiles=[_tile(array, size=size) for array in arrays]),
-        Column(
-            title="tokens",
-            tiles=[_tile(array, size=size) for array in _as_images(decoded)[:max_images]],
-        ),
+        Column(title="tokens", tiles=[_tile(array, size=size) for array in found]),
     ]
     return _sheet(columns, title=title, note=note, groups=2 if len(arrays) > 3 else 1)
 
@@ -209,7 +166,6 @@ def token_map(
     grid_size: tuple[int, int],
     images: Any = None,
     title: str = "Visual tokens",
-    max_images: int = 8,
 ) -> Image.Image:
     """Token ids as colours: equal colour, equal token. For tokenizers without a decoder.
 
@@ -218,17 +174,16 @@ def token_map(
         grid_size: rows and columns of the token grid.
         images: uint8 (B, 3, H, W) shown beside the tokens.
         title: heading.
-        max_images: how many of the batch are shown.
     """
-    ids = np.asarray(token_ids)[:max_images].reshape(-1, *grid_size)
+    ids = np.asarray(token_ids)[:MAX_IMAGES].reshape(-1, *grid_size)
     palette = {int(value): _token_colour(int(value)) for value in np.unique(ids)}
     grids = np.zeros((*ids.shape, 3), np.uint8)
     for value, colour in palette.items():
         grids[ids == value] = colour
     columns = []
     if images is not None:
-        arrays = _as_images(images)[:max_images]
-        columns.append(Column(title="input", tiles=[_tile(array) for array in arrays]))
+        tiles = [_tile(array) for array in _as_images(images)[:MAX_IMAGES]]
+        columns.append(Column(title="input", tiles=tiles))
     size = columns[0].tiles[0].size if columns and len(ids) else (TILE, TILE)
     columns.append(Column(title="token ids", tiles=[_tile(grid, size=size) for grid in grids]))
     note = f"{len(palette)} different tokens; equal colour = equal token"
@@ -268,6 +223,22 @@ def png(picture: Image.Image) -> bytes:
 
 
 # Tiles and sheets
+
+
+def _inputs(images: Any, mask: Any, patch_size: int) -> tuple[list[Column], np.ndarray]:
+    """Columns of the images and of the same with masked patches grey, and bool (B, rows, columns):
+    which those are."""
+    arrays = _as_images(images)[:MAX_IMAGES]
+    masks = _as_grid(mask, arrays, patch_size)[:MAX_IMAGES]
+    hidden = [_tile(_masked(*pair)) for pair in zip(arrays, masks, strict=True)]
+    return [
+        Column(title="input", tiles=[_tile(array) for array in arrays]),
+        Column(title="masked input", tiles=hidden),
+    ], masks
+
+
+def _share(masks: np.ndarray) -> str:
+    return f"{100 * float(masks.mean()) if len(masks) else 0:.0f} % of the patches"
 
 
 def _as_images(images: Any) -> np.ndarray:

@@ -27,8 +27,8 @@ def nearest_neighbours(
     images: Any,
     labels: Sequence[Sequence[str]],
     *,
-    title: str = "Nearest neighbours",
-    note: str = "",
+    title: str,
+    note: str,
 ) -> Image.Image:
     """Rows of an image and its neighbours, the nearest first; framed by whether the class agrees.
 
@@ -64,8 +64,8 @@ def patch_similarity(
     patches: Any,
     grid_size: tuple[int, int],
     *,
-    title: str = "Patches like one patch",
-    note: str = "",
+    title: str,
+    note: str,
 ) -> Image.Image:
     """Images, each with three of its patches and how like them (cosine) all others are.
 

@@ -89,20 +89,14 @@ def curve(
     return _drawn(figure)
 
 
-def curve_svg(
-    series: Series,
-    *,
-    title: str,
-    x_label: str = "step",
-    y_label: str = "",
-    kinds: Mapping[str, str] | None = None,
-) -> str:
+def curve_svg(series: Series, *, title: str, kinds: Mapping[str, str] | None) -> str:
     """The same as an SVG element, of any number of lines; a legend only where it can be read.
 
-    `kinds` names what the lines of one colour have in common, by name of the series; each line has
-    a colour of its own without. Those after the first four are all grey.
+    `title` also says what y is. `kinds` names what the lines of one colour have in common, by name
+    of the series; each line has a colour of its own without. Those after the first four are all
+    grey.
     """
-    figure, axes = _curves(series, title, x_label, y_label, "")
+    figure, axes = _curves(series, title, "step", title, "")
     if kinds:
         _colour_kinds(axes, [kinds[name] for name in series], list(dict.fromkeys(kinds.values())))
     if len(axes.get_legend_handles_labels()[1]) <= MAX_LEGEND:
@@ -124,18 +118,18 @@ def _colour_kinds(axes: Any, kind_of_lines: Sequence[str], kinds: Sequence[str])
 Interval = tuple[str, float, float, float]
 
 
-def forest(rows: Sequence[Interval], *, title: str, x_label: str, note: str = "") -> Image.Image:
+def forest(rows: Sequence[Interval], *, title: str, x_label: str) -> Image.Image:
     """Differences and their intervals, one below the other: (name, value, low, high)."""
-    return _drawn(_forest(rows, title, x_label, note))
+    return _drawn(_forest(rows, title, x_label))
 
 
 def forest_svg(rows: Sequence[Interval], *, title: str, x_label: str) -> str:
     """The same as an SVG element."""
-    return _svg(_forest(rows, title, x_label, ""))
+    return _svg(_forest(rows, title, x_label))
 
 
-def _forest(rows: Sequence[Interval], title: str, x_label: str, note: str) -> Any:
-    figure, axes = _plot(title, note, size=(7.6, 1.6 + 0.3 * len(rows)))
+def _forest(rows: Sequence[Interval], title: str, x_label: str) -> Any:
+    figure, axes = _plot(title, "", size=(7.6, 1.6 + 0.3 * len(rows)))
     axes.grid(axis="x", color=_hex(FRAME))
     axes.axvline(0, color=_hex(INK), linewidth=1)
     for row, (_, value, low, high) in enumerate(rows):
@@ -146,7 +140,7 @@ def _forest(rows: Sequence[Interval], title: str, x_label: str, note: str) -> An
     return figure
 
 
-def bars(shares: Mapping[str, float], *, title: str, x_label: str, note: str = "") -> Image.Image:
+def bars(shares: Mapping[str, float], *, title: str, x_label: str, note: str) -> Image.Image:
     """A bar for every name, the largest first."""
     order = sorted(shares, key=lambda name: -shares[name])
     figure, axes = _plot(title, note, size=(7.6, 1.6 + 0.3 * len(order)))

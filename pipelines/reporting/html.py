@@ -167,7 +167,6 @@ def _curves(runs: Sequence[Facts], settings: Sequence[Setting]) -> list[str]:
             plots.curve_svg(
                 series,
                 title=name,
-                y_label=name,
                 kinds=kinds if len(series) > plots.MAX_LEGEND else None,
             )
         )
