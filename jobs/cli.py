@@ -133,7 +133,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_recipes())
         return 0
     if name == "quickstart":
-        name, rest = "pipeline", rest if "--config" in rest else ["--config", "quickstart", *rest]
+        given = any(flag.partition("=")[0] == "--config" for flag in rest)
+        name, rest = "pipeline", rest if given else ["--config", "quickstart", *rest]
     if name not in STAGES:
         near = get_close_matches(name, [*STAGES, *OTHERS], n=1)
         meant = f"; did you mean {near[0]}?" if near else ""

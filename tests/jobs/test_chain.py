@@ -65,6 +65,16 @@ def test_the_recipes_of_the_chain_parse(name: str) -> None:
     assert (chain["pretrain"].optim.steps == DEMO_STEPS) == (name == "demo")
 
 
+def test_quickstart_has_no_other_recipe_where_one_is_given(capsys: pytest.CaptureFixture) -> None:
+    printed = []
+    for given in (["--config", "demo"], ["--config=demo"]):
+        with pytest.raises(SystemExit, match="0"):
+            cli.main(["quickstart", *given, "--print_config"])
+        printed.append(capsys.readouterr().out)
+    assert "output: work/demo" in printed[0]
+    assert printed[0] == printed[1]
+
+
 def test_a_chain_of_mae_alone_makes_no_tokens() -> None:
     flags = ["--config", str(CONFIGS / "quickstart.yaml"), "--output", "here"]
     flags += [f"--pretrain.{name}={json.dumps(value)}" for name, value in MAE.items()]
