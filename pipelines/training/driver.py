@@ -270,7 +270,7 @@ def _train_on_ray(loop: Loop[Config_, Plan_], config: Config_, plan: Plan_, laun
         _worker,
         train_loop_config={"loop": loop, "config": config, "plan": plan, "launch": launch},
         torch_config=TorchConfig(
-            backend="nccl" if scaling.use_gpu and _has_cuda() else "gloo",
+            backend="nccl" if scaling.use_gpu and not _claims_gpus() else "gloo",
             timeout_s=round(scaling.stall_seconds),
         ),
         scaling_config=ScalingConfig(
@@ -340,12 +340,18 @@ def _worker(job: Mapping[str, Any]) -> None:
         raise
 
 
-def _has_cuda() -> bool:
-    # The driver may run on a node without GPU: then what the cluster counts must be believed.
+def _claims_gpus() -> bool:
+    """Whether Ray counts GPUs on this node that its build of torch has no use for.
+
+    NCCL would fail before the worker can say so (`join_world`). Of other nodes, which have a build
+    of their own and may be still to come, what was asked for is believed.
+    """
     import ray
     import torch
 
-    return torch.version.cuda is not None and ray.cluster_resources().get("GPU", 0) > 0
+    here = ray.get_runtime_context().get_node_id()
+    counted = sum(n["Resources"].get("GPU", 0) for n in ray.nodes() if n["NodeID"] == here)
+    return torch.version.cuda is None and counted > 0
 
 
 def _say_if_too_small(scaling: ScalingConfig, stage: str) -> None:

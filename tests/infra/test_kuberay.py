@@ -183,7 +183,8 @@ def test_the_entrypoint_parses_and_fits_its_own_groups(overlay, tmp_path, capsys
         main([stage, *flags, "--print_config"])
     assert ended.value.code == 0
     assert "s3://beit" in capsys.readouterr().out
-    needs = needs_of(stage, parse_stage(stage, flags))
+    config = parse_stage(stage, flags)
+    needs = needs_of(stage, config)
     nodes = []
     for group in cluster_of(manifest)["workerGroupSpecs"]:
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
@@ -192,6 +193,10 @@ def test_the_entrypoint_parses_and_fits_its_own_groups(overlay, tmp_path, capsys
     assert [capacity.shortages(bundles, nodes) for bundles in needs.bundles if bundles] == [
         [] for bundles in needs.bundles if bundles
     ]
+    encoders = getattr(getattr(config, "tokenize", config), "encoders", None)
+    if encoders:  # no worker is there when the driver starts: it takes what is asked for
+        gpus = sum(node["GPU"] for node in nodes)
+        assert (encoders.num_gpus, encoders.max_actors) == (1, gpus)
     # The server of the pods' variables.
     assert not any(place.field.startswith("tracking") for place in needs.places)
 

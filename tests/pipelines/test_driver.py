@@ -3,8 +3,11 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import ray
+import torch
 
 from pipelines import tracking
 from pipelines.errors import InputError, StageFailed
@@ -165,3 +168,19 @@ def test_bad_input_of_a_worker_ends_the_run_at_its_next_start(run):
     assert driver.hopeless(run, LAUNCHED_AT, workers=1) == "images = 'x': damaged"
     # The command started again tries again: the input may have been mended.
     assert driver.hopeless(run, 2e9, workers=1) == ""
+
+
+@pytest.mark.parametrize(
+    ("cuda", "counted_here", "claims"), [("13.0", 1, False), (None, 1, True), (None, 0, False)]
+)
+def test_gpus_of_other_nodes_are_believed(monkeypatch, cuda, counted_here, claims):
+    """Workers meet by NCCL also where the driver's node has no GPU and an image without CUDA."""
+    nodes = [
+        {"NodeID": "head", "Resources": {"GPU": counted_here}},
+        {"NodeID": "worker", "Resources": {"GPU": 8}},
+    ]
+    head = SimpleNamespace(get_node_id=lambda: "head")
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: head)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert driver._claims_gpus() is claims
