@@ -54,7 +54,7 @@ class Attempt:
         Raises:
             InputError: a scheduler repeats an attempt whose input was bad, and nothing has changed.
         """
-        if not self.job:
+        if self.log is None:
             return
         from pipelines import storage
         from pipelines.code_digest import code_digest
@@ -65,9 +65,8 @@ class Attempt:
             f"beit {stage}: attempt {self.name} on {platform.node()}, cluster {address}",
             file=sys.stderr,
         )
-        if self.log is not None and output:
-            self.log.keep_at(storage.beside(output, ".logs"), self.name)
         if output:
+            self.log.keep_at(storage.beside(output, ".logs"), self.name)
             self._refuse_repetition(storage.beside(output, ".result.json"))
         self.output = output
 
@@ -88,7 +87,7 @@ class Attempt:
 
     def end(self, code: int, cause: str) -> None:
         """Leaves the outcome as the log's last line and beside the output."""
-        if not self.job:
+        if self.log is None:
             return
         record = {
             "job": self.job,
@@ -102,12 +101,10 @@ class Attempt:
 
             with contextlib.suppress(OSError, InputError):  # the log says it, too
                 storage.write_json(storage.beside(self.output, ".result.json"), record)
-        if self.log is not None:
-            self.log.end_errors()
+        self.log.end_errors()
         told = "; ".join(" ".join(line.split()) for line in cause.splitlines())
         print(f"beit: exit code {code}" + (f": {told}" if told else ""), flush=True)
-        if self.log is not None:
-            self.log.close()
+        self.log.close()
 
 
 class KeptLog:

@@ -25,14 +25,18 @@ class Stage:
     """Class of its configuration, by dotted name: nothing is imported for the other stages."""
     module: str
     """Module whose `run(config)` does it."""
-    ray: str = "always"
+    ray: str
     """always, never, or `workers`: only where training workers or decode tasks are asked for."""
 
 
-def _stage(purpose: str, config: str, **where: str) -> Stage:
-    module, _, _ = config.partition(":")
-    where.setdefault("module", f"pipelines.{module}")
-    return Stage(purpose=purpose, config=f"pipelines.config.{config.replace(':', '.')}", **where)
+def _stage(purpose: str, config: str, *, ray: str = "always") -> Stage:
+    module, _, name = config.partition(":")
+    return Stage(
+        purpose=purpose,
+        config=f"pipelines.config.{module}.{name}",
+        module=f"pipelines.{module}",
+        ray=ray,
+    )
 
 
 STAGES = {
@@ -40,6 +44,7 @@ STAGES = {
         purpose="the whole chain in one go; what is done already is skipped",
         config="jobs.pipeline.PipelineConfig",
         module="jobs.pipeline",
+        ray="always",
     ),
     "prepare": _stage(
         "images (folder, WebDataset, Parquet) to an image table", "prepare:PrepareConfig"

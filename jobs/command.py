@@ -42,14 +42,13 @@ Config = TypeVar("Config")
 RAY_STARTS = 3
 
 
-def parse(config_class: type[Config], argv: Sequence[str] | None, *, stage: str) -> Config:
+def parse(config_class: type[Config], arguments: Sequence[str], *, stage: str) -> Config:
     """Flags and recipes to a frozen configuration.
 
     Raises:
         SystemExit: 0 after --help and --print_config.
         InputError: unknown keys, wrong types, or what the configuration's own checks refuse.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
     read = with_recipes(config_class, with_lists(config_class, arguments))
     return _typed(config_class, read, stage=stage, recipes=recipe_names(arguments))
 

@@ -7,7 +7,6 @@ at once, and at whether the artefacts belong together. Nothing is made. `beit su
 """
 
 import dataclasses
-import importlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -61,8 +60,8 @@ def examine(stage: str, config: Any) -> None:
             connect(absolute_tracking_uri(needs.tracking_uri))
         except InputError as error:
             found.append(str(error))
-    if not found and stage in REHEARSALS:
-        REHEARSALS[stage](config)
+    if stage and not found:
+        rehearse(stage, config)
     if found:
         raise InputError("\n".join(found))
     checked = ["versions", *(["GPUs"] if needs.gpu is not False else [])]
@@ -71,39 +70,25 @@ def examine(stage: str, config: Any) -> None:
     print(f"doctor: nothing to object to ({', '.join(checked)})")
 
 
+def rehearse(stage: str, config: Any) -> None:
+    """Lets a stage that can say whether its inputs belong together do so; nothing is made."""
+    from pipelines import render, tokenize_images
+    from pipelines.training import finetuning, pretraining
+
+    if stage == "tokenize":
+        tokenize_images.run(dataclasses.replace(config, dry_run=True))
+    elif stage == "render":
+        render.run(dataclasses.replace(config, dry_run=True))
+    elif stage == "pretrain":
+        pretraining.plan_run(pretraining.with_absolute_uris(config))
+    elif stage == "finetune":
+        finetuning.plan_run(finetuning.with_absolute_uris(config))
+
+
 def _shown(resources: dict[str, float]) -> str:
     kinds = [name.partition(":")[2] for name in resources if name.startswith("accelerator_type:")]
     counts = [f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU")]
     return ", ".join([*counts, f"{resources.get('memory', 0) / 1e9:.0f} GB", *kinds])
-
-
-def _tokenize(config: Any) -> None:
-    importlib.import_module("pipelines.tokenize_images").run(
-        dataclasses.replace(config, dry_run=True)
-    )
-
-
-def _render(config: Any) -> None:
-    importlib.import_module("pipelines.render").run(dataclasses.replace(config, dry_run=True))
-
-
-def _pretrain(config: Any) -> None:
-    pretraining = importlib.import_module("pipelines.training.pretraining")
-    pretraining.plan_run(pretraining.with_absolute_uris(config))
-
-
-def _finetune(config: Any) -> None:
-    finetuning = importlib.import_module("pipelines.training.finetuning")
-    finetuning.plan_run(finetuning.with_absolute_uris(config))
-
-
-# Stages that can say, without making anything, whether their inputs belong together.
-REHEARSALS = {
-    "tokenize": _tokenize,
-    "render": _render,
-    "pretrain": _pretrain,
-    "finetune": _finetune,
-}
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from jobs.command import exit_code, output_of
 from jobs.environment import ENVIRONMENT, TAKE_SECRETS, is_secret, named_variables
 from jobs.submission.access import JOB, ClusterAwayError, find_address, use_token
 from pipelines import storage
+from pipelines.config.checks import to_dict
 from pipelines.errors import InputError, StageFailed
 from pipelines.redaction import redacted
 
@@ -46,12 +47,10 @@ class Submission:
     metadata: Mapping[str, str]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Submits, or acts on a job; returns the job's own exit code where it is followed."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    own, flags = _split(arguments)
-    parser = _parser()
-    options = parser.parse_intermixed_args(own)
+    own, flags = _split(argv)
+    options = _parser().parse_intermixed_args(own)
     codes: list[int] = []
 
     def act(_: object) -> None:
@@ -67,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_code(act) or (codes[0] if codes else 0)
 
 
-def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+def _split(arguments: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
     if "--" not in arguments:
         return arguments, []
     cut = arguments.index("--")
@@ -172,8 +171,6 @@ def describe(stage: str, flags: Sequence[str]) -> Submission:
         InputError: no such stage, a value that does not fit, or an output that the nodes of a
             cluster do not share.
     """
-    import dataclasses
-
     import yaml
 
     from jobs.cli import parse_stage
@@ -182,7 +179,7 @@ def describe(stage: str, flags: Sequence[str]) -> Submission:
     if stage == "doctor":
         return _rehearsal(describe(flags[0], flags[1:])) if flags else NODES_ALONE
     config = parse_stage(stage, flags)
-    values = dataclasses.asdict(config)
+    values = to_dict(config)
     for name, value in named(values, (*READ, "output")):
         relative = not Path(value.removeprefix("file://")).is_absolute()
         if storage.is_local(value) and relative:
@@ -194,11 +191,11 @@ def describe(stage: str, flags: Sequence[str]) -> Submission:
     return Submission(
         command=f"{stage} --config job.yaml",
         prefix=f"beit-{stage}-{storage.fingerprint([stage, place])[:8]}",
-        config_text=yaml.safe_dump(_plain(values), sort_keys=False, allow_unicode=True),
+        config_text=yaml.safe_dump(values, sort_keys=False, allow_unicode=True),
         metadata={
             "beit.stage": stage,
             "beit.output": redacted(place),
-            "beit.config": storage.fingerprint(_plain(values)),
+            "beit.config": storage.fingerprint(values),
             "beit.code": code_version(),
             "beit.tracking": redacted(str(values.get("tracking", {}).get("uri", ""))),
         },
@@ -250,15 +247,6 @@ def require_shared_tracking(config_text: str, names: Sequence[str]) -> None:
                 "goes with the job; name a server (--tracking.uri http://mlflow:5000, or --env "
                 "MLFLOW_TRACKING_URI), or pass --tracking.enabled false"
             )
-
-
-def _plain(value: Any) -> Any:
-    """Tuples become lists, as YAML and JSON have them."""
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
 
 
 def job_environment(names: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -379,4 +367,6 @@ def _say(options: argparse.Namespace, text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from jobs.cli import main as beit
+
+    sys.exit(beit(["submit", *sys.argv[1:]]))

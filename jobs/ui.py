@@ -88,3 +88,9 @@ def _end(server: subprocess.Popen) -> None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
     server.wait()
+
+
+if __name__ == "__main__":
+    from jobs.cli import main as beit
+
+    sys.exit(beit(["ui", *sys.argv[1:]]))

@@ -22,7 +22,7 @@ PAUSE = 2.0
 EXPLAIN_AFTER, EXPLAIN_EVERY = 10.0, 30.0
 # How long a dashboard may be away before following gives up; the job does not notice.
 PATIENCE = 600.0
-# The last line of an attempt's log, see `jobs.command`.
+# The last line of an attempt's log, see `jobs.attempt`.
 OUTCOME = re.compile(r"^beit: exit code (\d+)(?:: (.*))?$", re.MULTILINE)
 
 

@@ -333,6 +333,8 @@ def test_help_is_instant_because_nothing_heavy_is_imported(stage: str) -> None:
         ("jobs.train_tokenizer", "train-tokenizer"),
         ("jobs.tokenize", "tokenize"),
         ("jobs.tokenize_images", "tokenize"),
+        ("jobs.submit", "submit"),
+        ("jobs.ui", "ui"),
     ],
 )
 def test_a_stage_is_a_module_too(module: str, stage: str) -> None:
