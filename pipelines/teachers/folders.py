@@ -8,6 +8,12 @@ from beit.teachers import Normalisation
 from pipelines import storage
 from pipelines.errors import InputError
 
+INSTALL = (
+    "install the extra beit-ray[teachers], with a torchvision for this build of torch "
+    "(docs/tokenizer.md has the command)"
+)
+"""What to do where a library of teachers cannot be imported."""
+
 
 def read_config(folder: Path, uri: str) -> dict[str, Any]:
     """config.json of a folder. Raises InputError for one that cannot be read."""

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from beit.teachers import Teacher
 from pipelines.errors import InputError
-from pipelines.teachers.folders import folder_fingerprint, identity, patches_a_side, triple
+from pipelines.teachers.folders import (
+    INSTALL,
+    folder_fingerprint,
+    identity,
+    patches_a_side,
+    triple,
+)
 
 WEIGHTS = "model.safetensors"
 FEATURE = "patch states after the last norm"
@@ -73,9 +79,9 @@ def timm_teacher(
 def _load(architecture: str, folder: Path, uri: str) -> Any:
     try:
         import timm
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # the latter of a torchvision of another build
         raise InputError(
-            f"teacher = {uri}: a model of timm; install it: pip install 'beit-ray[teachers]'"
+            f"teacher = {uri}: a model of timm, which cannot be imported ({error}); {INSTALL}"
         ) from error
     try:
         model = timm.create_model(architecture, pretrained=False, num_classes=0)

@@ -14,6 +14,7 @@ from torch import Tensor
 from beit.teachers import Teacher
 from pipelines.errors import InputError
 from pipelines.teachers.folders import (
+    INSTALL,
     folder_fingerprint,
     identity,
     normalisation_of,
@@ -80,12 +81,15 @@ def transformers_teacher(
 def _load(class_name: str, folder: Path, uri: str) -> Any:
     try:
         import transformers
-    except ImportError as error:
+
+        kind = getattr(transformers, class_name)  # imported only now, with torchvision
+    except (ImportError, RuntimeError) as error:
         raise InputError(
-            f"teacher = {uri}: a model of transformers: pip install 'beit-ray[teachers]'"
+            f"teacher = {uri}: a model of transformers, which cannot be imported ({error}); "
+            f"{INSTALL}"
         ) from error
     try:
-        model, report = getattr(transformers, class_name).from_pretrained(
+        model, report = kind.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:

