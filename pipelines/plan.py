@@ -187,7 +187,7 @@ def run(config: PlanConfig) -> PlanResult:
         )
 
     counts = {1, config.num_views, math.ceil(config.epochs / 10), config.epochs}
-    gpu_second = 1 / (3600 * encode_rate)
+    gpu_hours_of_view = 1 / (3600 * encode_rate)
     pretrain_gpu_hours = num_images * config.epochs / config.train_rate / 3600
     return PlanResult(
         num_images=num_images,
@@ -202,9 +202,10 @@ def run(config: PlanConfig) -> PlanResult:
         token_bytes=view_bytes * config.num_views,
         pretrain_hours=pretrain_gpu_hours / config.num_gpus,
         pretrain_gpu_hours=pretrain_gpu_hours,
-        online_gpu_hours=num_images * config.epochs * gpu_second,
+        online_gpu_hours=num_images * config.epochs * gpu_hours_of_view,
         break_even_epochs=break_even(
-            tokenize_hours * config.num_gpus, online_gpu_hours_per_epoch=num_images * gpu_second
+            tokenize_hours * config.num_gpus,
+            online_gpu_hours_per_epoch=num_images * gpu_hours_of_view,
         ),
         views=tuple(other(count) for count in sorted(counts)),
         pixels=tuple(_pixels(config, num_images, image_bytes)),
@@ -267,12 +268,10 @@ def measure_rate(tokenizer_uri: str) -> tuple[float, str]:
     while time.monotonic() - begin < MEASURE_SECONDS / 2:
         seconds(batch)
         views += batch
-    name = (
-        torch.cuda.get_device_name()
-        if device == "cuda"
-        else (f"CPU with {torch.get_num_threads()} threads")
-    )
-    return views / (time.monotonic() - begin), name
+    rate = views / (time.monotonic() - begin)
+    if device == "cuda":
+        return rate, torch.cuda.get_device_name()
+    return rate, f"CPU with {torch.get_num_threads()} threads"
 
 
 def _hours(hours: float) -> str:

@@ -88,7 +88,7 @@ class Scorecard:
     """uint8 (P, 3, H, W): what the decoder makes of their tokens, or the nearest patches."""
     token_ids: np.ndarray
     """int64 (P, h, w): the tokens of these few images."""
-    nearest: "Nearest | None"
+    nearest: Nearest | None
     """What codes stand for, where there is no decoder to show it."""
 
     @property
@@ -304,10 +304,9 @@ def sample_rows(images: ImageTable, count: int) -> np.ndarray:
     if len(groups) <= MAX_GROUPS:
         return evenly_spaced(images.num_rows, count)
     each = -(-count // MAX_GROUPS)
-    chosen = groups.starts[evenly_spaced(len(groups), MAX_GROUPS)]
-    sizes = groups.sizes[evenly_spaced(len(groups), MAX_GROUPS)]
     rows = [
-        start + evenly_spaced(int(size), each) for start, size in zip(chosen, sizes, strict=True)
+        groups.starts[group] + evenly_spaced(int(groups.sizes[group]), each)
+        for group in evenly_spaced(len(groups), MAX_GROUPS)
     ]
     return np.concatenate(rows)[:count]
 

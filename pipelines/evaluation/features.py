@@ -163,7 +163,7 @@ def patches_size(network: BeitEncoder, num_images: int, num_layers: int) -> int:
     return 2 * num_layers * num_images * network.num_patches * network.dim
 
 
-def head_reader(weights: "Weights") -> Reader:
+def head_reader(weights: Weights) -> Reader:
     """Logits of a classifier's own head."""
     return lambda pixels: [weights.model(normalised(pixels, weights.mean, weights.std))]
 
@@ -235,7 +235,7 @@ def kept_features(
     pieces: Iterable[Piece],
     count: int,
     *,
-    label: str = "",
+    label: str,
     into: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
     """Features of `count` images by reader, (L, count, ...), from pieces in any order.

@@ -21,6 +21,7 @@ WEIGHT_DECAYS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
 """Tried from strong to weak, each starting from the one before."""
 TRIAL_WEIGHT_DECAY = 0.03
 """With which blocks are compared before the weight decay is chosen for the best of them."""
+KNN_TEMPERATURE = 0.07
 CUBIC_ROWS, KNN_ROWS = 512, 256
 """Sizes that the time of larger ones is reckoned from."""
 CHUNK = 2**26
@@ -35,10 +36,10 @@ def knn_predict(
     *,
     num_classes: int,
     k: int = 10,
-    temperature: float = 0.07,
     device: Device = "cpu",
 ) -> np.ndarray:
-    """Classes (n,) by the k most similar training rows (cosine), each with weight exp(s / t)."""
+    """Classes (n,) by the k most similar training rows (cosine), each with weight exp(s / t); t is
+    KNN_TEMPERATURE."""
     train, test = (F.normalize(_features(x, device), dim=1) for x in (train_x, test_x))
     labels = _labels(train_y, device)
     k = min(k, len(train))
@@ -47,7 +48,7 @@ def knn_predict(
         similarity, neighbour = (test[part] @ train.T).topk(k, dim=1)
         votes = torch.zeros(len(similarity), num_classes, device=device)
         # Similarities are at most 1: the shift keeps the exponential from overflowing.
-        votes.scatter_add_(1, labels[neighbour], torch.exp((similarity - 1) / temperature))
+        votes.scatter_add_(1, labels[neighbour], torch.exp((similarity - 1) / KNN_TEMPERATURE))
         found.append(votes.argmax(1))
     return torch.cat(found).cpu().numpy() if found else np.zeros(0, np.int64)
 
@@ -73,35 +74,9 @@ class LinearProbe:
         return torch.cat(found).cpu().numpy() if found else np.zeros(0, np.int64)
 
 
-@torch.no_grad()
-def fit_linear(
-    x: Any,
-    y: Any,
-    *,
-    num_classes: int,
-    weight_decay: float,
-    max_iterations: int = 40,
-    device: Device = "cpu",
-) -> LinearProbe:
-    """Minimises mean cross-entropy + weight_decay / 2 * |W|^2 by L-BFGS, from zero.
-
-    With more features than rows the solution lies in the span of the rows, and is searched for
-    there.
-    """
-    problem = _Problem(x, num_classes=num_classes, device=device)
-    return problem.probe(
-        _solve(
-            problem.rows,
-            _labels(y, device),
-            problem.start(),
-            weight_decay,
-            max_iterations=max_iterations,
-        )
-    )
-
-
 class _Problem:
-    # Standardised features, in a basis of their span where that is smaller than the features.
+    # Standardised features; of more features than rows in a basis of the rows' span, in which the
+    # solution lies.
 
     def __init__(self, x: Any, *, num_classes: int, device: Device) -> None:
         self.num_classes = num_classes
@@ -137,7 +112,8 @@ def _solve(
     *,
     max_iterations: int = 40,
 ) -> tuple[Tensor, Tensor]:
-    # The problem is convex: the start decides about the time only.
+    # Minimises mean cross-entropy + weight_decay / 2 * |W|^2 by L-BFGS. The problem is convex: the
+    # start decides about the time only.
     weight, bias = (value.clone().requires_grad_() for value in start)
     optimizer = torch.optim.LBFGS(
         [weight, bias],

@@ -39,7 +39,7 @@ def differing(runs: Sequence[Facts]) -> dict[str, list[Any]]:
     """Parameters that are not the same in all runs, and nothing else: name -> value by run."""
     names = sorted({name for run in runs for name in run.config})
     values = {name: [run.config.get(name) for run in runs] for name in names}
-    left_out = {name for name in NO_SETTING if name != "seed"}
+    left_out = set(NO_SETTING) - {"seed"}
     return {
         name: found
         for name, found in values.items()

@@ -20,9 +20,9 @@ FIGURES = "figures"
 def update_page(client: "MlflowClient", run_id: str) -> None:
     """Writes the description of a run anew, from what is known of it now."""
     run = client.get_run(run_id)
-    text = page(client, run)
+    text = page(client, run)[:8000]
     if run.data.tags.get(NOTE_TAG, "") != text:
-        client.set_tag(run_id, NOTE_TAG, text[:8000])
+        client.set_tag(run_id, NOTE_TAG, text)
 
 
 def page(client: "MlflowClient", run: "Run") -> str:

@@ -36,7 +36,6 @@ from pipelines.evaluation.labelled_images import LabelledImages, joined, read_la
 from pipelines.evaluation.probes import (
     accuracy_interval,
     chosen_linear,
-    fit_linear,
     grouped_folds,
     knn_predict,
     rankme,
@@ -61,6 +60,16 @@ def blobs(count, dim, *, seed=0, spread=1.0, classes=3):
 # Probes
 
 
+@torch.no_grad()
+def fit_linear(x, y, *, weight_decay, max_iterations):
+    """The probe of one weight decay, from zero."""
+    problem = probes._Problem(x, num_classes=3, device="cpu")
+    start, labels = problem.start(), torch.from_numpy(y)
+    return problem.probe(
+        probes._solve(problem.rows, labels, start, weight_decay, max_iterations=max_iterations)
+    )
+
+
 @pytest.mark.parametrize(("count", "dim"), [(200, 12), (60, 150)])
 def test_linear_probe_equals_scikit_learn(count, dim):
     """Tall and wide problems (the latter solved in the span of the rows): the same optimum."""
@@ -69,7 +78,7 @@ def test_linear_probe_equals_scikit_learn(count, dim):
     scale = x.std(0)
     rows = (x - x.mean(0)) / np.maximum(scale, 1e-3 * scale.max())
     reference = LogisticRegression(C=1 / (count * decay), tol=1e-8, max_iter=5000).fit(rows, y)
-    probe = fit_linear(x, y, num_classes=3, weight_decay=decay, max_iterations=500)
+    probe = fit_linear(x, y, weight_decay=decay, max_iterations=500)
     ours = torch.softmax(torch.from_numpy(rows) @ probe.weight + probe.bias, dim=1).numpy()
     np.testing.assert_allclose(ours, reference.predict_proba(rows), atol=2e-3)
     assert np.array_equal(probe.predict(x), reference.predict(rows))
@@ -92,7 +101,7 @@ def test_probes_are_the_same_in_any_number_of_parts(monkeypatch):
     test, _ = blobs(100, 8, seed=1, spread=2.0)
 
     def found():
-        linear = fit_linear(x, y, num_classes=3, weight_decay=0.1, max_iterations=200)
+        linear = fit_linear(x, y, weight_decay=0.1, max_iterations=200)
         return np.stack([knn_predict(x, y, test, num_classes=3, k=500), linear.predict(test)])
 
     whole = found()
@@ -109,7 +118,7 @@ def test_the_linear_probe_keeps_no_graph_of_its_logits(monkeypatch):
         return kept[-1]
 
     monkeypatch.setattr(probes, "_loss_and_gradient", looked_at)
-    fit_linear(*blobs(60, 4), num_classes=3, weight_decay=0.1, max_iterations=2)
+    fit_linear(*blobs(60, 4), weight_decay=0.1, max_iterations=2)
     assert kept
     assert not any(value.requires_grad for values in kept for value in values)
 
