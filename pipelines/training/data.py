@@ -168,7 +168,7 @@ class WorkerFeed(Generic[AnyConfig]):
     def my_rows(self, values: Tensor) -> Tensor:
         """This worker's rows of something drawn for the whole global batch, on the device."""
         share = len(values) // self.active
-        if self.world.rank >= self.active:
+        if self.idle:
             return self.move(values[:1])  # of the image that stands in, see `_nothing`
         return self.move(values[self.world.rank * share : (self.world.rank + 1) * share])
 

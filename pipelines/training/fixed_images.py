@@ -4,7 +4,6 @@ The same in every run on these tables, whatever its seed, so that losses and pic
 """
 
 import functools
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -63,6 +62,10 @@ class FixedImages:
         ids = None if read.token_ids is None else torch.from_numpy(read.token_ids.astype(np.int64))
         return torch.from_numpy(rendered.pixels), torch.from_numpy(rendered.masks), ids
 
+    @functools.cached_property
+    def _painter(self) -> Painter | None:
+        return open_painter(self.config.tokenizer) if self.config.tokenizer else None
+
     @torch.no_grad()
     def loss(self, objective: Objective) -> dict[str, float]:
         """What the objective says of them, by metric: in evaluation mode, in float32."""
@@ -109,7 +112,7 @@ class FixedImages:
         guesses = guesses.cpu()
         predicted = torch.where(mask, guesses, ids)
         hits = ((guesses == ids) & mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
-        painter = _painter(self.config.tokenizer) if self.config.tokenizer else None
+        painter = self._painter
         if painter is None:
             title = f"What the encoder sees{where}"
             sheet = pictures.masked_input_grid(pixels, mask, patch_size=patch_size, title=title)
@@ -131,7 +134,7 @@ class FixedImages:
                 painter.paint(ids),
                 painter.paint(predicted),
                 patch_size=patch_size,
-                accuracy=_floats(hits),
+                accuracy=hits.tolist(),
                 title=f"Visual tokens: true and predicted{where}",
             ),
             step,
@@ -159,12 +162,3 @@ def held_out_tables(config: PretrainConfig, trained: TrainingTables) -> Training
         vocab_size=trained.vocab_size,
         tokenizer_fingerprint=str(prints["tokenizer"]) if "tokenizer" in prints else None,
     )
-
-
-@functools.lru_cache(maxsize=1)
-def _painter(uri: str) -> Painter | None:
-    return open_painter(uri)
-
-
-def _floats(values: Tensor) -> Sequence[float]:
-    return [float(value) for value in values]

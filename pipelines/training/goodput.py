@@ -214,7 +214,7 @@ def account(attempts: Sequence[Attempt], end: float) -> Goodput:
     )
 
 
-def bottleneck(seconds: dict[str, float], *, floor: float = 0.05) -> str:
+def bottleneck(seconds: dict[str, float]) -> str:
     """The category to look at first: the largest beside compute if it takes 5 % or more.
 
     Not idle, in which nothing ran: nothing about the run would change it.
@@ -222,7 +222,7 @@ def bottleneck(seconds: dict[str, float], *, floor: float = 0.05) -> str:
     total = sum(value for name, value in seconds.items() if name != "idle")
     others = {name: value for name, value in seconds.items() if name not in ("compute", "idle")}
     worst = max(others, key=lambda name: others[name])
-    return worst if total > 0 and others[worst] / total >= floor else "compute"
+    return worst if total > 0 and others[worst] / total >= 0.05 else "compute"
 
 
 def model_flops_utilisation(

@@ -9,7 +9,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipelines.config import common
@@ -38,18 +38,10 @@ class Finding:
     limit: float | None
     message: str
 
-    def stopping(self, reason: str) -> "Finding":
-        """The same, ending the run."""
-        return replace(self, action="stop", message=f"{self.message} Stopped: {reason}.")
-
     def over(self, step: int) -> "Finding":
         """What is told when it has passed."""
         message = f"step {step}: {self.kind} is over; it was told at step {self.step}."
         return replace(self, action=OVER, step=step, value=None, message=message)
-
-    def to_event(self) -> dict[str, Any]:
-        """Plain values for the run's events."""
-        return asdict(self)
 
 
 class HealthMonitor:

@@ -173,7 +173,7 @@ class TrainLog:
 
     def finding(self, finding: Finding) -> None:
         """A health finding."""
-        values = finding.to_event()
+        values = dataclasses.asdict(finding)
         self.event(values.pop("kind"), **values)
 
     def tracked(self, metrics: Mapping[str, float], step: int) -> None:

@@ -187,7 +187,7 @@ class LoopState:
                 with self.log.books.spend("restart"):
                     self._roll_back()
                 return True
-            severe = severe.stopping("health.max_rollbacks is reached")
+            raise StageFailed(f"{severe.message} Stopped: health.max_rollbacks is reached.")
         if severe:
             raise StageFailed(severe.message)
         return False

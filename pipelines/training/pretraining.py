@@ -195,9 +195,8 @@ def check_probe(config: PretrainConfig, data: TrainingTables) -> None:
 
 def input_datasets(config: PretrainConfig, data: TrainingTables) -> list[Dataset]:
     """What the run reads, for MLflow."""
-    images = [] if not config.images else [data.images]
     tables: list[tuple[str, ImageTable | TokenTable | ViewTable]]
-    tables = [("image_table", table) for table in images]
+    tables = [("image_table", data.images)] if config.images else []
     tables += [("token_table", table) for table in data.tokens]
     tables += [("view_table", table) for table in data.stored]
     inputs = [Dataset.of_table(name, table, "training") for name, table in tables]

@@ -162,12 +162,11 @@ class RunDir:
         if run_id and run_id != record["mlflow_run_id"]:
             self._write({**record, "mlflow_run_id": run_id}, "run.json")
 
-    def event(self, kind: str, **fields: Any) -> dict[str, Any]:
-        """Writes one event down and returns it."""
+    def event(self, kind: str, **fields: Any) -> None:
+        """Writes one event down."""
         now = time.time()
         event = {"event": kind, "time": now, **redacted_values(fields)}
         self._write(event, "events", f"{now:017.6f}-{kind}.json")
-        return event
 
     def events(self, kind: str = "") -> list[dict[str, Any]]:
         """All events, or those of one kind, oldest first."""

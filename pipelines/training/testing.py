@@ -19,6 +19,7 @@ from pipelines.tables.class_names import comparable
 from pipelines.tables.image_table import ImageTable
 from pipelines.training.distributed import World, autocast
 from pipelines.training.labelled import LabelledData
+from pipelines.training.log import TrainLog
 
 LARGE = 384  # pixels from which the whole of a test image is shown
 
@@ -157,7 +158,7 @@ def run_test(
     network: nn.Module,
     data: LabelledData,
     world: World,
-    log: Any,
+    log: TrainLog,
     step: int,
     *,
     precision: str,
