@@ -7,7 +7,6 @@ in the table depends on when, where or in which order it was made.
 
 import dataclasses
 import json
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -50,7 +49,7 @@ from pipelines.preparation.unit import (
     read_receipt,
     receipt_uri,
 )
-from pipelines.steps import ray_is_there, say_step
+from pipelines.steps import ray_is_there, say, say_step
 from pipelines.tables.image_files import REJECTED_SCHEMA, Part
 from pipelines.tables.image_table import (
     IGNORED,
@@ -163,8 +162,7 @@ def _finished(config: PrepareConfig, output: str) -> PrepareResult:
     source = table.manifest["source"]["uri"]
     check_identity(config, output, {"source": source, **table.manifest["options"]})
     result = PrepareResult.of(output, table.manifest, already_done=True)
-    done = f"prepare: already done, {result.num_rows:,} images; nothing to do"
-    print(done, file=sys.stderr)
+    say(f"prepare: already done, {result.num_rows:,} images; nothing to do")
     return result
 
 

@@ -5,7 +5,6 @@ training without a view table renders as it goes. Kill it anywhere and run the s
 at most the units in flight are done twice, and the table is that of an undisturbed run.
 """
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -25,7 +24,7 @@ from pipelines.rendering import work as render_work
 from pipelines.rendering.files import RenderTask, row_groups
 from pipelines.rendering.plan import RenderPlan
 from pipelines.rendering.result import RenderResult
-from pipelines.steps import ray_is_there, say_step
+from pipelines.steps import ray_is_there, say, say_step
 from pipelines.tables.image_table import ImageParts
 from pipelines.tables.view_files import check_file, decode_view
 from pipelines.tables.view_table import ViewTable, build_manifest
@@ -93,11 +92,6 @@ def _already_done(config: RenderConfig, ledger: Ledger) -> RenderResult:
     table = ViewTable.open(ledger.uri)
     say(f"{ledger.uri}: already done, {table.num_rows:,} images; nothing to do")
     return _result(config, ledger, table.fingerprint, computed=0, seconds=0)
-
-
-def say(text: str) -> None:
-    """A line for the user."""
-    print(text, file=sys.stderr)
 
 
 def _dry_run(config: RenderConfig, task: RenderTask, ledger: Ledger) -> RenderResult:

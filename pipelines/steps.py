@@ -1,4 +1,4 @@
-"""Lines that say what a command waits for before its work begins, with the time."""
+"""Lines for the user: what a command does, and what it waits for before its work begins."""
 
 import contextlib
 import sys
@@ -11,6 +11,11 @@ _BEGAN = time.monotonic()
 
 def ray_is_there() -> None:
     """The `start_ray` of a stage whose process has Ray already, or needs none."""
+
+
+def say(text: str) -> None:
+    """A line for the user."""
+    print(text, file=sys.stderr)
 
 
 def say_step(text: str) -> None:

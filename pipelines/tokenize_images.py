@@ -4,7 +4,6 @@ Kill it anywhere and run the same command again: at most the units in flight are
 and the table is the same, byte for byte, as that of an undisturbed run.
 """
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,7 +21,7 @@ from pipelines.errors import InputError
 from pipelines.progress import Progress
 from pipelines.rendering.alongside import Alongside, alongside
 from pipelines.rendering.plan import RenderPlan
-from pipelines.steps import ray_is_there, say_step
+from pipelines.steps import ray_is_there, say, say_step
 from pipelines.tables.image_table import ImageParts
 from pipelines.tables.token_files import check_file
 from pipelines.tables.token_table import TokenTable, build_manifest, read_manifest
@@ -198,11 +197,6 @@ def _tokenize(
     return result
 
 
-def say(text: str) -> None:
-    """A line for the user."""
-    print(text, file=sys.stderr)
-
-
 def _dry_run(task: TokenizeTask, ledger: Ledger, unverified: int) -> TokenizeResult:
     identity, units = task.identity, ledger.units
     todo = ledger.todo()
@@ -277,7 +271,7 @@ def _compute(
         gate.check(last=True)
     seconds = time.monotonic() - begin
     if computed:
-        meter.advise(say)
+        meter.advise()
     return computed, seconds, reused
 
 

@@ -4,7 +4,7 @@ A unit is a row range of one image part and becomes one file. Which units there 
 image table and `rows_per_unit` only. While a table is unfinished its directory has `_work/`:
 
 - `identity.json`: what the rows depend on; another identity refuses to go on here.
-- `receipts-*.jsonl`: one line `[unit, bytes, hash, check]` for a file that was written.
+- `receipts-*.jsonl`: one line `[unit, bytes, hash, checksum]` for a file that was written.
 - `rejected-<file>.json`: a unit that was given up, with its reason.
 
 All state lives in arrays: 24 bytes a unit, whatever the number of images.
@@ -251,9 +251,9 @@ class Ledger:
         """Writes new receipts into one small file."""
         if not self._unsaved:
             return
-        lines = "".join(json.dumps([*receipt, _check(receipt)]) + "\n" for receipt in self._unsaved)
+        lines = [json.dumps([*receipt, _checksum(receipt)]) + "\n" for receipt in self._unsaved]
         name = f"receipts-{self._writer}-{self._written:06d}.jsonl"
-        self._write_note(name, lines.encode())
+        self._write_note(name, "".join(lines).encode())
         self._written += 1
         self._unsaved = []
 
@@ -357,20 +357,20 @@ class Ledger:
         storage.delete_prefix(work_uri(self.uri))
 
 
-def _check(receipt: Sequence[Any]) -> str:
+def _checksum(receipt: Sequence[Any]) -> str:
     return storage.digest(json.dumps(list(receipt)).encode())[:8]
 
 
 def _receipt(line: bytes) -> tuple[int, int, str] | None:
     """What a line of receipts says, or None if it is damaged."""
     try:
-        unit, size, digest, *check = json.loads(line)
+        unit, size, digest, *checksum = json.loads(line)
         numbers = type(unit) is type(size) is int and unit >= 0
         whole = numbers and len(bytes.fromhex(digest)) == HASH_BYTES
     except (ValueError, TypeError, RecursionError):
         return None
-    # Those of release 0.1.0 have no check.
-    if not whole or check not in ([], [_check([unit, size, digest])]):
+    # Those of release 0.1.0 have none.
+    if not whole or checksum not in ([], [_checksum([unit, size, digest])]):
         return None
     return unit, size, digest
 

@@ -1,11 +1,12 @@
 """What a tokenize run tells: waiting shares while it runs, code usage and pictures at its end."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from pipelines import pictures, storage
 from pipelines.config.tokenize_images import GateConfig
@@ -13,6 +14,7 @@ from pipelines.errors import StageFailed
 from pipelines.painting import open_painter
 from pipelines.rendering.result import RenderResult
 from pipelines.scorecard import TokenStatistics, evenly_spaced, token_statistics
+from pipelines.steps import say
 from pipelines.tables import token_files
 from pipelines.tables.image_table import ImageParts
 from pipelines.tables.token_table import MISSING, TokenTable
@@ -137,7 +139,7 @@ class Meter:
         metrics |= {f"seconds_per_unit_{k}": v / self.units for k, v in self.seconds.items()}
         self.run.log_metrics(metrics, self.step)
 
-    def advise(self, say: Callable[[str], None]) -> None:
+    def advise(self) -> None:
         """Says what would have been faster, where it is clear."""
         if not self.units:
             return
@@ -221,8 +223,6 @@ def log(
 
 def views_picture(images: ImageParts, table: TokenTable, tokenizer_uri: str) -> Any:
     """Some views as the tokenizer saw them, beside what their tokens stand for."""
-    import torch
-
     painter = open_painter(tokenizer_uri)
     present = [
         row for row in evenly_spaced(table.num_rows, NUM_PICTURES) if _has_tokens(table, row)

@@ -6,7 +6,6 @@ older tables; -1 where they are nowhere. The driver finds them by `tables/digest
 """
 
 import functools
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from pipelines import storage
 from pipelines.config.tokenize_images import TokenizeConfig
 from pipelines.errors import InputError
-from pipelines.steps import say_step
+from pipelines.steps import say, say_step
 from pipelines.tables.digests import buckets, deal, digest_records, read_bucket
 from pipelines.tables.image_table import ImageParts
 from pipelines.tables.token_files import ROW_GROUP_ROWS, UNKNOWN_LEVEL, Identity
@@ -75,10 +74,9 @@ def older_tables(
             )
         then = table.manifest["libraries"]
         if then != libraries:
-            print(
+            say(
                 f"reuse = {uri}: made with other versions ({differing_field(then, libraries)}); "
-                "where those round otherwise, its tokens are not what this run would compute",
-                file=sys.stderr,
+                "where those round otherwise, its tokens are not what this run would compute"
             )
         of = by_fingerprint[table.image_fingerprint]
         found.append(Older(tokens=uri, images=of, first=first, rows=table.num_rows))
@@ -170,7 +168,7 @@ class Origins:
 
 
 def _tokenized(older: Older) -> Iterator[NDArray[np.void]]:
-    """The same of the rows of an older table that have tokens."""
+    """`digest_records` of the rows of an older table that have tokens."""
     images, tokens = _opened(older)
     for records in digest_records(images, older.first):
         yield records[tokens.have_file(records["row"] - older.first)]

@@ -1,6 +1,5 @@
 """What a tokenize run will do, decided once by the driver, and what is there already."""
 
-import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -12,6 +11,7 @@ from pipelines import storage
 from pipelines.config.tokenize_images import ActorsConfig, TokenizeConfig
 from pipelines.errors import InputError
 from pipelines.rendering.files import RenderTask
+from pipelines.steps import say
 from pipelines.tables import tokenizer_store
 from pipelines.tables.image_table import ImageParts
 from pipelines.tables.token_files import Identity
@@ -187,7 +187,7 @@ def _check_room(task: TokenizeTask, encoders: ActorsConfig) -> None:
                 f"{missing}; lower encoders.min_actors, num_cpus or decode_cpus (fractions are "
                 "allowed), or give encoders.max_actors to wait for more nodes"
             )
-        print(f"tokenize: {missing}; waiting for more nodes", file=sys.stderr)
+        say(f"tokenize: {missing}; waiting for more nodes")
         return
     most = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
     if task.decode_memory > most:
