@@ -38,7 +38,8 @@ from benchmarks.upstream import Upstream, UpstreamFolder
 from pipelines import storage
 from pipelines.config.pretrain import MaskingConfig
 from pipelines.reading import decoding
-from pipelines.reading.ingest import TrainingTables, open_training_tables, train_batches
+from pipelines.reading.encoded_rows import TrainingTables, open_training_tables
+from pipelines.reading.ingest import train_batches
 from pipelines.reading.pixels import drawn, render_with_levels
 from pipelines.sample_order import SampleOrder
 from pipelines.tables import token_table

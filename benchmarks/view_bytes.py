@@ -18,7 +18,8 @@ from PIL import Image
 from beit.images import decode_array, image_digest
 from beit.views import ViewPolicy, render, sample_view
 from benchmarks.ingest import MASKING, make_jpegs
-from pipelines.reading.ingest import TrainingTables, open_training_tables, train_batches
+from pipelines.reading.encoded_rows import TrainingTables, open_training_tables
+from pipelines.reading.ingest import train_batches
 from pipelines.sample_order import SampleOrder
 from pipelines.tables.image_files import ImageRow, write_part
 from pipelines.tables.image_table import ImageTable, commit_manifest

@@ -23,7 +23,8 @@ import torch
 
 from pipelines import lease, storage
 from pipelines.config.train_tokenizer import TrainTokenizerConfig, require_uris
-from pipelines.reading.ingest import open_training_tables, train_batches
+from pipelines.reading.encoded_rows import open_training_tables
+from pipelines.reading.ingest import train_batches
 from pipelines.steps import ray_is_there
 from pipelines.tables import tokenizer_store
 from pipelines.tables.image_table import ImageTable

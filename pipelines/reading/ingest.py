@@ -33,17 +33,8 @@ from pipelines.reading.decoding import (
     RenderSpec,
     make_decoder,
 )
-from pipelines.reading.encoded_rows import EncodedRows, TrainingTables, open_training_tables
+from pipelines.reading.encoded_rows import EncodedRows, TrainingTables
 from pipelines.sample_order import SampleOrder
-
-__all__ = [
-    "Batch",
-    "BatchStream",
-    "Counters",
-    "TrainingTables",
-    "open_training_tables",
-    "train_batches",
-]
 
 _IO_THREADS = 4
 

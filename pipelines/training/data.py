@@ -20,6 +20,7 @@ from pipelines.config.finetune import FinetuneConfig
 from pipelines.config.pretrain import PretrainConfig
 from pipelines.errors import InputError
 from pipelines.reading import ingest
+from pipelines.reading.encoded_rows import TrainingTables, open_training_tables
 from pipelines.reading.ingest import Batch, BatchStream, Counters
 from pipelines.sample_order import SampleOrder
 from pipelines.training.distributed import World
@@ -67,7 +68,7 @@ class StepBatch:
         return ids
 
 
-def make_order(config: PretrainConfig | FinetuneConfig, data: ingest.TrainingTables) -> SampleOrder:
+def make_order(config: PretrainConfig | FinetuneConfig, data: TrainingTables) -> SampleOrder:
     """The order of samples of a run."""
     return SampleOrder(
         data.row_group_sizes,
@@ -78,7 +79,7 @@ def make_order(config: PretrainConfig | FinetuneConfig, data: ingest.TrainingTab
     )
 
 
-def open_tables(config: PretrainConfig) -> ingest.TrainingTables:
+def open_tables(config: PretrainConfig) -> TrainingTables:
     """The tables of a run, checked against each other and against the model.
 
     Raises:
@@ -87,7 +88,7 @@ def open_tables(config: PretrainConfig) -> ingest.TrainingTables:
     if not config.images and not config.views:
         raise InputError("images is empty: give a URI with --images, or view tables with --views")
     open_with = partial(
-        ingest.open_training_tables,
+        open_training_tables,
         config.images,
         view_uris=config.views,
         image_size=config.model.image_size,
@@ -132,7 +133,7 @@ class WorkerFeed(Generic[AnyConfig]):
         self,
         config: AnyConfig,
         world: World,
-        tables: ingest.TrainingTables,
+        tables: TrainingTables,
         *,
         image_size: int,
         mean: Sequence[float],

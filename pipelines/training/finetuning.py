@@ -10,7 +10,7 @@ from beit.classifier import BeitClassifier, classifier_from_pretraining
 from pipelines import storage
 from pipelines.config.finetune import FinetuneConfig
 from pipelines.errors import InputError
-from pipelines.reading.ingest import TrainingTables
+from pipelines.reading.encoded_rows import TrainingTables
 from pipelines.tables.weights_store import Stored, open_network
 from pipelines.tracking import Dataset
 from pipelines.training.data import make_order

@@ -15,8 +15,7 @@ from pipelines.config.pretrain import PretrainConfig, run_uri
 from pipelines.evaluation.features import exact_products
 from pipelines.painting import Painter, open_painter
 from pipelines.reading.decoding import RenderSpec, render_rows
-from pipelines.reading.encoded_rows import EncodedRows, TrainingTables
-from pipelines.reading.ingest import open_training_tables
+from pipelines.reading.encoded_rows import EncodedRows, TrainingTables, open_training_tables
 from pipelines.tracking.datasets import short_name
 from pipelines.training.data import WorkerData
 from pipelines.training.distributed import World

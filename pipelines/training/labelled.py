@@ -11,7 +11,7 @@ from torch import Tensor
 from beit.augment import Erasure
 from beit.mixing import mix_of, mixed
 from pipelines.config.finetune import FinetuneConfig
-from pipelines.reading import ingest
+from pipelines.reading.encoded_rows import TrainingTables, open_training_tables
 from pipelines.reading.ingest import Batch
 from pipelines.training.data import WorkerFeed
 from pipelines.training.distributed import World
@@ -40,13 +40,13 @@ class LabelledBatch:
     """int64 (B,)."""
 
 
-def open_labelled(config: FinetuneConfig) -> ingest.TrainingTables:
+def open_labelled(config: FinetuneConfig) -> TrainingTables:
     """The images to train on.
 
     Raises:
         InputError: no such table, or an image without a label.
     """
-    return ingest.open_training_tables(config.images, policy=config.policy, labelled=True)
+    return open_training_tables(config.images, policy=config.policy, labelled=True)
 
 
 class LabelledData(WorkerFeed[FinetuneConfig]):

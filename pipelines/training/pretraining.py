@@ -9,7 +9,7 @@ import torch
 from pipelines import storage, view_evidence
 from pipelines.config.pretrain import PretrainConfig
 from pipelines.errors import InputError
-from pipelines.reading.ingest import TrainingTables
+from pipelines.reading.encoded_rows import TrainingTables
 from pipelines.steps import say_step
 from pipelines.tables import tokenizer_store
 from pipelines.tables.image_table import ImageTable

@@ -20,7 +20,8 @@ from beit.views import ViewPolicy, render, render_fast, sample_view
 from pipelines.config.pretrain import MaskingConfig
 from pipelines.errors import InputError
 from pipelines.reading import decoding
-from pipelines.reading.ingest import open_training_tables, train_batches
+from pipelines.reading.encoded_rows import open_training_tables
+from pipelines.reading.ingest import train_batches
 from pipelines.sample_order import SampleOrder
 from pipelines.tables.image_table import ImageTable
 from tests.pipelines.ingest_fixtures import (

@@ -22,6 +22,7 @@ from pipelines.config.pretrain import MAY_CHANGE, PretrainConfig
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError, StageFailed
 from pipelines.reading import ingest
+from pipelines.reading.encoded_rows import TrainingTables
 from pipelines.records import read_values, write_record
 from pipelines.tables import image_table
 from pipelines.tracking.spool import LinesFile
@@ -385,13 +386,13 @@ class TestStarvation:
         )
 
     def test_a_slow_disk_is_named(self, tables, tmp_path, monkeypatch):
-        real = ingest.TrainingTables.read
+        real = TrainingTables.read
 
         def slow(self, start, stop, epoch):
             time.sleep(0.6)
             return real(self, start, stop, epoch)
 
-        monkeypatch.setattr(ingest.TrainingTables, "read", slow)
+        monkeypatch.setattr(TrainingTables, "read", slow)
         with pytest.raises(StageFailed, match=r"waiting for data.*Cause: reading"):
             pretrain.run(self.config(tables, tmp_path))
 

@@ -11,7 +11,7 @@ from pipelines import pretrain
 from pipelines.config.pretrain import CROPS
 from pipelines.errors import InputError
 from pipelines.reading import ingest
-from pipelines.reading.ingest import open_training_tables
+from pipelines.reading.encoded_rows import open_training_tables
 from pipelines.tables.image_table import ImageTable
 from pipelines.training.run_dir import RunDir
 from tests.faulty_proxy import faulty_proxy

@@ -26,7 +26,8 @@ from pipelines.config.train_tokenizer import (
     deciding_options,
 )
 from pipelines.errors import InputError, StageFailed
-from pipelines.reading.ingest import open_training_tables, train_batches
+from pipelines.reading.encoded_rows import open_training_tables
+from pipelines.reading.ingest import train_batches
 from pipelines.tables import tokenizer_store
 from pipelines.train_tokenizer import run
 from pipelines.training import checkpoint
