@@ -44,6 +44,12 @@ def run(config: LineageConfig) -> LineageResult:
     """
     tracking_uri = store.absolute_tracking_uri(config.tracking.uri)
     store.quiet_mlflow()
+    path = store.database_path(tracking_uri)
+    if tracking_uri.startswith(store.SQLITE) and not path.exists():  # which connecting would make
+        raise InputError(
+            f"tracking.uri: no run is recorded at {str(path)!r}; name the store of your runs "
+            "(--tracking.uri sqlite:///file.db; the default is mlflow.db of this directory)"
+        )
     client = store.connect(tracking_uri)
     start = _run_of(client, config.artefact)
     root = node_of(client, client.get_run(start), {})

@@ -133,7 +133,7 @@ def run_name(stage: str, params: Mapping[str, object]) -> str:
 
 def _length(params: Mapping[str, object]) -> str:
     steps = params.get("optim.steps")
-    return f"{params.get('optim.epochs'):g} epochs" if steps is None else f"{steps} steps"
+    return f"{params.get('optim.epochs', 0):g} epochs" if steps is None else f"{steps} steps"
 
 
 def _number(value: object) -> int:

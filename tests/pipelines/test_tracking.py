@@ -511,6 +511,13 @@ def test_what_the_store_does_not_know_is_refused(chain, tmp_path):
         lineage_stage.run(LineageConfig(artefact=str(tmp_path / "weights"), tracking=config))
 
 
+def test_lineage_makes_no_store(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"no run is recorded at '{tmp_path}/mlflow.db'"):
+        lineage_stage.run(LineageConfig(artefact="0" * 32))
+    assert not list(tmp_path.iterdir())
+
+
 def registered(config, tmp_path):
     """A tiny network, registered twice (which is once), and its run."""
     torch.manual_seed(0)
