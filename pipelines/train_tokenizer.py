@@ -32,6 +32,7 @@ from pipelines.teachers.opening import absolute_uri
 from pipelines.tracking import Dataset
 from pipelines.training import driver
 from pipelines.training.checkpoint import Checkpoint, Saver, resume_point
+from pipelines.training.data import make_order
 from pipelines.training.distributed import (
     World,
     check_device,
@@ -58,7 +59,6 @@ from pipelines.training.tokenizer_run import (
 from pipelines.training.tokenizer_step import (
     build_tokenizer,
     learning_rate,
-    sample_order,
     start_codebook,
     uses_bfloat16,
     view_policy,
@@ -180,7 +180,7 @@ def train_loop(  # noqa: PLR0915
     device = str(world.device)
     first = world.rank == 0
     images = ImageTable.open(config.images)
-    order = sample_order(config, images)
+    order = make_order(config, images.row_groups.sizes)
     policy = view_policy(config.views, seed=config.seed)
 
     # Set-up: the network, at the start or at the newest whole checkpoint.

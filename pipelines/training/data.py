@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pipelines.config.finetune import FinetuneConfig
 from pipelines.config.pretrain import PretrainConfig
+from pipelines.config.train_tokenizer import TrainTokenizerConfig
 from pipelines.errors import InputError
 from pipelines.reading import ingest
 from pipelines.reading.encoded_rows import TrainingTables, open_training_tables
@@ -68,10 +69,12 @@ class StepBatch:
         return ids
 
 
-def make_order(config: PretrainConfig | FinetuneConfig, data: TrainingTables) -> SampleOrder:
-    """The order of samples of a run."""
+def make_order(
+    config: PretrainConfig | FinetuneConfig | TrainTokenizerConfig, row_group_sizes: np.ndarray
+) -> SampleOrder:
+    """The order of samples of a run. Raises InputError for what does not fit together, by name."""
     return SampleOrder(
-        data.row_group_sizes,
+        row_group_sizes,
         seed=config.seed,
         global_batch_size=config.data.global_batch_size,
         num_shards=config.data.num_shards,
@@ -142,7 +145,7 @@ class WorkerFeed(Generic[AnyConfig]):
         self.config: AnyConfig = config
         self.world, self.tables = world, tables
         self.image_size = image_size
-        self.order = make_order(config, tables)
+        self.order = make_order(config, tables.row_group_sizes)
         self.active = largest_divisor(config.data.num_shards, world.size)
         shape = (1, 3, 1, 1)
         self._mean = torch.tensor(mean, device=world.device).view(shape) * 255

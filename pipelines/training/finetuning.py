@@ -106,7 +106,7 @@ def make_plan(config: FinetuneConfig, tables: TrainingTables, source: Stored) ->
         InputError: warm-up as long as the run, a batch larger than the table, fewer than two
             classes, a test table of others, or pixels that nobody says how to normalise.
     """
-    order = make_order(config, tables)
+    order = make_order(config, tables.row_group_sizes)
     total, warmup = schedule_lengths(config.optim, order.steps_per_epoch)
     class_names = tuple(tables.images.class_names)
     counts = np.bincount(tables.images.labels(), minlength=len(class_names))

@@ -114,7 +114,7 @@ def make_plan(config: PretrainConfig, data: TrainingTables) -> PretrainPlan:
         InputError: warm-up as long as the run, a batch larger than the table, or weights to begin
             with that do not fit.
     """
-    order = make_order(config, data)
+    order = make_order(config, data.row_group_sizes)
     total, warmup = schedule_lengths(config.optim, order.steps_per_epoch)
     fingerprints = {**data.fingerprints(), "order": storage.fingerprint(order.to_dict())}
     if config.init:

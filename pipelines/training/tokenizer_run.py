@@ -20,9 +20,10 @@ from pipelines.tables import tokenizer_store
 from pipelines.tables.image_table import ImageTable
 from pipelines.teachers.opening import check_grid, open_teacher
 from pipelines.tracking.datasets import short_name
+from pipelines.training.data import make_order
 from pipelines.training.log import TrainLog
 from pipelines.training.run_dir import RunDir, refuse_changes
-from pipelines.training.tokenizer_step import sample_order, view_policy
+from pipelines.training.tokenizer_step import view_policy
 
 STAGE = "train-tokenizer"
 OLD_RECORD = "training.json"
@@ -72,7 +73,7 @@ def make_plan(config: TrainTokenizerConfig, images: ImageTable) -> TokenizerPlan
         "options": deciding_options(config),
     }
     if config.model.trained:
-        source["sample_order"] = sample_order(config, images).to_dict()
+        source["sample_order"] = make_order(config, images.row_groups.sizes).to_dict()
     if config.teacher:
         model = config.model
         side = model.image_size // model.stride

@@ -24,7 +24,6 @@ from pipelines.config.train_tokenizer import (
 )
 from pipelines.errors import InputError
 from pipelines.reading.pixels import drawn, read_pixels
-from pipelines.sample_order import SampleOrder
 from pipelines.scorecard import sample_rows
 from pipelines.tables.image_table import ImageTable
 from pipelines.training.distributed import World
@@ -143,17 +142,6 @@ def view_policy(config: ViewsConfig, *, seed: int) -> ViewPolicy:
     framing = {field.name: getattr(config, field.name) for field in dataclasses.fields(Framing)}
     jitter = config.jitter
     return ViewPolicy(seed=seed, brightness=jitter, contrast=jitter, saturation=jitter, **framing)
-
-
-def sample_order(config: TrainTokenizerConfig, images: ImageTable) -> SampleOrder:
-    """The order of samples. Raises InputError for a batch larger than the table."""
-    return SampleOrder(
-        images.row_groups.sizes,
-        seed=config.seed,
-        global_batch_size=config.data.global_batch_size,
-        num_shards=config.data.num_shards,
-        window=config.data.window,
-    )
 
 
 def learning_rate(config: TrainTokenizerConfig, step: int) -> float:

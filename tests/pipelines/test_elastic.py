@@ -141,7 +141,7 @@ def test_a_lost_node_shrinks_the_run_and_a_returned_one_grows_it(tmp_path, ray_t
     assert workers[-1] == 2, done.stderr[-4000:]
     # Every step took the rows of the order, whoever took them.
     config = config_for(tables, output)
-    order = train_data.make_order(config, train_data.open_tables(config))
+    order = train_data.make_order(config, train_data.open_tables(config).row_group_sizes)
     found = per_step(output)
     assert sorted(found) == list(range(STEPS))
     for step, (_, samples) in found.items():

@@ -276,7 +276,7 @@ def test_a_batch_is_view_operations_erasing_and_mixing_one_after_the_other(input
     config = small_finetune(inputs, tmp_path, augment={"erase_probability": 1.0})
     (pixels, labels, shares), *_ = whole_steps(config, 1, count=1)
     tables = open_labelled(config)
-    order = make_order(config, tables)
+    order = make_order(config, tables.row_group_sizes)
     rows = order.global_batch(*order.locate(4))
     epoch = order.locate(4)[0]
     fill = tuple(min(255, round(255 * value)) for value in MEAN)

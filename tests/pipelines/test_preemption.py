@@ -166,7 +166,7 @@ def test_a_node_that_is_taken_away_after_a_notice_costs_no_failure(tmp_path, ray
     assert second.start_step >= noticed[0]["step"] > 0
     assert first.next_step - second.start_step <= 2 * 4
     config = config_for(tables, output, workers=2, steps=STEPS)
-    order = train_data.make_order(config, train_data.open_tables(config))
+    order = train_data.make_order(config, train_data.open_tables(config).row_group_sizes)
     found = per_step(output)
     assert sorted(found) == list(range(STEPS))
     for step, (_, samples) in found.items():

@@ -91,7 +91,7 @@ class TestRun:
 
     def test_the_rows_of_every_step_are_those_of_the_order(self, finished):
         config, result = finished
-        order = train_data.make_order(config, train_data.open_tables(config))
+        order = train_data.make_order(config, train_data.open_tables(config).row_group_sizes)
         for step, (_, found) in per_step(result.run_uri).items():
             rows = order.global_batch(*order.locate(step))
             assert found == f"{sample_hash(rows) % 2**64:016x}"
@@ -306,7 +306,7 @@ class TestHealth:
         assert (rolled["to_step"], rolled["skipped_batches"]) == (4, 4)
         # Steps 4 to 11 took the batches 8 to 15 of the order.
         config = small_config(tables, tmp_path / "run")
-        order = train_data.make_order(config, train_data.open_tables(config))
+        order = train_data.make_order(config, train_data.open_tables(config).row_group_sizes)
         positions = [*range(4), *range(8, 16)]
         for (_, (loss, found)), position in zip(
             sorted(per_step(result.run_uri).items()), positions, strict=True

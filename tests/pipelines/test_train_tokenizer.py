@@ -31,6 +31,7 @@ from pipelines.reading.ingest import train_batches
 from pipelines.tables import tokenizer_store
 from pipelines.train_tokenizer import run
 from pipelines.training import checkpoint
+from pipelines.training.data import make_order
 from pipelines.training.dvae_learner import (
     AveragedWeights,
     RelaxedVae,
@@ -40,7 +41,7 @@ from pipelines.training.dvae_learner import (
 )
 from pipelines.training.log import TrainLog
 from pipelines.training.tokenizer_run import OLD_RECORD
-from pipelines.training.tokenizer_step import build_tokenizer, sample_order, view_policy
+from pipelines.training.tokenizer_step import build_tokenizer, view_policy
 from tests.pipelines.tokenizer_fixtures import disc, image_table
 
 
@@ -376,7 +377,7 @@ def test_noise_does_not_depend_on_the_number_of_workers():
 
 def test_views_follow_the_order(images):
     config = settings(images, "unused")
-    order = sample_order(config, images)
+    order = make_order(config, images.row_groups.sizes)
     policy = view_policy(config.views, seed=5)
 
     data = open_training_tables(images.uri, policy=policy)

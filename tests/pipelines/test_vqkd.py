@@ -23,11 +23,12 @@ from pipelines.tables.token_files import Identity
 from pipelines.teachers import open_teacher
 from pipelines.tokenization.work import Unit, encode_rendered, render_unit
 from pipelines.train_tokenizer import run, train_loop
+from pipelines.training.data import make_order
 from pipelines.training.distributed import World
 from pipelines.training.log import TrainLog
 from pipelines.training.run_dir import RunDir
 from pipelines.training.tokenizer_run import begin, make_plan
-from pipelines.training.tokenizer_step import build_tokenizer, sample_order
+from pipelines.training.tokenizer_step import build_tokenizer
 from pipelines.training.vqkd_learner import Vqkd
 from tests.pipelines.test_train_tokenizer import Interrupted, interrupt_at, replaced
 from tests.pipelines.tokenizer_fixtures import disc, image_table
@@ -182,7 +183,7 @@ def test_a_fine_tuned_run_says_what_it_gives_and_who_taught_it(tmp_path):
 
 def learner(images, teacher, world, **changes):
     config = vqkd_settings(images, "unused", teacher, **changes)
-    order = sample_order(config, images)
+    order = make_order(config, images.row_groups.sizes)
     tokenizer = build_tokenizer(config.model, seed=config.seed)
     return Vqkd(tokenizer, open_teacher(teacher, layer=2, side=4), config, order, world)
 
