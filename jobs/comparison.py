@@ -28,6 +28,8 @@ class Arm:
     """Images of a step."""
     trained: PretrainResult
     judged: Result
+    seed: int
+    """Of the evaluation, the same in all arms."""
 
     @property
     def seconds(self) -> float:
@@ -35,10 +37,10 @@ class Arm:
         books = self.trained.report["goodput"]["seconds"]
         return float(books["compute"] + books["data_wait"])
 
-    def hits(self) -> tuple[np.ndarray, list[int]]:
+    def hits(self) -> tuple[np.ndarray, np.ndarray]:
         """Which images the linear probe got right (n,), and the group of each."""
         kept = storage.read_json(storage.join(self.judged.output, "hits.json"))
-        return np.array(list(kept["linear"])) == "1", kept["groups"]
+        return np.array(list(kept["linear"])) == "1", np.array(kept["groups"])
 
 
 def comparison(arms: Sequence[Arm]) -> str:
@@ -77,7 +79,7 @@ def _difference(arm: Arm, first: Arm) -> str:
     """Points by which its probe lies above that of the first, image by image."""
     ours, groups = arm.hits()
     gain = ours.astype(float) - first.hits()[0]
-    low, high = accuracy_interval(gain, [str(group) for group in groups], seed=0)
+    low, high = accuracy_interval(gain, groups, seed=arm.seed)
     return f"{100 * gain.mean():+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 

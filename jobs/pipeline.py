@@ -270,6 +270,7 @@ def _verdict(config: PipelineConfig, results: dict[str, Any]) -> str:
                 batch=training.data.global_batch_size,
                 trained=results[f"pretrain {name}".rstrip()],
                 judged=results[f"evaluate {name}".rstrip()],
+                seed=config.evaluate.seed,
             )
             for name, training in trainings(config).items()
         ]

@@ -326,10 +326,9 @@ def opened_run(
 ) -> str:
     """The run of this id set running, or a new one of what the spool tells. Raises InputError."""
     try:
-        known = tracking_store.known_run(client, run_id) if run_id else ""
-        if known:
-            client.update_run(known, status="RUNNING")
-            return known
+        if run_id and tracking_store.has_run(client, run_id):
+            client.update_run(run_id, status="RUNNING")
+            return run_id
         record = spool.record()
         experiment_id = tracking_store.experiment_id(client, config, tracking_uri)
         save_views(client, experiment_id)

@@ -221,10 +221,8 @@ class Filler:
             name = metric_name(key)
             if (name, step) in self._seen_pictures:
                 continue
-            with tempfile.TemporaryFile() as file:
-                file.write(storage.read_bytes(uri))
-                with Image.open(file) as image:
-                    self.client.log_image(self.run_id, image, key=name, step=step)
+            with Image.open(io.BytesIO(storage.read_bytes(uri))) as image:
+                self.client.log_image(self.run_id, image, key=name, step=step)
             self._seen_pictures.add((name, step))
             self.sent["pictures"] += 1
             self._progress("picture", name, step)

@@ -182,8 +182,8 @@ def artifact_location(config: TrackingConfig, tracking_uri: str) -> str | None:
     )
 
 
-def known_run(client: "MlflowClient", run_id: str) -> str:
-    """The run's id; "" when the store does not have it any more."""
+def has_run(client: "MlflowClient", run_id: str) -> bool:
+    """Whether the store still has a run; says so where it has not."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -192,8 +192,8 @@ def known_run(client: "MlflowClient", run_id: str) -> str:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         log.warning("tracking: run %s is not in the store any more; a new one is made", run_id)
-        return ""
+        return False
     if run.info.lifecycle_stage != "active":
         log.warning("tracking: run %s was deleted; a new one is made", run_id)
-        return ""
-    return run_id
+        return False
+    return True

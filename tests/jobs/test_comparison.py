@@ -4,6 +4,7 @@ import dataclasses
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from jobs import pipeline
@@ -12,6 +13,7 @@ from jobs.comparison import Arm, comparison
 from jobs.headline import DEMO_STEPS, headline
 from pipelines import storage
 from pipelines.errors import InputError
+from pipelines.evaluation.probes import accuracy_interval
 from pipelines.evaluation.result import Result, Score
 from pipelines.tokenization.report import TokenizeResult
 from pipelines.training.weights_run import TrainResult
@@ -46,7 +48,8 @@ def arm(folder, name, right, *, seconds=100, steps=500, accuracy=0.2, gains=None
     hits = {"linear": "1" * right + "0" * (100 - right), "groups": list(range(100))}
     storage.write_json(str(output / "hits.json"), hits)
     of = trained(folder, seconds, steps, accuracy)
-    return Arm(name=name, batch=128, trained=of, judged=judged(output, right / 100, gains))
+    found = judged(output, right / 100, gains)
+    return Arm(name=name, batch=128, trained=of, judged=found, seed=7)
 
 
 def test_a_comparison_is_in_pairs_and_tells_times_that_differ(tmp_path):
@@ -66,6 +69,20 @@ def test_a_comparison_is_in_pairs_and_tells_times_that_differ(tmp_path):
     assert "mae trained 2.00 times as long as beit; equal: arms.mae.optim.steps = 500" in told
     assert "beitv2 trained" not in told
     assert not any(line.rstrip() != line for line in shown)
+
+
+def test_intervals_of_a_comparison_are_those_of_its_report(tmp_path):
+    """Groups are drawn in the same order, by the seed of the evaluation."""
+    arms = [arm(tmp_path, name, 50) for name in ("beit", "mae")]
+    marks = np.random.default_rng(1).integers(0, 2, (2, 100))
+    groups = np.arange(100) // 9  # twelve: as text, 10 comes before 2
+    for each, row in zip(arms, marks, strict=True):
+        hits = {"linear": "".join(map(str, row)), "groups": groups.tolist()}
+        storage.write_json(str(tmp_path / each.name / "hits.json"), hits)
+    gain = marks[1] - marks[0]
+    low, high = accuracy_interval(gain, groups, seed=7)
+    expected = f"{100 * gain.mean():+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    assert expected in comparison(arms)
 
 
 @pytest.mark.parametrize(
