@@ -26,9 +26,9 @@ DECIDING = {
         "optim.steps", "data.global_batch_size", "seed", "images", "tokens", "views",
     ),
     "finetune": (
-        "run", "images", "test", "model.image_size", "model.pooling", "model.drop_path",
-        "mixing.mixup", "mixing.cutmix", "optim.lr", "optim.layer_decay", "optim.epochs",
-        "optim.steps", "data.global_batch_size", "seed",
+        "run", "images", "test", "model.encoder", "model.image_size", "model.pooling",
+        "model.drop_path", "mixing.mixup", "mixing.cutmix", "optim.lr", "optim.layer_decay",
+        "optim.epochs", "optim.steps", "data.global_batch_size", "seed",
     ),
     "train-tokenizer": (
         "model.kind", "model.architecture", "model.vocab_size", "model.dim", "model.image_size",

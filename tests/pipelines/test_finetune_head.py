@@ -7,6 +7,8 @@ from beit.classifier import BeitClassifier
 from beit.foreign import write_huggingface
 from beit.weights import save_weights
 from pipelines import finetune
+from pipelines.config.checks import flatten, to_dict
+from pipelines.tracking.table import deciding
 from pipelines.training.finetuning import build_classifier, plan_run
 from tests.pipelines.finetune_fixtures import ENCODER, MEAN, STD, small_finetune, write_encoder
 from tests.pipelines.pretrain_fixtures import events_of, write_images
@@ -78,6 +80,8 @@ def test_a_random_encoder_has_nothing_of_the_weights_but_their_sizes(images, tmp
         )
         plan = plan_run(config)[2]
         assert plan.why_fresh == "model.head = auto, model.encoder = random"
+        # MLflow's table tells it from a run that begins with the weights.
+        assert deciding("finetune", flatten(to_dict(config)))["model.encoder"] == "random"
         return build_classifier(config, plan).state_dict()
 
     one, again, other = begun(0), begun(0), begun(1)
