@@ -83,7 +83,7 @@ def _load(class_name: str, folder: Path, uri: str) -> Any:
         import transformers
 
         kind = getattr(transformers, class_name)  # imported only now, with torchvision
-    except (ImportError, RuntimeError) as error:
+    except (ImportError, RuntimeError, AttributeError) as error:  # the last of an old release
         raise InputError(
             f"teacher = {uri}: a model of transformers, which cannot be imported ({error}); "
             f"{INSTALL}"

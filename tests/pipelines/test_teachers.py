@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 
 import pytest
 import torch
@@ -215,3 +216,10 @@ def test_a_torchvision_of_another_build_is_named(library, config, tmp_path, monk
     with pytest.raises(InputError, match=r"nms does not exist\); .*torchvision for this build"):
         open_teacher(str(tmp_path), layer=None, side=14)
     sys.modules.pop(library, None)
+
+
+def test_a_class_that_an_old_release_lacks_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", types.ModuleType("transformers"))
+    (tmp_path / "config.json").write_text('{"model_type": "dinov2_with_registers"}')
+    with pytest.raises(InputError, match=r"no attribute 'Dinov2WithRegistersModel'\); install"):
+        open_teacher(str(tmp_path), layer=None, side=14)
