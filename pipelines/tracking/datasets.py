@@ -22,6 +22,8 @@ COLUMNS = {
 }  # fmt: skip
 """What the tables hold, by kind."""
 MAX_DIGEST_LENGTH = 36
+CONTEXT_TAG = "mlflow.data.context"
+"""What a table is for, as MLflow keeps it."""
 
 
 class Table(Protocol):
@@ -114,5 +116,5 @@ def _dataset_input(one: Mapping[str, Any]) -> "DatasetInput":
         schema=json.dumps({"mlflow_colspec": columns}),
         profile=json.dumps({"num_rows": one["rows"]}) if one["rows"] else None,
     )
-    tags = [InputTag("mlflow.data.context", one["context"])] if one["context"] else []
+    tags = [InputTag(CONTEXT_TAG, one["context"])] if one["context"] else []
     return DatasetInput(entity, tags)

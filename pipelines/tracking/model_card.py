@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from pipelines.tracking.datasets import INPUT_TAG, TOKENIZER_TAG, dataset_label
+from pipelines.tracking.datasets import CONTEXT_TAG, INPUT_TAG, TOKENIZER_TAG, dataset_label
 from pipelines.tracking.page import evaluations_of, figures, link, makers, verdict
 from pipelines.tracking.table import EARLIER, HEADLINE, HIGH, LOW, renamed
 
@@ -38,8 +38,12 @@ def card(client: "MlflowClient", run: "Run") -> str:
 
 
 def _data(run: "Run") -> str:
-    found = run.inputs.dataset_inputs if run.inputs else []
-    return "\n".join(f"- {dataset_label(one.dataset)}" for one in found)
+    """A line for each table; a fine-tuning has the one that it was tested on, too."""
+    lines = []
+    for one in run.inputs.dataset_inputs if run.inputs else []:
+        uses = [tag.value for tag in one.tags if tag.key == CONTEXT_TAG]
+        lines.append("- " + ": ".join([*uses, dataset_label(one.dataset)]))
+    return "\n".join(lines)
 
 
 def _tokenizer(client: "MlflowClient", run: "Run") -> str:

@@ -441,6 +441,7 @@ def chain_fixture(empty_store, tmp_path_factory):
             [("image_table", "I"), ("token_table", "K"), ("token_table", "L")],
             [("weights", "W")],
         ),
+        ("tuned", "finetune", [("image_table", "I"), ("test_table", "I")], []),
         ("evaluate", "evaluate", [("weights", "W"), ("image_table", "J")], []),
     ):
         given = [dataset(kind, digest * 32) for kind, digest in inputs]
@@ -459,7 +460,7 @@ def test_lineage_walks_from_an_evaluation_to_the_images(chain):
     assert pretrain.stage == "pretrain"
     assert pretrain.inputs["token_table"] == ["K" * 32, "L" * 32]
     walked = {found.run_id for found in node.walk()}
-    assert walked == set(runs.values())
+    assert walked == set(runs.values()) - {runs["tuned"]}
 
 
 def test_users_of_an_artefact_are_found(chain):
@@ -495,6 +496,8 @@ def test_a_gap_in_the_chain_fails_and_is_named(chain, capsys):
     ):
         lineage_stage.run(LineageConfig(artefact=runs["evaluate"], tracking=config))
     assert runs["prepare"][:8] in capsys.readouterr().out, "what is known is shown all the same"
+    # What an earlier version called the table that a fine-tuning is tested on is none.
+    assert not lineage(runs["tuned"], tracking_uri=config.uri).gaps
 
 
 def test_what_the_store_does_not_know_is_refused(chain, tmp_path):
@@ -527,10 +530,11 @@ def registered(config, tmp_path):
     run_id = None
     for _ in range(2):
         images = dataset("image_table", "I" * 32, uri="/data/emoji")
+        tested = dataclasses.replace(images, digest="J" * 32, context="evaluation", rows=7)
         tokenizer = dataset("tokenizer", "T" * 32)
         with start(
             config, stage="pretrain", params={"optim.lr": 0.001}, resume_run_id=run_id,
-            inputs=[dataclasses.replace(images, rows=4009), tokenizer],
+            inputs=[dataclasses.replace(images, rows=4009), tested, tokenizer],
         ) as run:  # fmt: skip
             run.log_image("painted", Image.new("RGB", (8, 8)), 3)
             run.set_output(dataset("weights", "W" * 32))
@@ -568,8 +572,10 @@ def test_weights_become_a_model_without_pickle(config, tmp_path):
     client = MlflowClient(config.uri)
     assert len(client.get_run(run_id).outputs.model_outputs) == 1
     [version] = client.search_model_versions("name = 'beit-small'")
-    for said in ("emoji (image table), 4,009 rows", "T" * 32, "| optim.lr &nbsp; | 0.001 |",
-                 "Not evaluated", "### Limits", "![painted.png]"):  # fmt: skip
+    for said in ("- training: emoji (image table), 4,009 rows",
+                 "- evaluation: emoji (image table), 7 rows", "T" * 32,
+                 "| optim.lr &nbsp; | 0.001 |", "Not evaluated", "### Limits",
+                 "![painted.png]"):  # fmt: skip
         assert said in version.description
 
     # An evaluation makes the card say what it found, and what an earlier version said is gone.
