@@ -80,7 +80,7 @@ def of_gains(
         _intervals(axes, [name for name, _ in rows[::-1]], [gain for _, gain in rows[::-1]])
         axes.axvline(0, color=GREY, linestyle="--")
         axes.set_xlabel(
-            "points over raw pixels (fine-tuned: over an untrained network), with 95 % intervals"
+            "points over raw pixels, fine-tuned over an untrained network;\n95 % intervals"
         )
         _save(figure, path)
     return True
