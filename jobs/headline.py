@@ -11,8 +11,8 @@ DEMO_STEPS = 2000
 """Of `make demo`."""
 
 
-def headline(trained: PretrainResult, judged: Result) -> str:
-    """Lines for people, the surest figure first."""
+def headline(trained: PretrainResult, judged: Result | None) -> str:
+    """Lines for people, the surest figure first; `judged` is None of images without labels."""
     lines = [*_tokens(trained), *_picture(trained), *_features(trained, judged)]
     return "\n".join(f"  {name:<16}{text}" for name, text in lines)
 
@@ -30,7 +30,10 @@ def _picture(trained: PretrainResult) -> Iterator[tuple[str, str]]:
         yield "picture", picture
 
 
-def _features(trained: PretrainResult, judged: Result) -> Iterator[tuple[str, str]]:
+def _features(trained: PretrainResult, judged: Result | None) -> Iterator[tuple[str, str]]:
+    if judged is None:
+        yield "features", "not probed: that needs labels of two classes"
+        return
     linear = judged.scores[PRETRAINED]["linear"]
     interval = f"[{100 * linear.low:.1f}, {100 * linear.high:.1f}]"
     yield "features", f"linear probe {100 * linear.accuracy:.1f} %, 95 % interval {interval}"

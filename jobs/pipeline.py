@@ -205,9 +205,13 @@ def run(config: PipelineConfig, *, start_ray: Callable[[], None]) -> PipelineRes
     done: list[tuple[str, float, str]] = []
     chain = list(stages(config))
     results: dict[str, Any] = {}
+    probed = True
     record = ChainRecord(storage.join(storage.absolute(config.output), RECORD))
     for number, (stage, module, stage_config) in enumerate(chain, start=1):
         print(f"\n[{number}/{len(chain)}] {stage}", flush=True)
+        if module == "evaluate" and not probed:
+            print("      left out: the images have no labels of two classes", flush=True)
+            continue
         options = {} if module in WITHOUT_RAY else {"start_ray": start_ray}
         try:
             with record.timed(stage) as entry:
@@ -223,6 +227,13 @@ def run(config: PipelineConfig, *, start_ray: Callable[[], None]) -> PipelineRes
         print(f"      {entry.said}  ({entry.seconds:.0f} s)", flush=True)
         if module == "prepare":
             _refuse_too_few(chain, result.num_rows)
+            probed = len(result.class_names) > 1
+            if config.arms and not probed:
+                raise InputError(
+                    f"arms: {', '.join(config.arms)} would be compared by probes, and "
+                    f"{result.uri} has no labels of two classes. Give images in class folders, or "
+                    "one training"
+                )
     return PipelineResult(
         output=config.output,
         seconds=time.monotonic() - start,
@@ -262,7 +273,7 @@ def _verdict(config: PipelineConfig, results: dict[str, Any]) -> str:
     from jobs.headline import headline
 
     if not config.arms:
-        return headline(results["pretrain"], results["evaluate"])
+        return headline(results["pretrain"], results.get("evaluate"))
     return comparison(
         [
             Arm(

@@ -15,6 +15,7 @@ from pipelines.preparation.sample_images import list_images, read_image
 from pipelines.tables.image_table import ImageTable
 from pipelines.tables.token_table import TokenTable
 from pipelines.tracking.store import absolute_tracking_uri
+from pipelines.training.run_dir import RunDir
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "jobs" / "configs"
@@ -129,7 +130,7 @@ def test_too_few_images_are_refused_before_the_first_training(
     config = parse(
         pipeline.PipelineConfig, [*flags, "--arms", json.dumps(arms)], stage="quickstart"
     )
-    table = SimpleNamespace(num_rows=num_images, summary=lambda: "images")
+    table = SimpleNamespace(num_rows=num_images, class_names=("a", "b"), summary=lambda: "images")
     monkeypatch.setattr("pipelines.prepare.run", lambda *_, **__: table)
 
     def train(*_: object, **__: object) -> None:
@@ -142,6 +143,40 @@ def test_too_few_images_are_refused_before_the_first_training(
     )
     with pytest.raises(InputError if few else StageFailed, match=said if few else "is trained"):
         pipeline.run(config, start_ray=lambda: None)
+
+
+@pytest.mark.parametrize("arms", [{}, {"mae": MAE}])
+def test_images_without_labels_are_trained_on_and_not_probed(
+    arms: dict[str, object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = ["--config", str(CONFIGS / "demo.yaml"), "--output", str(tmp_path / "out")]
+    config = parse(
+        pipeline.PipelineConfig, [*flags, "--arms", json.dumps(arms)], stage="quickstart"
+    )
+    table = SimpleNamespace(num_rows=500, class_names=(), uri="there", summary=lambda: "images")
+    trained = SimpleNamespace(
+        mim_accuracy=None, unigram_accuracy=None, steps=9, run=RunDir(str(tmp_path / "run"))
+    )
+    stages_run = []
+    for name, result in (("prepare", table), ("pretrain", trained), ("evaluate", None)):
+
+        def run(*_: object, name: str = name, result: object = result, **__: object) -> object:
+            stages_run.append(name)
+            return result
+
+        monkeypatch.setattr(f"pipelines.{name}.run", run)
+    if arms:
+        with pytest.raises(InputError, match=r"arms: mae would be compared .*there has no labels"):
+            pipeline.run(config, start_ray=lambda: None)
+        assert stages_run == ["prepare"]
+        return
+    said = pipeline.run(config, start_ray=lambda: None).summary()
+    assert stages_run == ["prepare", "pretrain"]
+    assert "not probed: that needs labels of two classes" in said
+    assert "[3/3] evaluate\n      left out" in capsys.readouterr().out
 
 
 @pytest.mark.ray
