@@ -228,7 +228,7 @@ def test_a_killed_program_goes_on_to_the_same_page(tmp_path: Path, monkeypatch):
     )  # fmt: skip
     tuned = cells.Experiment(
         name="tuned", title="Tuned", axis=("start",),
-        settings=(dataclasses.replace(small, tuned=1, start="random"),),
+        settings=(dataclasses.replace(small, tuned=6, start="random"),),
     )  # fmt: skip
     for module in (run, document, findings):
         monkeypatch.setattr(module, "experiments", lambda: [trial, tuned])
