@@ -259,14 +259,16 @@ def _bad_input(run: RunDir, launched_at: float) -> str:
 
 def _train_on_ray(loop: Loop[Config_, Plan_], config: Config_, plan: Plan_, launch: Launch) -> None:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
+    from ray.train.torch import TorchConfig
+    from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
+
+    from pipelines.training.ray_trainer import Trainer
 
     run, scaling = launch.run, config.scaling
     low, high = scaling.worker_range
     _say_if_too_small(scaling, launch.stage)
     filesystem, path = storage.resolve(run.at("ray"))
-    trainer = TorchTrainer(
+    trainer = Trainer(
         _worker,
         train_loop_config={"loop": loop, "config": config, "plan": plan, "launch": launch},
         torch_config=TorchConfig(
@@ -312,6 +314,11 @@ def _train_on_ray(loop: Loop[Config_, Plan_], config: Config_, plan: Plan_, laun
         raise InputError(message) from failed
     if failed is not None:
         last = str(failed).strip().splitlines()[-1]
+        if isinstance(failed, ControllerError):
+            raise StageFailed(
+                f"what Ray Train starts the workers with failed: {last}. The same command goes on "
+                f"from the last checkpoint. Events: {run.at('events')}"
+            ) from failed
         raise StageFailed(
             f"the workers failed more than scaling.max_failures = {scaling.max_failures} times"
             f", or their nodes were taken away more than scaling.max_preemptions = "

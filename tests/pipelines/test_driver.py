@@ -8,11 +8,14 @@ from types import SimpleNamespace
 import pytest
 import ray
 import torch
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import ControllerError
 
 from pipelines import tracking
 from pipelines.errors import InputError, StageFailed
 from pipelines.training import driver
 from pipelines.training.goodput import Attempt
+from pipelines.training.ray_trainer import Trainer
 from pipelines.training.run_dir import RunDir
 
 LAUNCHED_AT = 1000.0
@@ -184,3 +187,24 @@ def test_gpus_of_other_nodes_are_believed(monkeypatch, cuda, counted_here, claim
     monkeypatch.setattr(ray, "get_runtime_context", lambda: head)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     assert driver._claims_gpus() is claims
+
+
+def test_what_takes_a_living_controller_for_dead_is_left_out():
+    named = [
+        {type(one).__name__ for one in kind(lambda: None)._create_default_callbacks()}
+        for kind in (TorchTrainer, Trainer)
+    ]
+    assert named[0] - named[1] == {"PlacementGroupCleanerCallback"}
+    assert named[1] < named[0]
+
+
+def test_a_controller_that_fails_is_called_so(run, monkeypatch):
+    def fit(_):
+        raise ControllerError(RuntimeError("first line\nits placement group was removed"))
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    launch = driver.Launch(stage="test", run=run, launched_at=LAUNCHED_AT, tracked=False)
+    config = Config(scaling=Scaling(worker_range=(2, 2)))
+    monkeypatch.setattr(driver, "_say_if_too_small", lambda *_: None)
+    with pytest.raises(StageFailed, match=r"starts the workers with failed: its placement group"):
+        driver._train_on_ray(three_steps, config, Plan(), launch)
