@@ -240,7 +240,7 @@ def test_the_table_is_shown_where_the_report_cannot_be_made(tmp_path, monkeypatc
         raise InputError("no answer from MLflow")
 
     monkeypatch.setattr("pipelines.report.run", no_answer)
-    prepared = SimpleNamespace(num_rows=1000)
+    prepared = SimpleNamespace(num_rows=1000, class_names=("a", "b"))
     monkeypatch.setattr("pipelines.prepare.run", lambda config, start_ray: prepared)
     for module in ("train_tokenizer", "tokenize_images"):
         monkeypatch.setattr(f"pipelines.{module}.run", lambda config, start_ray: "done")
