@@ -239,13 +239,17 @@ def chosen_linear(
         # Mean and scale come from the rows to fit on and to choose by, never from test rows.
         return _Problem(layers[layer][rows], num_classes=num_classes, device=device)
 
-    def tried(layer: int) -> float:
-        problem = posed(layer)  # memory holds one at a time
+    by_layer: list[float] = []
+    for layer in range(len(layers)):
+        problem = posed(layer)
         solution = _solve(problem.rows[:most], labels[:most], problem.start(), TRIAL_WEIGHT_DECAY)
-        return _accuracy(problem.rows[most:], labels[most:], solution)
-
-    by_layer = [tried(layer) for layer in range(len(layers))]
-    problem = posed(layer := int(len(by_layer) - 1 - np.argmax(by_layer[::-1])))
+        by_layer.append(_accuracy(problem.rows[most:], labels[most:], solution))
+        if layer < len(layers) - 1:
+            del problem  # memory holds one at a time
+    chosen = int(len(by_layer) - 1 - np.argmax(by_layer[::-1]))
+    if chosen != layer:
+        del problem
+        problem = posed(chosen)
     best, best_decay, solution = -1.0, TRIAL_WEIGHT_DECAY, problem.start()
     for decay in WEIGHT_DECAYS:
         solution = _solve(problem.rows[:most], labels[:most], solution, decay)
@@ -253,7 +257,7 @@ def chosen_linear(
         if accuracy > best:
             best, best_decay = accuracy, decay
     final = _solve(problem.rows, labels, solution, best_decay)
-    return problem.probe(final), layer, best_decay, by_layer
+    return problem.probe(final), chosen, best_decay, by_layer
 
 
 def _accuracy(rows: Tensor, labels: Tensor, solution: tuple[Tensor, Tensor]) -> float:

@@ -4,11 +4,13 @@ Groups of near-duplicates are never divided between fitting and testing; the blo
 decay and everything else that is chosen is chosen on rows that no test counts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 
 from pipelines.config.protocol import ProtocolConfig
 from pipelines.errors import InputError
@@ -24,9 +26,13 @@ from pipelines.evaluation.result import Score
 
 VALIDATION_FOLDS = 5
 MOST_VALIDATION = 20_000
+SIDE_BY_SIDE = 2**25
+"""Features (n, d) of at most so many entries are fitted a fold on each core, at the same time."""
 
 Probe = Literal["linear", "knn"]
 PROBES: tuple[Probe, ...] = ("linear", "knn")
+Fitted = tuple[np.ndarray, int, list[float]]
+"""Classes of a split's test rows, the block chosen, validation accuracy of each block."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,27 +97,40 @@ def probe(
 ) -> Found:
     """Fits, chooses and tests on features (L, n, d) of blocks and labels (n,)."""
     num_classes = int(labels.max()) + 1
-    predicted, layers, by_layer = [], [], []
+
+    def fit(split: Split) -> Fitted:
+        if kind == "linear":
+            fitted, layer, _, validated = chosen_linear(
+                list(features), labels, split.train, split.validation,
+                num_classes=num_classes, device=device,
+            )  # fmt: skip
+            return fitted.predict(features[layer][split.test]), layer, validated
+        layer, validated = _knn_layer(protocol, features, labels, split, device)
+        x, known = features[layer], split.known
+        return knn_predict(
+            x[known], labels[known], x[split.test],
+            num_classes=num_classes, k=protocol.knn_k, device=device,
+        ), layer, validated  # fmt: skip
+
+    small = torch.device(device).type == "cpu" and features[0].size <= SIDE_BY_SIDE
     with exact_products():
-        for split in splits:
-            if kind == "linear":
-                fitted, layer, _, validated = chosen_linear(
-                    list(features), labels, split.train, split.validation,
-                    num_classes=num_classes, device=device,
-                )  # fmt: skip
-                predicted.append(fitted.predict(features[layer][split.test]))
-            else:
-                layer, validated = _knn_layer(protocol, features, labels, split, device)
-                x, known = features[layer], split.known
-                predicted.append(
-                    knn_predict(
-                        x[known], labels[known], x[split.test],
-                        num_classes=num_classes, k=protocol.knn_k, device=device,
-                    )
-                )  # fmt: skip
-            layers.append(layer)
-            by_layer.append(validated)
-    return Found(predicted=np.concatenate(predicted), layers=layers, by_layer=np.array(by_layer))
+        found = _side_by_side(fit, splits) if small else list(map(fit, splits))
+    predicted, layers, by_layer = zip(*found, strict=True)
+    return Found(
+        predicted=np.concatenate(predicted), layers=list(layers), by_layer=np.array(by_layer)
+    )
+
+
+def _side_by_side(fit: Callable[[Split], Fitted], splits: Sequence[Split]) -> list[Fitted]:
+    """`fit` of every split, each on one core: products this small gain little from a second one,
+    and then what is found does not depend on the number of cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(fit, splits))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _knn_layer(

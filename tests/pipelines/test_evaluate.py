@@ -141,6 +141,30 @@ def test_more_features_than_rows_are_reckoned_with_their_span(monkeypatch):
     assert seconds == pytest.approx(compared / probes.KNN_ROWS)
 
 
+@pytest.mark.parametrize("kind", PROBES)
+def test_what_is_found_does_not_depend_on_the_number_of_cores(kind):
+    """As of networks: few directions are large, so that a solver's steps magnify the last bits, in
+    which products on two cores differ from those on one."""
+    draw, before = np.random.default_rng(0), torch.get_num_threads()
+    protocol = ProtocolConfig(num_folds=2)
+    labels = draw.integers(0, 9, 700)
+    mixed = draw.normal(size=(1000, 1000)) * np.geomspace(1, 1e-3, 1000)[:, None]
+    features = (draw.normal(size=(2, 700, 1000)) @ mixed).astype("f4")
+    splits = splits_of(protocol, [str(row) for row in range(700)])
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(probe(kind, protocol, features, labels, splits))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    one, two = found
+    assert one.layers == two.layers
+    np.testing.assert_array_equal(one.predicted, two.predicted)
+    np.testing.assert_array_equal(one.by_layer, two.by_layer)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("count", "dim", "num_layers", "num_classes"),
