@@ -42,7 +42,12 @@ TOKENIZERS = {
     "dvae": [f"--config={HERE / 'dvae.yaml'}"],
     "kmeans": ["--model.kind=kmeans", "--model.image_size=32", "--model.patch_size=4"],
     "projection": ["--model.kind=projection", "--model.image_size=32", "--model.patch_size=4"],
-    "vqkd-efficientnet": [f"--config={HERE / 'vqkd.yaml'}", "--teacher=efficientnet-lite0"],
+    # With the decay of vqkd-own, 0.99, its codes collapse before any starts again.
+    "vqkd-efficientnet": [
+        f"--config={HERE / 'vqkd.yaml'}",
+        "--teacher=efficientnet-lite0",
+        "--vqkd.decay=0.9",
+    ],
     "vqkd-own": [f"--config={HERE / 'vqkd.yaml'}"],
 }
 

@@ -31,8 +31,8 @@ ELSEWHERE = "then make it in another output"
 REMEDIES = {
     "dvae": "raise loss.kl_weight or loss.start_temperature, lower model.vocab_size or optim.lr, "
     "or give more varied images; then train into another output",
-    "vqkd": "raise vqkd.restart_below, lower model.vocab_size, give more varied images or another "
-    "layer; " + ELSEWHERE,
+    "vqkd": "lower vqkd.decay (0.9 in a training of some hundred steps) or model.vocab_size, raise "
+    "vqkd.restart_below, give more varied images or another layer; " + ELSEWHERE,
     "kmeans": "give more varied images or more data.codebook_images, or lower model.vocab_size; "
     + ELSEWHERE,
     "projection": "raise model.code_dim or give more varied images; " + ELSEWHERE,

