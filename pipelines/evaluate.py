@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from beit.convert import Network
+from beit.teachers import Teacher
 from pipelines import lease, storage, tracking
 from pipelines.config.checks import changed_fields
 from pipelines.config.evaluate import MAY_CHANGE, EvaluateConfig
@@ -35,9 +36,11 @@ from pipelines.evaluation.features import (
     head_classes,
     head_hits,
     head_reader,
+    num_features,
     open_weights,
     patches_size,
     pixel_reader,
+    teacher_reader,
 )
 from pipelines.evaluation.labelled_images import LabelledImages, joined, read_labelled
 from pipelines.evaluation.probes import accuracy_interval, rankme
@@ -57,6 +60,7 @@ from pipelines.evaluation.result import (
     PIXELS,
     PRETRAINED,
     RANDOM,
+    TEACHER,
     Report,
     Result,
     result_of,
@@ -65,6 +69,7 @@ from pipelines.progress import Progress
 from pipelines.records import read_values, write_record
 from pipelines.redaction import redacted_values
 from pipelines.steps import ray_is_there, say_step
+from pipelines.teachers import open_teacher
 from pipelines.tracking.datasets import short_name
 from pipelines.training.checkpoint import checkpoint_name
 from pipelines.training.run_dir import RunDir
@@ -93,6 +98,10 @@ def run(config: EvaluateConfig, *, start_ray: Callable[[], None] = ray_is_there)
     output = config.output or storage.join(storage.absolute(config.run), "evaluation")
     layers = check_layers(config, weights.model.depth, "this network")
     baseline = _baseline(config, weights) if config.baseline else None
+    teacher = None
+    if config.teacher:
+        side, device = weights.model.grid_size[0], own_device(config)
+        teacher = open_teacher(config.teacher, layer=config.teacher_layer, side=side, device=device)
     data, test = _read(config, weights.model)
     identity = {
         "protocol": PROTOCOL,
@@ -105,6 +114,8 @@ def run(config: EvaluateConfig, *, start_ray: Callable[[], None] = ray_is_there)
             name: value for name, value in asdict(config).items() if name not in MAY_CHANGE
         },
     }
+    if teacher is not None:
+        identity["teacher"] = teacher.fingerprint
     report_uri = storage.join(output, "evaluation.json")
     if (report := _found(config, report_uri, identity)) is not None:
         lease.clear(output, config.lease, stage="evaluate")
@@ -118,7 +129,16 @@ def run(config: EvaluateConfig, *, start_ray: Callable[[], None] = ray_is_there)
             result = result_of(report, output, already_done=True)
         else:
             result = _run(
-                config, weights, baseline, data, test, layers, identity, output, holder.fence
+                config,
+                weights,
+                baseline,
+                teacher,
+                data,
+                test,
+                layers,
+                identity,
+                output,
+                holder.fence,
             )
         holder.done()
     return result
@@ -137,6 +157,7 @@ def _run(
     config: EvaluateConfig,
     weights: Weights,
     baseline: Weights | None,
+    teacher: Teacher | None,
     data: LabelledImages,
     test: LabelledImages | None,
     layers: list[int],
@@ -149,6 +170,9 @@ def _run(
         for each in (weights, baseline)
         if each is not None
     ]
+    if teacher is not None:
+        uri, digest = config.teacher, teacher.weights
+        inputs.append(tracking.Dataset(name="weights", uri=uri, digest=digest, context="teacher"))
     # Last the one that is tested on.
     inputs += [
         tracking.Dataset.of_table("image_table", table, "evaluation") for table, _ in data.sources
@@ -170,7 +194,7 @@ def _run(
     ) as tracked:
         splits = splits_of(config, data.groups, len(test) if test else 0)
         where = short_name(config.run) + (f", step {weights.steps:,}" if weights.steps else "")
-        report, shown = _evaluate(config, weights, baseline, data, layers, splits, where)
+        report, shown = _evaluate(config, weights, baseline, teacher, data, layers, splits, where)
         hits = report.pop("hits")
         report["identity"] = identity
         result = result_of(report, output, already_done=False)
@@ -238,6 +262,7 @@ def _baseline(config: EvaluateConfig, weights: Weights) -> Weights:
 def _features(
     images: Extraction,
     weights: Weights,
+    teacher: Teacher | None,
     compared: dict[str, Weights],
     layers: dict[str, list[int]],
 ) -> dict[str, np.ndarray]:
@@ -251,6 +276,8 @@ def _features(
     }
     if images.config.baselines:
         readers[PIXELS] = pixel_reader(len(images.data))
+    if teacher is not None:
+        readers[TEACHER] = teacher_reader(teacher, pooling)
     if head_classes(weights, images.data) is not None:
         readers[HEAD] = head_reader(weights)
     return images.read(readers, [each.model for each in compared.values()], label="features")
@@ -260,6 +287,7 @@ def _evaluate(
     config: EvaluateConfig,
     weights: Weights,
     baseline: Weights | None,
+    teacher: Teacher | None,
     data: LabelledImages,
     layers: list[int],
     splits: list[Split],
@@ -270,12 +298,15 @@ def _evaluate(
     compared = _compared(config, weights, baseline)
     known = {
         name: candidate_layers(config, each.model.depth) for name, each in compared.items()
-    } | {PIXELS: [0]}
+    } | {PIXELS: [0], TEACHER: [0]}
     check_memory(
         len(data),
         max(
-            feature_width(each.model, config.pooling, len(data), pixels=config.baselines)
-            for each in compared.values()
+            num_features(teacher.dim, config.pooling, teacher.grid_size) if teacher else 0,
+            *(
+                feature_width(each.model, config.pooling, len(data), pixels=config.baselines)
+                for each in compared.values()
+            ),
         ),
         device,
     )
@@ -289,7 +320,7 @@ def _evaluate(
     say_step(f"{'probes' if config.scaling.num_workers else 'features and probes'} on {device}")
     threads = config.num_threads or os.cpu_count() or 1
     images = Extraction(config=config, data=data, device=device, num_threads=threads)
-    features = _features(images, weights, compared, known)
+    features = _features(images, weights, teacher, compared, known)
     splits = [split.without(list(images.damaged)) for split in splits]
     logits = features.pop(HEAD, None)
     tested = np.concatenate([split.test for split in splits])

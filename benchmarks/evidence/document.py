@@ -174,10 +174,13 @@ def _row(setting: Cell, experiment: Experiment, results: Results) -> dict[str, s
 
 
 def _baselines(experiment: Experiment, results: Results) -> list[dict[str, str]]:
-    """Random initialisation and raw pixels of the same images, where they were measured."""
+    """Random initialisation, raw pixels and teachers of the same images, where measured."""
     rows = []
-    found = of(of_baselines(experiment.settings[0].data, 0), results)
-    for name, title in plots.BASELINES.items():
+    reference = of_baselines(experiment.settings[0].data, 0)
+    titled = [(reference, name, title) for name, title in plots.BASELINES.items()]
+    titled += [(each, "teacher", f"teacher of {each.tokenizer}") for each in experiment.settings]
+    for setting, name, title in titled:
+        found = of(setting, results)
         values = [cell["scores"][name] for cell in found.values() if name in cell["scores"]]
         if values:
             linear, knn = (100 * np.mean([v[probe] for v in values]) for probe in ("linear", "knn"))

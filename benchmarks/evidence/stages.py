@@ -38,6 +38,7 @@ NETWORKS = {
         recipe="pretrain-cuda.yaml", late_layer=9, decoder=(192, 4, 6),
     ),
 }  # fmt: skip
+EFFICIENTNET = "efficientnet-lite0"
 TOKENIZERS = {
     "dvae": [f"--config={HERE / 'dvae.yaml'}"],
     "kmeans": ["--model.kind=kmeans", "--model.image_size=32", "--model.patch_size=4"],
@@ -45,7 +46,7 @@ TOKENIZERS = {
     # With the decay of vqkd-own, 0.99, its codes collapse before any starts again.
     "vqkd-efficientnet": [
         f"--config={HERE / 'vqkd.yaml'}",
-        "--teacher=efficientnet-lite0",
+        f"--teacher={EFFICIENTNET}",
         "--vqkd.decay=0.9",
     ],
     "vqkd-own": [f"--config={HERE / 'vqkd.yaml'}"],
@@ -128,9 +129,11 @@ def commands(cell: Cell, work: Path, device: str = "cpu") -> Iterator[tuple[str,
             f"--num_views={cell.views}", f"--image_size={SIDE[cell.data]}", *POLICY,
         ]  # fmt: skip
     yield "pretrain", _pretrain(at, tables)
+    foreign = cell.tokenizer == "vqkd-efficientnet"  # the teacher of vqkd-own has a cell
     yield "evaluate", [
         f"--run={at.run}", f"--images={at.table('probe')}", "--pooling=grid", "--attentive=false",
         f"--baselines={str(cell == of_baselines(cell.data, cell.seed)).lower()}",
+        f"--teacher={EFFICIENTNET if foreign else ''}",
     ]  # fmt: skip
 
 

@@ -11,8 +11,8 @@ from pipelines.config.tracking import TrackingConfig
 # What makes no other evaluation of it: where things are, and how it is computed. `max_rejected` is
 # a limit: a report that keeps to it is of the same images, whatever the limit was.
 MAY_CHANGE = (
-    "run", "baseline", "images", "output", "force", "lease", "tracking", "batch_size",
-    "device", "num_threads", "scaling", "max_rejected",
+    "run", "baseline", "teacher", "teacher_layer", "images", "output", "force", "lease", "tracking",
+    "batch_size", "device", "num_threads", "scaling", "max_rejected",
 )  # fmt: skip
 
 
@@ -46,6 +46,10 @@ class EvaluateConfig(ProtocolConfig):
     baseline: str = ""
     """Other weights to compare with image by image: a run or a weights directory of the same image
     size."""
+    teacher: str = ""
+    """Also evaluate a teacher of VQ-KD, named as for `train-tokenizer`: its tokens know no more."""
+    teacher_layer: Annotated[int | None, Ge(1), "null for the features after the last layer"] = None
+    """Block of the teacher after which its features are taken, from 1; null: its output."""
     baselines: bool = True
     """Also evaluate the same network at random initialisation, and raw pixels."""
     attentive: bool = True
@@ -68,3 +72,9 @@ class EvaluateConfig(ProtocolConfig):
     def __post_init__(self) -> None:
         check(self)
         require(min(self.layers, default=1) >= 1, "layers", self.layers, "blocks count from 1")
+        require(
+            not (self.teacher and self.scaling.num_workers),
+            "teacher",
+            self.teacher,
+            "actors have no teacher; give --scaling.num_workers 0",
+        )

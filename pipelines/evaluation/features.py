@@ -21,6 +21,7 @@ from typing_extensions import TypedDict
 
 from beit.classifier import BeitClassifier
 from beit.convert import Network
+from beit.teachers import Teacher
 from beit.vit import BeitEncoder
 from beit.weights import CONFIG_FILE, WEIGHTS_FILE, load_weights, read_weights_config
 from pipelines import storage
@@ -166,6 +167,17 @@ def patches_size(network: BeitEncoder, num_images: int, num_layers: int) -> int:
 def head_reader(weights: Weights) -> Reader:
     """Logits of a classifier's own head."""
     return lambda pixels: [weights.model(normalised(pixels, weights.mean, weights.std))]
+
+
+def teacher_reader(teacher: Teacher, pooling: str) -> Reader:
+    """Pooled features of a teacher's patches; "cls" is their mean: not all have a class token."""
+    how = "mean" if pooling == "cls" else pooling
+
+    def read(pixels: Tensor) -> list[Tensor]:
+        tokens = F.pad(teacher.features(pixels), (0, 0, 1, 0))
+        return [pooled(tokens, how, teacher.grid_size)]
+
+    return read
 
 
 def pixel_reader(num_images: int) -> Reader:

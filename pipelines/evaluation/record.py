@@ -6,7 +6,7 @@ from typing import Any
 from PIL import Image
 
 from pipelines import pictures, storage, tracking
-from pipelines.evaluation.result import PIXELS, PRETRAINED, TITLES, Result, Score
+from pipelines.evaluation.result import PRETRAINED, TITLES, WITHOUT_BLOCKS, Result, Score
 
 
 def record(
@@ -41,7 +41,7 @@ def record(
             if name != PRETRAINED:  # the headline
                 metrics[f"{probe}_accuracy/{name}"] = score.accuracy
             for layer, value in zip(*_by_block(result, score), strict=True):
-                if name != PIXELS:
+                if name not in WITHOUT_BLOCKS:
                     key = f"{probe}_validation_by_block/{name}"
                     tracked.log_metrics({key: value}, step=layer)
     for name, (gain, low, high) in result.gains.items():
@@ -79,7 +79,7 @@ def record(
                 f"{TITLES[name]}, {probe}": _by_block(result, score)
                 for name, probes in result.scores.items()
                 for probe, score in probes.items()
-                if name != PIXELS and score.layer_accuracy
+                if name not in WITHOUT_BLOCKS and score.layer_accuracy
             },
             title=f"Features block by block · {where}",
             x_label="block",
@@ -88,11 +88,12 @@ def record(
                 f"{TITLES[name]}, {probe}": _band(score)
                 for name, probes in result.scores.items()
                 for probe, score in probes.items()
-                if name != PIXELS and score.layer_errors
+                if name not in WITHOUT_BLOCKS and score.layer_errors
             },
             levels={
-                f"{TITLES[PIXELS]}, {probe}": score.layer_accuracy[0]
-                for probe, score in result.scores.get(PIXELS, {}).items()
+                f"{TITLES[name]}, {probe}": score.layer_accuracy[0]
+                for name in WITHOUT_BLOCKS
+                for probe, score in result.scores.get(name, {}).items()
             },
             least_span=0.1,
             note="bands: 95 % over folds" if len(best.layers) > 1 else "",
@@ -145,7 +146,7 @@ def note_of(result: Result) -> str:
     for name, probes in result.scores.items():
         linear = probes["linear"]
         cells = [_accuracy(probes[kind]) if kind in probes else "-" for kind in found]
-        block = "-" if name == PIXELS else str(max(set(linear.layers), key=linear.layers.count))
+        block = str(max(set(linear.layers), key=linear.layers.count) or "-")
         lines.append(_row(TITLES[name], *cells, block))
     rest = [""] * len(found)
     lines.append(_row("most frequent class", f"{100 * result.majority:.1f} %", *rest))

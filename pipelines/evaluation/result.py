@@ -7,12 +7,15 @@ from typing import Any, NotRequired
 from typing_extensions import TypedDict
 
 PRETRAINED, BASELINE, RANDOM, PIXELS = "pretrained", "baseline", "random_init", "pixels"
+TEACHER = "teacher"
+WITHOUT_BLOCKS = (PIXELS, TEACHER)
 HEAD = "head"
 TITLES = {
     PRETRAINED: "pretrained",
     BASELINE: "baseline run",
     RANDOM: "random initialisation",
     PIXELS: "raw pixels",
+    TEACHER: "teacher",
 }
 
 
@@ -27,7 +30,7 @@ class Score:
     class_accuracy: list[float | None]
     """Accuracy of each class; None where no image of it was tested."""
     layers: list[int]
-    """Block chosen in each fold; 0 where there are none (pixels)."""
+    """Block chosen in each fold; 0 where there are none (pixels, teacher)."""
     layer_accuracy: list[float]
     """Validation accuracy of every candidate block, mean over folds."""
     layer_errors: list[float] = field(default_factory=list)

@@ -3,6 +3,7 @@
 import io
 import itertools
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +20,7 @@ from beit.images import image_digest
 from beit.mim import BeitMIM
 from beit.weights import save_weights
 from pipelines import evaluate, storage
-from pipelines.config.evaluate import EvaluateConfig
+from pipelines.config.evaluate import EvaluateConfig, PoolConfig
 from pipelines.config.protocol import ProtocolConfig
 from pipelines.config.tracking import TrackingConfig
 from pipelines.errors import InputError
@@ -468,6 +469,26 @@ def test_another_checkpoint_is_a_baseline_image_by_image(shapes, trained_run, tm
         evaluate.run(EvaluateConfig(**options, layers=[3], baseline=str(shallow)))
     with pytest.raises(InputError, match=r"baseline: nothing at .*nowhere"):
         evaluate.run(EvaluateConfig(**options, baseline=str(tmp_path / "nowhere")))
+
+
+def test_a_teacher_stands_beside(shapes, trained_run, tmp_path):
+    """Asked for the states after a block, a run as its own teacher knows what that block knows."""
+    options = {
+        "run": trained_run, "images": shapes, "output": str(tmp_path / "out"), "num_folds": 2,
+        "baselines": False, "attentive": False, "tracking": OFF, "pooling": "grid",
+    }  # fmt: skip
+    depth = open_network(trained_run).network.depth
+    of_run = EvaluateConfig(**options, layers=[depth], teacher=trained_run, teacher_layer=depth)
+    result = evaluate.run(of_run)
+    assert result.gains == {"teacher": (0.0, 0.0, 0.0)}
+    own, other = (result.scores[name]["linear"] for name in ("pretrained", "teacher"))
+    assert own.layer_accuracy == other.layer_accuracy
+    assert other.layers == [0, 0]
+    assert "teacher" in result.summary()
+    assert evaluate.run(of_run).already_done
+    assert not evaluate.run(replace(of_run, teacher_layer=1)).already_done
+    with pytest.raises(InputError, match=r"teacher = .*scaling\.num_workers 0"):
+        EvaluateConfig(**options, teacher=trained_run, scaling=PoolConfig(num_workers=1))
 
 
 def test_near_duplicates_cannot_answer_for_each_other(tmp_path, trained_run):
