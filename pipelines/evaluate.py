@@ -49,6 +49,7 @@ from pipelines.evaluation.protocol import (
     Split,
     candidate_layers,
     check_layers,
+    fits_at_once,
     probe,
     score,
     splits_of,
@@ -69,7 +70,7 @@ from pipelines.progress import Progress
 from pipelines.records import read_values, write_record
 from pipelines.redaction import redacted_values
 from pipelines.steps import ray_is_there, say_step
-from pipelines.teachers import open_teacher
+from pipelines.teachers.opening import absolute_uri, open_teacher
 from pipelines.tracking.datasets import short_name
 from pipelines.training.checkpoint import checkpoint_name
 from pipelines.training.run_dir import RunDir
@@ -171,7 +172,7 @@ def _run(
         if each is not None
     ]
     if teacher is not None:
-        uri, digest = config.teacher, teacher.weights
+        uri, digest = absolute_uri(config.teacher), teacher.weights
         inputs.append(tracking.Dataset(name="weights", uri=uri, digest=digest, context="teacher"))
     # Last the one that is tested on.
     inputs += [
@@ -299,17 +300,15 @@ def _evaluate(
     known = {
         name: candidate_layers(config, each.model.depth) for name, each in compared.items()
     } | {PIXELS: [0], TEACHER: [0]}
-    check_memory(
-        len(data),
-        max(
-            num_features(teacher.dim, config.pooling, teacher.grid_size) if teacher else 0,
-            *(
-                feature_width(each.model, config.pooling, len(data), pixels=config.baselines)
-                for each in compared.values()
-            ),
+    width = max(
+        num_features(teacher.dim, config.pooling, teacher.grid_size) if teacher else 0,
+        *(
+            feature_width(each.model, config.pooling, len(data), pixels=config.baselines)
+            for each in compared.values()
         ),
-        device,
     )
+    num_fits = fits_at_once(len(data), width, len(splits), device)
+    check_memory(len(data), width, device, at_once=num_fits or 1)
     if config.attentive:  # last, and by far the largest
         check_disk(
             sum(
@@ -370,6 +369,7 @@ def _evaluate(
         "scores": scores,
         "gains": gains,
         "head": head,
+        "teacher": teacher.name if teacher else "",
         "majority": float((truth == counts.argmax()).mean()),
         "rankme": {name: rankme(features[name][-1], device=device) for name in compared},
         "num_images": len(truth),

@@ -129,11 +129,12 @@ def commands(cell: Cell, work: Path, device: str = "cpu") -> Iterator[tuple[str,
             f"--num_views={cell.views}", f"--image_size={SIDE[cell.data]}", *POLICY,
         ]  # fmt: skip
     yield "pretrain", _pretrain(at, tables)
-    foreign = cell.tokenizer == "vqkd-efficientnet"  # the teacher of vqkd-own has a cell
+    # The teacher of vqkd-own is a cell, and probed as one.
+    foreign = cell.tokenizer == "vqkd-efficientnet"
     yield "evaluate", [
         f"--run={at.run}", f"--images={at.table('probe')}", "--pooling=grid", "--attentive=false",
         f"--baselines={str(cell == of_baselines(cell.data, cell.seed)).lower()}",
-        f"--teacher={EFFICIENTNET if foreign else ''}",
+        *([f"--teacher={EFFICIENTNET}"] if foreign else []),
     ]  # fmt: skip
 
 

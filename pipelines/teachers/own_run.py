@@ -22,8 +22,8 @@ def run_teacher(uri: str, *, layer: int | None, device: str) -> Teacher:
     model = weights.model.to(device).requires_grad_(requires_grad=False)
     if layer is not None and not 1 <= layer <= model.depth:
         raise InputError(
-            f"layer = {layer}: the encoder of teacher = {uri} has blocks 1 to {model.depth}; "
-            "choose one of them, or leave it out for the states after the final norm"
+            f"teacher = {uri}: layer {layer} is none of its blocks 1 to {model.depth}; choose one "
+            "of them, or leave it out for the states after the final norm"
         )
     height, width = model.image_size
     if height != width:

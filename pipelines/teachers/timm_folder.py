@@ -38,8 +38,8 @@ def timm_teacher(
     depth = len(model.blocks)
     if layer is not None and layer > depth:
         raise InputError(
-            f"layer = {layer}: teacher = {uri} has layers 1 to {depth}; leave it out for the "
-            f"{FEATURE}"
+            f"teacher = {uri}: layer {layer} is none of its layers 1 to {depth}; leave it out for "
+            f"the {FEATURE}"
         )
     size, patch_size = model.patch_embed.img_size[0], model.patch_embed.patch_size[0]
     side = patches_a_side(size, patch_size, uri)

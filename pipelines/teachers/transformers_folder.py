@@ -57,8 +57,8 @@ def transformers_teacher(
     grid = patches_a_side(size, vision.patch_size, uri)
     if layer is not None and layer > vision.num_hidden_layers:
         raise InputError(
-            f"layer = {layer}: teacher = {uri} has layers 1 to {vision.num_hidden_layers}; leave "
-            f"it out for the {feature}"
+            f"teacher = {uri}: layer {layer} is none of its layers 1 to "
+            f"{vision.num_hidden_layers}; leave it out for the {feature}"
         )
     prefix = 1 + int(getattr(vision, "num_register_tokens", 0))
     said = feature if layer is None else f"patch states after layer {layer}"

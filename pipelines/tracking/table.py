@@ -40,8 +40,8 @@ DECIDING = {
     ),
     "render": ("images", "num_views", "first_view", "image_size", "form", "rows_per_unit"),
     "evaluate": (
-        "run", "baseline", "images", "test_images", "pooling", "num_folds", "knn_k",
-        "crop_fraction", "max_images", "seed",
+        "run", "baseline", "teacher", "teacher_layer", "images", "test_images", "pooling",
+        "num_folds", "knn_k", "crop_fraction", "max_images", "seed",
     ),
     "prepare": ("source", "output", "max_side", "labels", "max_rejected"),
 }  # fmt: skip

@@ -141,7 +141,7 @@ def test_what_is_no_teacher_is_named(clip, tmp_path):
     (tmp_path / "config.json").write_text("{")
     refused(r"config\.json is not JSON")
     make_clip(tmp_path)
-    refused(r"layer = 4: .* layers 1 to 3; leave it out", layer=4)
+    refused(r"layer 4 is none of its layers 1 to 3; leave it out", layer=4)
     weights = tmp_path / "model.safetensors"
     tensors = load_file(weights)
     del tensors["vision_model.post_layernorm.weight"]
@@ -186,7 +186,7 @@ def test_efficientnet_is_scaled_to_the_grid():
     assert features.shape == (2, 9, 112)
     assert features.std() > 0.1
     assert "labels" in teacher.name
-    with pytest.raises(InputError, match=r"layer = 3: .*one feature only"):
+    with pytest.raises(InputError, match=r"teacher = .*no layer 3, only one feature"):
         open_teacher(NAME, layer=3, side=3)
 
 

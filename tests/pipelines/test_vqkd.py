@@ -336,7 +336,7 @@ class TestRefusals:
 
     def test_what_is_no_teacher(self, images, teacher, tmp_path):
         config = vqkd_settings(images, tmp_path / "out", teacher)
-        with pytest.raises(InputError, match=r"layer = 4: .* blocks 1 to 3"):
+        with pytest.raises(InputError, match=r"layer 4 is none of its blocks 1 to 3"):
             run(dataclasses.replace(config, layer=4))
         with pytest.raises(InputError, match=r"teacher: nothing at .*nowhere"):
             run(dataclasses.replace(config, teacher=str(tmp_path / "nowhere")))
