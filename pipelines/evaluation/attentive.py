@@ -17,6 +17,7 @@ from pipelines.evaluation.extraction import Extraction
 from pipelines.evaluation.features import Weights, patch_reader
 from pipelines.evaluation.probes import Device
 from pipelines.evaluation.protocol import Found, Split
+from pipelines.progress import Progress
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 """The best by validation rows is taken."""
@@ -87,21 +88,25 @@ def attentive_found(
             f"{images.damaged[new[0]]}"
         )
     data, found = images.data, {}
+    progress = Progress(len(compared) * len(splits), "attentive probes", "fits")
     for name, each in compared.items():
         positions = [layers[name].index(layer) for layer in chosen[name]]
-        predicted = [
-            attentive_predict(
-                patches[name][position], data.labels, split.train, split.validation, split.test,
-                num_heads=each.model.num_heads, num_classes=len(data.class_names),
-                seed=images.config.seed, device=images.device,
-            )
-            for split, position in zip(splits, positions, strict=True)
-        ]  # fmt: skip
+        predicted = []
+        for split, position in zip(splits, positions, strict=True):
+            predicted.append(
+                attentive_predict(
+                    patches[name][position], data.labels, split.train, split.validation, split.test,
+                    num_heads=each.model.num_heads, num_classes=len(data.class_names),
+                    seed=images.config.seed, device=images.device,
+                )
+            )  # fmt: skip
+            progress.update(progress.done + 1)
         found[name] = Found(
             predicted=np.concatenate(predicted),
             layers=positions,
             by_layer=np.zeros((len(splits), 0)),
         )
+    progress.close()
     return found
 
 
