@@ -121,7 +121,7 @@ def test_views_that_a_chain_would_not_store_are_refused_at_once(
         parse(pipeline.PipelineConfig, flags, stage="pipeline")
 
 
-@pytest.mark.parametrize(("num_images", "few"), [(100, True), (127, True), (128, False)])
+@pytest.mark.parametrize(("num_images", "few"), [(40, True), (63, True), (64, False)])
 def test_too_few_images_are_refused_before_the_first_training(
     num_images: int, few: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,8 +138,9 @@ def test_too_few_images_are_refused_before_the_first_training(
 
     monkeypatch.setattr("pipelines.train_tokenizer.run", train)
     said = (
-        rf"^pretrain.data.global_batch_size = 128, arms.mae.data.global_batch_size = 256: more "
-        rf"than the {num_images} images of .*images. Give at least 256 images"
+        r"^train_tokenizer.data.global_batch_size = 64, pretrain.data.global_batch_size = 64, "
+        rf"arms.mae.data.global_batch_size = 256: more than the {num_images} images of .*images. "
+        r"Give at least 256 images"
     )
     with pytest.raises(InputError if few else StageFailed, match=said if few else "is trained"):
         pipeline.run(config, start_ray=lambda: None)
